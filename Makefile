@@ -1,0 +1,60 @@
+# One .venv with everything; every target may be the first that is run after a clone.
+#   make quickstart                                fine-tune the starter model and show what it learned
+#   make test PYTHON=python3.12 PIP_FLAGS="--index-url https://download.pytorch.org/whl/cu130 --extra-index-url https://pypi.org/simple"
+
+PYTHON ?= python3
+PIP_FLAGS ?=
+PYTEST_FLAGS ?=
+ASSETS := smollm2-135m minilm-l6 vader
+
+BIN := .venv/bin
+STAMP := .venv/.installed
+# Tests run two processes on two cores: a second thread each would slow both down.
+ONE_THREAD := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false
+
+.DEFAULT_GOAL := help
+.PHONY: help install fetch quickstart test lint format matrix bench gpu clean
+
+help:  ## list the targets
+	@awk -F':.*## ' '/^[a-z]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+
+$(STAMP): pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(0 if sys.version_info >= (3, 10) else "lightning_ft needs Python 3.10 or newer and $(PYTHON) is %d.%d: name another one, as in make PYTHON=python3.12 install." % sys.version_info[:2])'
+	@# A .venv whose making was interrupted, or whose Python is gone, is made anew.
+	@$(BIN)/python -m pip --version >/dev/null 2>&1 || $(PYTHON) -m venv --clear .venv
+	$(BIN)/python -m pip install -c constraints.txt $(PIP_FLAGS) -e ".[quant,starter,test]"
+	@touch $@
+
+install: $(STAMP)  ## make .venv and install everything into it, pinned by constraints.txt
+
+fetch: install  ## fetch the starter models and data into the cache (nothing is downloaded twice)
+	@$(BIN)/python -m lightning_ft.cli.fetch $(ASSETS)
+
+quickstart: install fetch  ## fine-tune the starter model with LoRA and show what it learned
+	@$(BIN)/python -m lightning_ft.cli.quickstart
+
+test: install fetch  ## run all tests
+	$(ONE_THREAD) $(BIN)/python -m pytest -n 2 --dist loadgroup $(PYTEST_FLAGS)
+
+lint: install  ## ruff, mypy, import-linter
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports --no-logo
+
+format: install  ## let ruff rewrite what it can
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+matrix: install fetch  ## every technique with every other, strategy and precision
+	$(ONE_THREAD) $(BIN)/python -m pytest -n 2 --dist loadgroup tests/matrix $(PYTEST_FLAGS)
+
+bench: install fetch  ## measure against peers (run nothing else meanwhile)
+	$(BIN)/python benchmarks/sft.py
+
+gpu: install  ## one offline script with random weights for a machine with a GPU
+	$(BIN)/python benchmarks/gpu.py
+
+clean:  ## remove caches and .venv (runs/ and the asset cache stay)
+	rm -rf .venv .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis build *.egg-info
+	find . -name __pycache__ -type d -not -path './.git/*' -prune -exec rm -rf {} +

@@ -1,0 +1,1 @@
+"""The command line: ``lightning-ft fit``, and what goes before and after it."""

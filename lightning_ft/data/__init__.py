@@ -1,0 +1,1 @@
+"""Data modules: rows, spans, packing, plans and loaders."""

@@ -1,0 +1,137 @@
+"""The loader that deals planned micro-batches, and knows the counts of the whole accumulation window.
+
+It is no ``torch.utils.data.DataLoader``: Lightning re-instantiates those, puts its own distributed sampler in (which
+repeats rows) and cannot restart them in mid-epoch. This one asks the trainer for the world size, the accumulation and
+the position at the moment when an epoch begins, and everything else follows from the plan.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from lightning_ft.data.collate import collate
+from lightning_ft.data.plan import Plan, micro_batches, pack_bins, plan_epoch
+from lightning_ft.data.token_rows import TokenRows
+from lightning_ft.engine.batch import Batch
+
+
+@dataclass(frozen=True)
+class Placement:
+    """Where a loader runs.
+
+    Attributes:
+        world_size: data-parallel ranks.
+        rank: this one.
+        accumulate: micro-batches a window.
+        limit: micro-batches an epoch; None: all.
+        position: micro-batches of this epoch that were done before, by a run that this one resumes.
+    """
+
+    world_size: int = 1
+    rank: int = 0
+    accumulate: int = 1
+    limit: int | None = None
+    position: int = 0
+
+
+class PlannedLoader:
+    """Iterable over :class:`~lightning_ft.engine.batch.Batch`, one epoch each time.
+
+    Args:
+        dataset: the rows.
+        batch_size: rows a micro-batch, where ``max_tokens`` is None.
+        max_tokens: most tokens a micro-batch, filled by best fit.
+        packed: rows end to end, or padded and bucketed by length.
+        shuffle: a new order each epoch.
+        seed: of the run.
+        placement: called whenever an epoch begins, so that a schedule of the accumulation is met.
+        task: name given to all batches.
+    """
+
+    def __init__(
+        self,
+        dataset: TokenRows,
+        *,
+        batch_size: int,
+        max_tokens: int | None = None,
+        packed: bool = True,
+        shuffle: bool = False,
+        seed: int = 0,
+        placement: Callable[[], Placement] = Placement,
+        task: str | None = None,
+    ) -> None:
+        self.dataset = dataset
+        self.batch_size = batch_size
+        self.max_tokens = max_tokens
+        self.packed = packed
+        self.shuffle = shuffle
+        self.seed = seed
+        self.placement = placement
+        self.task = task
+        self.epoch = 0
+        self._bins: int | None = None
+        if shuffle:
+            # Lightning calls set_epoch on `loader.sampler` only; one that never shuffles has none, and passes for
+            # sequential where Lightning asks (overfit_batches).
+            self.sampler = self
+
+    def set_epoch(self, epoch: int) -> None:
+        """Chooses the order of the next pass."""
+        self.epoch = epoch
+
+    def plan(self, placement: Placement | None = None) -> Plan:
+        """The plan of the current epoch."""
+        placement = placement or self.placement()
+        return plan_epoch(
+            self.dataset.lengths,
+            batch_size=self.batch_size if self.max_tokens is None else None,
+            max_tokens=self.max_tokens,
+            scored=self.dataset.scored,
+            world_size=placement.world_size,
+            accumulate=placement.accumulate,
+            seed=self.seed,
+            epoch=self.epoch,
+            shuffle=self.shuffle,
+            bucket=not self.packed,
+            limit=placement.limit,
+        )
+
+    def efficiency(self) -> float:
+        """Share of the positions computed in an epoch that hold real tokens (for bins: of their capacity)."""
+        pieces = [rows for ranks in self.plan(Placement()).micro for rows in ranks]
+        lengths = self.dataset.lengths
+        if self.max_tokens is not None:
+            capacity = len(pieces) * self.max_tokens
+        elif self.packed:
+            capacity = int(lengths.sum())
+        else:
+            capacity = sum(len(rows) * int(lengths[rows].max()) for rows in pieces)
+        return float(lengths.sum()) / capacity
+
+    def __len__(self) -> int:
+        """Micro-batches an epoch on each rank, without the trainer's limit."""
+        world_size = self.placement().world_size
+        if self.max_tokens is None:
+            return micro_batches(len(self.dataset), batch_size=self.batch_size, world_size=world_size)
+        if self._bins is None:
+            self._bins = len(pack_bins(self.dataset.lengths, self.max_tokens, seed=self.seed, shuffle=self.shuffle))
+        return -(-self._bins // world_size)
+
+    def __iter__(self) -> Iterator[Batch]:
+        """Micro-batches of this rank from the position on; nothing is decided before the first is asked for."""
+        placement = self.placement()
+        plan = self.plan(placement)
+        for i in range(placement.position, len(plan)):
+            rows: np.ndarray = plan.micro[i][placement.rank]
+            yield collate(self.dataset.segments(rows), packed=self.packed, window=plan.window(i), task=self.task)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Nothing: the position is Lightning's own counter. That it exists tells Lightning that we can resume."""
+        return {}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Nothing to restore, see ``state_dict``."""

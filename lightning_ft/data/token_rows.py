@@ -1,0 +1,225 @@
+"""Tokenised rows as loaders see them: which are kept, how they are cut, and an account of both."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+from typing import Any, Literal
+
+import numpy as np
+from datasets import Dataset
+
+from lightning_ft.data.collate import Segment
+from lightning_ft.data.sources import Source
+from lightning_ft.functional.errors import Refusal
+
+Truncation = Literal["error", "drop", "keep_start", "keep_end"]
+BadRows = Literal["error", "drop"]
+
+
+@dataclass(frozen=True)
+class Report:
+    """What became of a data set.
+
+    Attributes:
+        name: of the source.
+        rows: in the source.
+        kept: rows that are used.
+        tokens: in the rows kept, after truncation.
+        scored: those of them that a loss counts.
+        longest: tokens of the longest row kept.
+        truncated: rows kept that were cut.
+        dropped: reason -> rows left out.
+        packing_efficiency: share of the positions computed that hold real tokens; None before batches are planned.
+    """
+
+    name: str
+    rows: int
+    kept: int
+    tokens: int
+    scored: int
+    longest: int
+    truncated: int
+    dropped: dict[str, int] = field(default_factory=dict)
+    packing_efficiency: float | None = None
+
+    def __str__(self) -> str:
+        """One line for people."""
+        text = f"{self.name}: {self.kept:,} of {self.rows:,} rows, {self.tokens:,} tokens, {self.scored:,} scored"
+        text += f", longest {self.longest:,}"
+        if self.truncated:
+            text += f", {self.truncated:,} truncated"
+        text += "".join(f", {count:,} dropped ({reason})" for reason, count in self.dropped.items())
+        if self.packing_efficiency is not None:
+            text += f", {self.packing_efficiency:.1%} of the positions hold tokens"
+        return text
+
+
+class _Lists:
+    """A column of lists read in place: views of the memory-mapped file, about a microsecond a row."""
+
+    def __init__(self, column: Any) -> None:
+        self._chunks = [(chunk.offsets.to_numpy(), chunk.values.to_numpy()) for chunk in column.chunks]
+        self._begins = np.cumsum([0, *(len(chunk) for chunk in column.chunks)])
+
+    def __getitem__(self, row: int) -> np.ndarray:
+        number = int(np.searchsorted(self._begins, row, side="right")) - 1
+        offsets, values = self._chunks[number]
+        place = row - int(self._begins[number])
+        return values[offsets[place] : offsets[place + 1]]
+
+
+@dataclass(frozen=True)
+class TokenRows:
+    """Rows ready to be dealt.
+
+    Attributes:
+        table: memory-mapped, see :func:`~lightning_ft.data.tokenise.tokenise`.
+        index: (rows,) their numbers in the table, which are those in the source.
+        lengths: (rows,) tokens after truncation.
+        scored: (rows,) scored tokens after truncation.
+        keep_end: whether a long row loses its beginning instead of its end.
+        bos: the BOS id that a row which loses its beginning keeps, or None.
+        report: the account.
+    """
+
+    table: Dataset
+    index: np.ndarray
+    lengths: np.ndarray
+    scored: np.ndarray
+    keep_end: bool
+    bos: int | None
+    report: Report
+
+    def __len__(self) -> int:
+        return len(self.index)
+
+    def segments(self, numbers: Sequence[int] | np.ndarray) -> list[Segment]:
+        """The rows at these places (from 0 to ``len(self) - 1``), cut as agreed."""
+        numbers = np.asarray(numbers, dtype=np.int64)
+        if len(numbers) == 0:
+            return []
+        found = []
+        for number in numbers.tolist():
+            row = int(self.index[number])
+            ids, spans = _cut(*self._whole_row(row), int(self.lengths[number]), self.keep_end, self.bos)
+            found.append(Segment(ids=ids, spans=spans, row=row))
+        return found
+
+    def _whole_row(self, row: int) -> tuple[np.ndarray, np.ndarray]:
+        return self._lists["ids"][row].astype(np.int64), self._lists["spans"][row].astype(np.int64).reshape(-1, 2)
+
+    @cached_property
+    def _lists(self) -> dict[str, _Lists]:
+        return {name: _Lists(self.table.data.column(name)) for name in ("ids", "spans")}
+
+    def subset(self, numbers: np.ndarray) -> TokenRows:
+        """These rows alone; the report counts them, and what was dropped before the split."""
+        lengths, scored = self.lengths[numbers], self.scored[numbers]
+        report = replace(
+            self.report,
+            kept=len(numbers),
+            tokens=int(lengths.sum()),
+            scored=int(scored.sum()),
+            longest=int(lengths.max(initial=0)),
+            truncated=int((self._whole(numbers) > lengths).sum()),
+        )
+        return replace(self, index=self.index[numbers], lengths=lengths, scored=scored, report=report)
+
+    def _whole(self, numbers: np.ndarray) -> np.ndarray:
+        return self.table.data.column("length").to_numpy()[self.index[numbers]]
+
+
+def select(
+    table: Dataset,
+    source: Source,
+    *,
+    max_length: int | None = None,
+    truncation: Truncation = "error",
+    bad_rows: BadRows = "error",
+    bos: int | None = None,
+) -> TokenRows:
+    """Decides which tokenised rows are used and where they are cut.
+
+    Args:
+        table: from :func:`~lightning_ft.data.tokenise.tokenise`.
+        source: to say where a row stands.
+        max_length: most tokens a row may have; None: any number.
+        truncation: what happens to longer rows: refuse, leave them out, keep their first tokens, or their last ones
+            (and BOS, without which many models go astray).
+        bad_rows: what happens to unfit rows, and to those from which truncation cut all that was to be learned.
+        bos: the tokenizer's BOS id.
+
+    Raises:
+        Refusal: a row that is too long or unfit, where the policy says so; or no row is left.
+    """
+    whole = table.data.column("length").to_numpy().astype(np.int64)
+    dropped: dict[str, int] = {}
+    fit = whole > 0
+    if not fit.all():
+        first = int(np.flatnonzero(~fit)[0])
+        dropped["unfit"] = int((~fit).sum())
+        if bad_rows == "error":
+            raise Refusal(f"{source.where(first)}: {table[first]['problem']}")
+    long = whole > (max_length if max_length is not None else np.iinfo(np.int64).max)
+    lengths, scored = whole, table.data.column("scored").to_numpy().astype(np.int64)
+    if long.any() and max_length is not None:
+        if truncation == "error":
+            first = int(np.flatnonzero(long)[0])
+            raise Refusal(
+                f"{source.where(first)} has {int(whole[first])} tokens, more than max_length {max_length}, as have "
+                f"{int(long.sum())} of {len(whole)} rows: raise max_length (the longest has {int(whole.max())}) or "
+                "choose truncation drop, keep_start or keep_end."
+            )
+        if truncation == "drop":
+            dropped[f"longer than {max_length} tokens"] = int(long.sum())
+            fit = fit & ~long
+        else:
+            lengths = np.minimum(whole, max_length)
+            scored = _scored_after_cut(table, long, scored, max_length, truncation == "keep_end", bos)
+            void = fit & (scored == 0)
+            if void.any():
+                first = int(np.flatnonzero(void)[0])
+                if bad_rows == "error":
+                    raise Refusal(
+                        f"{source.where(first)}: truncation to max_length {max_length} ({truncation}) leaves no "
+                        f"token to learn of its {int(whole[first])}, as in {int(void.sum())} rows: raise max_length, "
+                        "choose another truncation, or bad_rows drop."
+                    )
+                dropped["nothing left to learn after truncation"] = int(void.sum())
+                fit = fit & ~void
+    index = np.flatnonzero(fit)
+    if len(index) == 0:
+        reasons = ", ".join(f"{count} {reason}" for reason, count in dropped.items())
+        raise Refusal(f"{source.name}: no row is left to use ({reasons}).")
+    report = Report(source.name, rows=len(whole), kept=0, tokens=0, scored=0, longest=0, truncated=0, dropped=dropped)
+    rows = TokenRows(table, np.arange(len(whole)), lengths, scored, truncation == "keep_end", bos, report)
+    return rows.subset(index)
+
+
+def _scored_after_cut(
+    table: Dataset, long: np.ndarray, scored: np.ndarray, max_length: int, keep_end: bool, bos: int | None
+) -> np.ndarray:
+    scored = scored.copy()
+    ids, flat = _Lists(table.data.column("ids")), _Lists(table.data.column("spans"))
+    for row in np.flatnonzero(long).tolist():
+        _, spans = _cut(ids[row], flat[row].reshape(-1, 2), max_length, keep_end, bos)
+        scored[row] = int(np.maximum(spans[:, 1] - np.maximum(spans[:, 0], 1), 0).sum())
+    return scored
+
+
+def _cut(
+    ids: np.ndarray, spans: np.ndarray, length: int, keep_end: bool, bos: int | None
+) -> tuple[np.ndarray, np.ndarray]:
+    """The first or last ``length`` tokens and what remains of the spans; the last ones after the row's own BOS."""
+    if len(ids) <= length:
+        return ids, spans
+    if not keep_end:
+        kept, spans = ids[:length], np.minimum(spans, length)
+    else:
+        head = 1 if bos is not None and length > 1 and ids[0] == bos else 0
+        shift = len(ids) - length
+        kept = np.concatenate([ids[:head], ids[shift + head :]])
+        spans = np.maximum(spans - shift, head)
+    return kept, spans[spans[:, 1] > spans[:, 0]]

@@ -1,0 +1,1 @@
+"""What all techniques share: the attachment, batches, normalisation, gradients, references, checkpoints, rules."""

@@ -1,0 +1,64 @@
+"""The batch contract: what packing, preference pairs, rollouts, distillation and replay hand to a step.
+
+Rows are either laid end to end in one packed row (``bounds`` says where each begins) or padded on the right
+(``mask`` says which tokens are real). What is scored is given by position, never recovered by comparing ids.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+@dataclass
+class Batch:
+    """One micro-batch of token rows.
+
+    Attributes:
+        ids: (1, T) packed or (B, T) padded on the right, int64.
+        positions: like ``ids``; restarts at 0 in each segment.
+        bounds: packed rows: cumulative segment bounds (0, ..., T); None when padded.
+        mask: padded rows: (B, T) bool, True on real tokens; None when packed.
+        scored: (N,) int64, flat indices into ``ids.reshape(-1)`` of the positions whose hidden state predicts.
+        labels: (N,) int64, the token that each of them has to predict.
+        segment_of_scored: (N,) int64, the segment (row of this batch) that each scored token belongs to.
+        rows: (S,) int64, data-set row number of each segment; -1 for a filler that counts zero.
+        counts: units in this micro-batch, ``{"token": N, "row": S}`` without fillers.
+        window: the same summed over the accumulation window and all ranks; None when the loader does not know.
+        task: name of the task that all rows belong to, if any.
+    """
+
+    ids: Tensor
+    positions: Tensor
+    bounds: tuple[int, ...] | None
+    mask: Tensor | None
+    scored: Tensor
+    labels: Tensor
+    segment_of_scored: Tensor
+    rows: Tensor
+    counts: dict[str, float]
+    window: dict[str, float] | None = None
+    task: str | None = None
+
+    def to(self, device: torch.device | str, non_blocking: bool = False) -> Batch:
+        """The same batch with its tensors on ``device``; bounds and counts stay plain numbers (no device sync)."""
+        moved: dict[str, Any] = {}
+        for field in fields(self):
+            value = getattr(self, field.name)
+            if isinstance(value, Tensor):
+                moved[field.name] = value.to(device, non_blocking=non_blocking)
+        return replace(self, **moved)
+
+    @property
+    def tokens(self) -> int:
+        """Number of real tokens, fillers included; without a device sync for packed rows."""
+        return (
+            self.bounds[-1]
+            if self.bounds is not None
+            else int(self.mask.sum())
+            if self.mask is not None
+            else self.ids.numel()
+        )

@@ -1,0 +1,120 @@
+"""The gradient pipeline: gradient surgery, then closed-form penalties, between unscaling and clipping.
+
+It runs on the module instance's ``on_before_optimizer_step``, not a callback's: tuners replace the callback list.
+Edits write in place, because a copy of the gradients would double their memory, but get everything as arguments.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from typing import Protocol
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor, distribute_tensor
+
+from lightning_ft.functional.errors import Refusal
+
+Surgery = Callable[[Tensor], Tensor]
+"""A map from the (K, K) Gram matrix of the K terms' gradients to K weights of their combination."""
+
+
+class GradientEdit(Protocol):
+    """A closed-form edit of the gradients, once per optimizer step, the same on every rank."""
+
+    name: str
+
+    def edit_(self, parameters: dict[str, nn.Parameter]) -> None:
+        """Adds to ``p.grad`` of the trained parameters, by name."""
+
+
+def like(value: Tensor, parameter: Tensor) -> Tensor:
+    """``value`` laid out as ``parameter`` is: sharded under FSDP2, on its device and in fp32 otherwise."""
+    if isinstance(parameter, DTensor) and not isinstance(value, DTensor):
+        return distribute_tensor(value.to(parameter.device), parameter.device_mesh, parameter.placements)
+    return value.to(parameter.device)
+
+
+def scale_(parameters: Iterable[nn.Parameter], factor: float) -> None:
+    """Multiplies every gradient in place."""
+    grads = [p.grad for p in parameters if p.grad is not None]
+    for grad in grads:
+        grad.mul_(factor)
+
+
+class TermGradients:
+    """The gradients of K terms, kept apart as rows over an accumulation window, then combined by a surgery.
+
+    The rows are (K, P) in fp32 with P trained numbers: memory K times that of the trained parameters.
+    """
+
+    def __init__(self, surgery: Surgery) -> None:
+        """Args: surgery: maps the (K, K) Gram matrix to K weights."""
+        self.surgery = surgery
+        self._rows: Tensor | None = None
+
+    def accumulate(self, losses: Sequence[Tensor], parameters: Sequence[nn.Parameter]) -> None:
+        """Adds one micro-batch's gradients, one row a term.
+
+        Args:
+            losses: K scalars, already divided as they will be stepped with.
+            parameters: the trained parameters, in an order that does not change.
+        """
+        rows = []
+        for index, loss in enumerate(losses):
+            if loss.requires_grad:
+                grads = torch.autograd.grad(loss, parameters, retain_graph=index < len(losses) - 1, allow_unused=True)
+            else:
+                grads = (None,) * len(parameters)
+            pairs = zip(grads, parameters, strict=True)
+            rows.append(torch.cat([(torch.zeros_like(p) if g is None else g).float().reshape(-1) for g, p in pairs]))
+        stacked = torch.stack(rows)  # (K, P)
+        self._rows = stacked if self._rows is None else self._rows + stacked
+
+    def write_(self, parameters: Sequence[nn.Parameter]) -> None:
+        """Averages the rows over ranks, combines them and writes the result to ``p.grad``."""
+        if self._rows is None:
+            return
+        rows, self._rows = self._rows, None
+        if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
+            dist.all_reduce(rows)
+            rows /= dist.get_world_size()
+        weights = self.surgery(rows @ rows.T)  # (K,)
+        combined = weights.to(rows) @ rows  # (P,)
+        offset = 0
+        for parameter in parameters:
+            piece = combined[offset : offset + parameter.numel()].view_as(parameter)
+            parameter.grad = piece.to(parameter.dtype).clone()
+            offset += parameter.numel()
+
+    def forget(self) -> None:
+        """Drops rows of a window that was left unfinished."""
+        self._rows = None
+
+
+def audit(module: nn.Module, conditional: set[str]) -> None:
+    """After the first window: every trained parameter has a gradient, nothing frozen has one.
+
+    Args:
+        module: whose parameters are checked.
+        conditional: names that their owner declared to be without a gradient at times.
+
+    Raises:
+        Refusal: naming up to five parameters that break this.
+    """
+    without = [n for n, p in module.named_parameters() if p.requires_grad and p.grad is None and n not in conditional]
+    frozen = [n for n, p in module.named_parameters() if not p.requires_grad and p.grad is not None]
+    if without:
+        raise Refusal(
+            f"{len(without)} trainable parameters got no gradient in the first window: {_some(without)}; the loss does not "
+            "depend on them. Freeze them (requires_grad False, or the freeze slot), or make the step use them."
+        )
+    if frozen:
+        raise Refusal(
+            f"{len(frozen)} frozen parameters got a gradient: {_some(frozen)}; something thawed and refroze them mid-window."
+        )
+
+
+def _some(names: list[str]) -> str:
+    return ", ".join(names[:5]) + (", ..." if len(names) > 5 else "")

@@ -1,0 +1,171 @@
+"""What our LightningModules share: loading a base, its edits, the optimizer, the schedule, generation."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any, Literal
+
+import lightning.pytorch as pl
+import torch
+from lightning.pytorch.utilities.rank_zero import rank_zero_only
+from torch.optim import Optimizer
+
+from lightning_ft.engine import summary
+from lightning_ft.engine.arguments import check_arguments, describe
+from lightning_ft.engine.attachment import Attachment
+from lightning_ft.engine.generation import Prompt, generate
+from lightning_ft.engine.optimizer import FULL_LR, Schedule, build_optimizer, build_scheduler, parameter_groups
+from lightning_ft.engine.technique import Attached
+from lightning_ft.functional.errors import Refusal
+from lightning_ft.models.admission import Admission, admit
+from lightning_ft.models.causal import CausalLM
+from lightning_ft.models.dtype import apply_dtype_policy, compute_dtype
+from lightning_ft.models.load import load_causal, load_tokenizer
+
+DtypePolicy = Literal["auto", "float32", "bfloat16", "pure_bfloat16"]
+OptimizerFactory = Callable[[Iterable[Any]], Optimizer]
+
+
+class FineTuningModule(pl.LightningModule):
+    """The base of our modules: an objective over a base model that is loaded when the run begins.
+
+    Subclasses store their own arguments and define the steps; arguments are described where they are public, on `SFT`.
+    """
+
+    lightning_ft_module = True
+
+    def __init__(
+        self,
+        base: str,
+        *,
+        lr: float | None,
+        weight_decay: float,
+        warmup_steps: int | None,
+        schedule: Schedule,
+        optimizer: OptimizerFactory | None,
+        base_dtype: DtypePolicy,
+        attention: Literal["auto", "lightning_ft", "sdpa", "eager"],
+        gradient_checkpointing: bool,
+        trust_remote_code: bool,
+        revision: str | None,
+    ) -> None:
+        super().__init__()
+        self.base = base
+        self.lr = lr
+        self.weight_decay = weight_decay
+        self.warmup_steps = warmup_steps
+        self.schedule = schedule
+        self.optimizer = optimizer
+        self.base_dtype = base_dtype
+        self.attention = attention
+        self.gradient_checkpointing = gradient_checkpointing
+        self.trust_remote_code = trust_remote_code
+        self.revision = revision
+        self.model: Any = None
+        self.admission: Admission | None = None
+        self._tokenizer: Any = None
+        self._view: CausalLM | None = None
+
+    # -- loading and edits ------------------------------------------------------------------------------------------
+
+    def configure_callbacks(self) -> list[pl.Callback]:
+        """The attachment joins also when no technique is there."""
+        return [Attached()]
+
+    def configure_model(self) -> None:
+        """Loads the base, once; techniques edit it right after."""
+        if self.model is None:
+            self.model, self._tokenizer = load_causal(
+                self.base,
+                dtype_policy=self.base_dtype,
+                attention=self.attention,
+                trust_remote_code=self.trust_remote_code,
+                revision=self.revision,
+            )
+            self.model.train()  # Hugging Face returns eval mode and Lightning leaves it so: no dropout, silently
+        if self.admission is None:
+            self.admission = admit(self.model, packing=True)
+        datamodule = getattr(self._trainer, "datamodule", None) if self._trainer is not None else None
+        if getattr(datamodule, "packing", False) and not self.admission.packing:
+            raise Refusal(
+                f"{self.base} cannot take packed rows, because {self.admission.reason}; set --data.packing false."
+            )
+
+    def register(self, attachment: Attachment) -> None:
+        """The base's own edits: dtypes once it is known what is trained, and activation checkpointing."""
+        attachment.edit("dtype", "dtype", self._apply_dtype)
+        if self.gradient_checkpointing:
+            attachment.edit("checkpointing", "gradient_checkpointing", self._checkpoint_activations)
+
+    def _apply_dtype(self, module: pl.LightningModule) -> None:
+        root = self._trainer.strategy.root_device if self._trainer is not None else torch.device("cpu")
+        apply_dtype_policy(
+            self.model, compute_dtype(self.base_dtype, root), frozen_only=self.base_dtype != "pure_bfloat16"
+        )
+
+    def _checkpoint_activations(self, module: pl.LightningModule) -> None:
+        self.model.gradient_checkpointing_enable({"use_reentrant": False})
+
+    @property
+    def tokenizer(self) -> Any:
+        """The base's tokenizer, loaded at first use without its weights."""
+        if self._tokenizer is None:
+            self._tokenizer = load_tokenizer(
+                self.base, trust_remote_code=self.trust_remote_code, revision=self.revision
+            )
+        return self._tokenizer
+
+    @property
+    def view(self) -> CausalLM:
+        """The base as backbone and head."""
+        if self._view is None or self._view.model is not self.model:
+            self._view = CausalLM(self.model)
+        return self._view
+
+    # -- optimisation -----------------------------------------------------------------------------------------------
+
+    def resolved_lr(self) -> float:
+        """The rate of this run: ``lr``, else the smallest that a technique suggests, else that of full training."""
+        if self.lr is not None:
+            return self.lr
+        suggested = [t.traits.suggested_lr for t in Attachment.of(self).techniques if t.traits.suggested_lr is not None]
+        return min(suggested, default=FULL_LR)
+
+    def configure_optimizers(self) -> Any:
+        """AdamW (or ``optimizer``) over what is trainable after all edits, warmed up and decayed."""
+        groups = parameter_groups(self, lr=self.resolved_lr(), weight_decay=self.weight_decay)
+        optimizer = build_optimizer(groups, self.optimizer)
+        total = int(self.trainer.estimated_stepping_batches)
+        warmup = self.warmup_steps if self.warmup_steps is not None else max(1, round(0.03 * total))
+        scheduler = build_scheduler(optimizer, total=total, warmup=warmup, schedule=self.schedule)
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
+
+    def on_fit_start(self) -> None:
+        """Says once what is trained, what it costs and what a row looks like."""
+        if rank_zero_only.rank == 0 and self.trainer.progress_bar_callback is not None:
+            summary.announce(self, self.trainer)
+
+    # -- use ----------------------------------------------------------------------------------------------------------
+
+    def generate(
+        self, prompts: Sequence[Prompt], *, max_new_tokens: int = 64, temperature: float = 0.0, top_p: float = 1.0
+    ) -> list[str]:
+        """Answers to prompts (strings or chats) by the model as it is; see `lightning_ft.engine.generation.generate`."""
+        return generate(
+            self.model, self.tokenizer, prompts, max_new_tokens=max_new_tokens, temperature=temperature, top_p=top_p
+        )
+
+    @contextmanager
+    def reference(self, name: str = "base") -> Iterator[None]:
+        """The model at a snapshot: the bare ``base``, or ``start``, when the present fit began; without gradients."""
+        with Attachment.of(self).reference(name):
+            yield
+
+    def check(self) -> None:
+        """Refuses arguments out of bounds; subclasses call it last in their constructor."""
+        check_arguments(self)
+
+    def extra_repr(self) -> str:
+        """The arguments that differ from their defaults."""
+        return describe(self)

@@ -1,0 +1,114 @@
+"""Optimizer, parameter groups and schedule, built from what is trainable after all edits.
+
+Weight decay acts on matrices alone: biases, norms and embeddings' rows have no scale to shrink (GPT-3's and LLaMA's
+practice). Schedules are pure functions of the step.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable
+from typing import Any, Literal
+
+from torch import nn
+from torch.optim import AdamW, Optimizer
+from torch.optim.lr_scheduler import LambdaLR
+
+from lightning_ft.functional.errors import Refusal
+from lightning_ft.nn.registry import injected_layers
+
+Schedule = Literal["cosine", "linear", "constant"]
+FULL_LR = 2e-5
+"""Rate of full fine-tuning, TRL's SFT default; parameter-efficient techniques suggest their own in their traits."""
+
+
+def parameter_groups(
+    module: nn.Module, *, lr: float, weight_decay: float, rates: dict[str, float] | None = None
+) -> list[dict[str, Any]]:
+    """Groups of the trainable parameters by (rate, decay), each with the ``names`` of what it holds.
+
+    Args:
+        module: everything in it that requires a gradient is trained.
+        lr: rate of every group that ``rates`` does not change.
+        weight_decay: of matrices that are not embeddings; 0 for all else.
+        rates: name of a parameter -> factor of ``lr`` (LoRA+, layer-wise decay, a head of its own).
+
+    Raises:
+        Refusal: when nothing is trainable.
+    """
+    embeddings = {id(m.weight) for m in module.modules() if isinstance(m, nn.Embedding)}
+    factors = {
+        f"{path}.{name}" for path, layer in injected_layers(module).items() for name in layer.injected_parameters()
+    }
+    groups: dict[tuple[float, float], dict[str, Any]] = {}
+    for name, parameter in module.named_parameters():
+        if not parameter.requires_grad:
+            continue
+        matrix = parameter.ndim >= 2 and (id(parameter) not in embeddings or name in factors)
+        rate = lr * (rates or {}).get(name, 1.0)
+        decay = weight_decay if matrix else 0.0
+        group = groups.setdefault((rate, decay), {"params": [], "lr": rate, "weight_decay": decay, "names": []})
+        group["params"].append(parameter)
+        group["names"].append(name)
+    if not groups:
+        raise Refusal(
+            "Nothing is trainable: every parameter is frozen; add a technique that trains something, or thaw."
+        )
+    return list(groups.values())
+
+
+def build_optimizer(
+    groups: list[dict[str, Any]], factory: Callable[[Iterable[Any]], Optimizer] | None = None
+) -> Optimizer:
+    """AdamW over the groups, fused where torch has it; or what ``factory(groups)`` makes.
+
+    Betas are (0.9, 0.999), as in TRL and transformers, so that runs compare.
+    """
+    for group in groups:
+        group.pop("names", None)
+    if factory is not None:
+        return factory(groups)
+    floating = all(p.is_floating_point() for g in groups for p in g["params"])
+    return AdamW(groups, betas=(0.9, 0.999), fused=floating)
+
+
+def learning_rate_factor(step: int, *, total: int, warmup: int, schedule: Schedule, floor: float = 0.0) -> float:
+    """Factor of the rate at optimizer step ``step`` (from 0): linear warm-up, then the schedule down to ``floor``.
+
+    cosine: floor + (1 - floor) (1 + cos(pi t)) / 2 with t the share of the steps after warm-up; linear: 1 - (1 - floor) t.
+    """
+    if step < warmup:
+        return (step + 1) / (warmup + 1)
+    if schedule == "constant":
+        return 1.0
+    share = min(1.0, (step - warmup) / max(1, total - warmup))
+    if schedule == "linear":
+        return 1.0 - (1.0 - floor) * share
+    return floor + (1.0 - floor) * 0.5 * (1.0 + math.cos(math.pi * share))
+
+
+def build_scheduler(
+    optimizer: Optimizer, *, total: int, warmup: int, schedule: Schedule, floor: float = 0.0
+) -> LambdaLR:
+    """The schedule as Lightning steps it, once per optimizer step."""
+
+    def factor(step: int) -> float:
+        return learning_rate_factor(step, total=total, warmup=warmup, schedule=schedule, floor=floor)
+
+    return LambdaLR(optimizer, factor)
+
+
+def state_bytes(module: nn.Module) -> int:
+    """Bytes that a checkpoint with AdamW's two moments will take: three fp32 copies of what is trained."""
+    return sum(3 * 4 * p.numel() for p in module.parameters() if p.requires_grad)
+
+
+__all__ = [
+    "FULL_LR",
+    "Schedule",
+    "build_optimizer",
+    "build_scheduler",
+    "learning_rate_factor",
+    "parameter_groups",
+    "state_bytes",
+]

@@ -1,0 +1,54 @@
+"""What a run says once, before it trains: what is trained, what it costs, what the data look like."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import lightning.pytorch as pl
+from rich.console import Console
+from rich.text import Text
+from torch import nn
+
+from lightning_ft.engine.attachment import Attachment
+from lightning_ft.engine.optimizer import state_bytes
+
+
+def trained_counts(module: nn.Module) -> tuple[int, int]:
+    """(numbers that are trained, all numbers) of a module; a shared tensor counts once."""
+    trained = total = 0
+    for parameter in module.parameters():
+        total += parameter.numel()
+        trained += parameter.numel() if parameter.requires_grad else 0
+    return trained, total
+
+
+def announce(module: Any, trainer: pl.Trainer) -> None:
+    """Prints the summary; modules without a rate, datamodules without a preview are told of what they have."""
+    console = Console()
+    trained, total = trained_counts(module)
+    frozen_bytes = sum(p.numel() * p.element_size() for p in module.parameters() if not p.requires_grad)
+    techniques = ", ".join(repr(t) for t in Attachment.of(module).techniques) or "none: everything is trained"
+    console.print(f"[bold]base[/bold]        {module.base}")
+    console.print(Text.assemble(("techniques  ", "bold"), techniques))
+    console.print(
+        f"[bold]trained[/bold]     {trained:,} of {total:,} parameters ({100 * trained / max(total, 1):.2f} %)"
+    )
+    console.print(
+        f"[bold]memory[/bold]      frozen {frozen_bytes / 1e6:,.0f} MB, trained with AdamW {4 * 4 * trained / 1e6:,.0f} MB, "
+        f"a checkpoint {state_bytes(module) / 1e6:,.0f} MB"
+    )
+    source = "as given" if module.lr is not None else "suggested by what is trained (lr: null)"
+    console.print(f"[bold]rate[/bold]        {module.resolved_lr():g}, {source}")
+    datamodule = getattr(trainer, "datamodule", None)
+    report = getattr(datamodule, "report", None)
+    if report is not None:
+        console.print(Text.assemble(("data        ", "bold"), str(report)))
+    preview = getattr(datamodule, "preview", None)
+    if callable(preview):
+        for row in preview(1):
+            console.print(Text.assemble(("a row       ", "bold"), *marked(row.pieces)))
+
+
+def marked(pieces: Any) -> list[Any]:
+    """Decoded pieces of a row with the scored ones in colour (and in brackets where there is no colour)."""
+    return [(f"[[{p.text}]]", "bold green") if p.scored else (p.text, "dim") for p in pieces]

@@ -1,0 +1,49 @@
+"""What a technique declares about itself: compatibility rules, command line, contract tests and docs read it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+Edits = Literal["model", "loss", "gradients", "data", "nothing"]
+
+
+@dataclass(frozen=True)
+class Cannot:
+    """One thing that a technique cannot meet.
+
+    Attributes:
+        meets: what it is: a word of `lightning_ft.engine.compatibility.Situation` such as ``"deepspeed"``, ``"fsdp1"``,
+            ``"fsdp2"``, ``"quantised"``, ``"manual_optimization"``, ``"packed"``, ``"tied_head"``, or another slot.
+        why: the reason, as a clause that follows "because".
+        fix: what the user can do instead, as an imperative.
+    """
+
+    meets: str
+    why: str
+    fix: str
+
+
+@dataclass(frozen=True)
+class Traits:
+    """Facts about one technique, declared beside it.
+
+    Attributes:
+        slot: the command line's named slot, e.g. ``lora`` for ``--lora.r 8``.
+        edits: what it changes.
+        needs: what it must find: ``"reference"``, ``"generator"`` (a module with ``generate``).
+        keeps: one sentence on what stays in the model after training.
+        suggested_lr: the rate that ``lr: null`` takes when this technique is the one that trains; None has no say.
+        starts_as_identity: whether the first forward equals the model without it.
+        conditional_gradients: whether its parameters may lack a gradient in a window (a head of an absent task).
+        cannot: what it cannot meet, why, and the way out.
+    """
+
+    slot: str
+    edits: frozenset[Edits]
+    needs: frozenset[str] = frozenset()
+    keeps: str = "nothing"
+    suggested_lr: float | None = None
+    starts_as_identity: bool = True
+    conditional_gradients: bool = False
+    cannot: tuple[Cannot, ...] = field(default=())

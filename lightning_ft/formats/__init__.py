@@ -1,0 +1,1 @@
+"""Files that others read: PEFT adapters, merged Hugging Face folders."""

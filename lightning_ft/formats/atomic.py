@@ -1,0 +1,78 @@
+"""Write a folder so that a reader finds the old content or the new content, and never half of either.
+
+Two renames replace a folder that exists (no portable call swaps two folders): a process killed between them leaves the
+target absent and both contents complete beside it.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from lightning_ft.functional.errors import Refusal
+
+
+@contextmanager
+def atomic_folder(folder: str | Path, *, marker: str, needed_bytes: int = 0) -> Iterator[Path]:
+    """Give a temporary folder beside the target, and put it in the target's place if the block succeeds.
+
+    Every file is fsynced before the rename. After an exception the target is as it was.
+
+    Args:
+        folder: The target. It may be absent, empty, or hold an earlier export, which is replaced.
+        marker: Name of the file by which an earlier export is known, such as ``adapter_config.json``.
+        needed_bytes: Refuse at once when the disk has less free space than this.
+
+    Raises:
+        Refusal: If the target is a file or a folder with something else in it, or the disk is too full.
+    """
+    target = Path(folder).absolute()
+    if target.is_dir():
+        if any(target.iterdir()) and not (target / marker).is_file():
+            raise Refusal(
+                f"The folder {target} is not empty and holds no {marker}; choose a new folder, so nothing is lost."
+            )
+    elif target.exists():
+        raise Refusal(f"{target} is a file; choose a folder to write to.")
+    target.parent.mkdir(parents=True, exist_ok=True)
+    free = shutil.disk_usage(target.parent).free
+    if free < needed_bytes:
+        raise Refusal(
+            f"Writing {target} needs {needed_bytes / 1e9:.2f} GB and the disk has {free / 1e9:.2f} GB left; free "
+            "some space or choose another disk."
+        )
+    temporary = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
+    try:
+        yield temporary
+        temporary.chmod(0o755)  # mkdtemp makes it private
+        for path in sorted(temporary.rglob("*"), reverse=True):
+            _sync(path)
+        _sync(temporary)
+        if target.exists():
+            old = Path(tempfile.mkdtemp(prefix=f".{target.name}.old.", dir=target.parent))
+            os.replace(target, old)  # renaming over an empty folder is allowed
+            try:
+                os.replace(temporary, target)
+            except BaseException:
+                os.replace(old, target)
+                raise
+            shutil.rmtree(old)
+        else:
+            os.replace(temporary, target)
+        _sync(target.parent)
+    except BaseException:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise
+
+
+def _sync(path: Path) -> None:
+    """Write a file or a folder's entries to the disk."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)

@@ -1,0 +1,1 @@
+"""Pure tensor mathematics, free of modules and of Lightning."""

@@ -1,0 +1,145 @@
+"""What one row of logits says about a token, and how each answer changes with the logits, in closed form.
+
+Axes: n rows, V vocabulary. Every function returns ``(value, gradient)``: the value is (n,), the gradient is
+d value / d logits, (n, V), or None when it was not asked for. Having the gradient in closed form lets the caller pull
+it back through an output head at once and drop everything of size (n, V).
+
+All of it is computed in float32 or above: a bfloat16 log-probability of -8 is off by 0.03, and ratios of two such
+numbers are what PPO and DPO live on.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+#: Stands for log 0 where a finite number is needed: 0 * LOG_ZERO is 0, while 0 * -inf would be NaN.
+LOG_ZERO = -1e30
+
+
+class Distribution(NamedTuple):
+    """A softmax distribution, with what all of its scores share.
+
+    Attributes:
+        logits: (n, V) float32 or float64, after the temperature.
+        probs: (n, V) ``softmax(logits)``.
+        log_normaliser: (n, 1) ``logsumexp(logits)``.
+        top: (n, 1) the largest logit.
+    """
+
+    logits: Tensor
+    probs: Tensor
+    log_normaliser: Tensor
+    top: Tensor
+
+    def log_probs(self) -> Tensor:
+        """(n, V) log-probabilities; tokens of probability zero get a huge negative number instead of -inf."""
+        return (self.logits - self.log_normaliser).clamp_(min=LOG_ZERO)
+
+
+def distribution(logits: Tensor, temperature: float = 1.0) -> Distribution:
+    """The distribution over tokens that ``logits`` stand for.
+
+    Args:
+        logits: (n, V), any floating dtype; below float32 it is raised to float32.
+        temperature: what the logits are divided by. Gradients below are with respect to the divided logits.
+
+    Returns:
+        The distribution; no tensor in it shares memory with ``logits`` unless they were float32 or above already.
+    """
+    z = logits if logits.dtype in (torch.float32, torch.float64) else logits.float()
+    if temperature != 1.0:
+        z = z / temperature
+    probs = torch.softmax(z, dim=-1)
+    top = z.amax(dim=-1, keepdim=True)
+    # The most likely token has probability >= 1/V, so its logarithm is exact to rounding, and one pass over the
+    # vocabulary (a second exp and sum) is saved against torch.logsumexp.
+    return Distribution(z, probs, top - probs.amax(dim=-1, keepdim=True).log_(), top)
+
+
+def log_prob(p: Distribution, labels: Tensor, *, gradient: bool = True) -> tuple[Tensor, Tensor | None]:
+    """Log p(label), whose gradient is onehot(label) - p.
+
+    Args:
+        p: the distribution of each row.
+        labels: (n,) int64 token numbers in [0, V).
+        gradient: whether to return d value / d logits.
+    """
+    index = labels.unsqueeze(-1)
+    value = (p.logits.gather(-1, index) - p.log_normaliser).squeeze(-1)
+    if not gradient:
+        return value, None
+    return value, p.probs.neg().scatter_add_(-1, index, torch.ones_like(index, dtype=p.probs.dtype))
+
+
+def entropy(p: Distribution, *, gradient: bool = True) -> tuple[Tensor, Tensor | None]:
+    """H(p) = -sum p log p in nats, whose gradient is -p * (log p + H)."""
+    logp = p.log_probs()
+    value = -(p.probs * logp).sum(-1)
+    if not gradient:
+        return value, None
+    return value, logp.add_(value.unsqueeze(-1)).mul_(p.probs).neg_()
+
+
+def forward_kl(p: Distribution, q: Distribution, *, gradient: bool = True) -> tuple[Tensor, Tensor | None]:
+    """KL(q || p): q is the teacher, p the student that the gradient, p - q, belongs to (it covers all of q)."""
+    value = (q.probs * q.log_probs().sub_(p.log_probs())).sum(-1)
+    return value, (p.probs - q.probs if gradient else None)
+
+
+def reverse_kl(p: Distribution, q: Distribution, *, gradient: bool = True) -> tuple[Tensor, Tensor | None]:
+    """KL(p || q): p is the student, which seeks a mode of q; gradient p * (log p - log q - KL)."""
+    ratio = p.log_probs().sub_(q.log_probs())
+    value = (p.probs * ratio).sum(-1)
+    if not gradient:
+        return value, None
+    return value, ratio.sub_(value.unsqueeze(-1)).mul_(p.probs)
+
+
+def jensen_shannon(
+    p: Distribution, q: Distribution, beta: float = 0.5, *, gradient: bool = True
+) -> tuple[Tensor, Tensor | None]:
+    """Generalised Jensen-Shannon divergence of GKD (Agarwal et al. 2024, arXiv:2306.13649, equation 1).
+
+    beta * KL(q || m) + (1 - beta) * KL(p || m) with m = beta * q + (1 - beta) * p; p is the student.
+    The gradient is (1 - beta) * p * (log p/m - KL(p || m)).
+
+    Args:
+        p: the student's distribution.
+        q: the teacher's distribution.
+        beta: weight of the teacher, strictly between 0 and 1 (at 0 and 1 the divergence vanishes; the paper's limits
+            there, divided by beta or 1 - beta, are the two KL divergences).
+        gradient: whether to return d value / d logits of the student.
+    """
+    logm = (q.probs * beta).add_(p.probs, alpha=1.0 - beta).log_().clamp_(min=LOG_ZERO)
+    teacher = (q.probs * (q.log_probs().sub_(logm))).sum(-1)
+    ratio = p.log_probs().sub_(logm)
+    student = (p.probs * ratio).sum(-1)
+    value = beta * teacher + (1.0 - beta) * student
+    if not gradient:
+        return value, None
+    return value, ratio.sub_(student.unsqueeze(-1)).mul_(p.probs).mul_(1.0 - beta)
+
+
+def top_k(p: Distribution, k: int) -> tuple[Tensor, Tensor, Tensor]:
+    """The k most likely tokens and what is left for all others (no gradient; for a teacher's cache).
+
+    Args:
+        p: the distribution of each row.
+        k: how many tokens to keep, 1 <= k <= V.
+
+    Returns:
+        log-probabilities (n, k) in falling order, token numbers (n, k), and the log of the remaining mass (n,), summed
+        over the tokens that were not kept (one minus the kept mass would cancel where the model is sure).
+    """
+    _, index = p.logits.topk(k, dim=-1)
+    logp = p.logits.gather(-1, index) - p.log_normaliser
+    rest = p.probs.scatter(-1, index, 0.0).sum(-1).log_().clamp_(min=LOG_ZERO)
+    return logp, index, rest
+
+
+def is_top(p: Distribution, labels: Tensor) -> Tensor:
+    """(n,) bool: whether no token is likelier than the label. Ties, common in bfloat16, count as hits."""
+    return p.logits.gather(-1, labels.unsqueeze(-1)).squeeze(-1) >= p.top.squeeze(-1)

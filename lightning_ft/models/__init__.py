@@ -1,0 +1,1 @@
+"""Base models: loading, dtypes, sharding, starter assets, and the admission check."""

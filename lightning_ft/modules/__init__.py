@@ -1,0 +1,1 @@
+"""LightningModules: an objective over a base model, with its metrics."""

@@ -1,0 +1,334 @@
+"""Block-diagonal attention for rows that are laid end to end, under transformers' attention interface.
+
+A packed row holds S segments; a token may see its own segment only. Transformers hands ``segment_bounds`` (a keyword of
+the model's forward) through to every attention layer, and the function here runs attention segment by segment, so
+that no T x T mask is ever built. Without ``segment_bounds`` everything is as under transformers' own ``sdpa``, with the
+two things that ``sdpa`` cannot do (soft-capping, sinks) computed openly.
+
+Packing is never left to transformers' guess from ``position_ids``, which is silently wrong in its default call.
+
+Axes: H query heads, K key heads (K divides H), T tokens of the packed row, d width of a head.
+"""
+
+from __future__ import annotations
+
+from functools import lru_cache
+from importlib.util import find_spec
+from itertools import pairwise
+from typing import Any
+
+import torch
+import torch.nn.functional as F  # noqa: N812 (the name everybody reads)
+from torch import Tensor, nn
+
+from lightning_ft.functional.errors import Refusal
+
+NAME = "lightning_ft"
+
+#: Segments up to this length run in float32 on a CPU although the model is in bfloat16: on 16 segments of 60 tokens,
+#: 9 heads of 64, forward and backward took 12 ms that way and 26 ms in bfloat16; from 250 tokens on there is no gain.
+SHORT = 128
+
+#: What models pass along that says nothing about which token sees which.
+_HARMLESS = {
+    "position_ids",
+    "cache_position",
+    "position_embeddings",
+    "use_cache",
+    "output_attentions",
+    "output_hidden_states",
+    "output_router_logits",
+    "return_dict",
+    "deterministic",
+    "num_items_in_batch",
+    "logits_to_keep",
+    "past_key_values",
+    "layer_idx",
+}
+
+
+def register() -> None:
+    """Make ``attn_implementation="lightning_ft"`` known to transformers. May be called again; never called at import.
+
+    The name also needs a mask function: without one transformers drops the padding mask and says nothing.
+    """
+    from transformers import AttentionInterface, AttentionMaskInterface
+    from transformers.masking_utils import sdpa_mask
+
+    AttentionInterface.register(NAME, attention)
+    AttentionMaskInterface.register(NAME, sdpa_mask)
+
+
+def attention(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    *,
+    segment_bounds: tuple[int, ...] | None = None,
+    scaling: float | None = None,
+    dropout: float = 0.0,
+    is_causal: bool | None = None,
+    sliding_window: int | None = None,
+    softcap: float | None = None,
+    s_aux: Tensor | None = None,
+    **others: Any,
+) -> tuple[Tensor, None]:
+    """One attention layer, as transformers' attention interface calls it.
+
+    Args:
+        module: the layer; its ``is_causal`` says whether tokens see what follows them, unless the argument does.
+        query: (B, H, T, d); packed: B = 1.
+        key: (B, K, T, d).
+        value: (B, K, T, d).
+        attention_mask: as transformers made it; not looked at when ``segment_bounds`` is given.
+        segment_bounds: cumulative bounds (0, ..., T) of the segments of a packed row.
+        scaling: what scores are multiplied by; 1 / sqrt(d) unless given.
+        dropout: probability of dropping an attention weight.
+        is_causal: overrides the layer's own.
+        sliding_window: how many tokens back, itself included, a token sees in its own segment.
+        softcap: scores become ``softcap * tanh(scores / softcap)``.
+        s_aux: (H,) attention sinks: one more score per head that takes part in the softmax and has no value.
+        **others: what else the model passes; anything that could change who sees whom is refused.
+
+    Returns:
+        (B, T, H, d) and None for the weights, which are never materialised.
+
+    Raises:
+        Refusal: an argument that packed attention does not know, or bounds that do not fit the row.
+    """
+    if is_causal is None:
+        is_causal = bool(getattr(module, "is_causal", True))
+    if segment_bounds is None:
+        # The window is in the mask that transformers made.
+        return _unpacked(module, query, key, value, attention_mask, scaling, dropout, is_causal, softcap, s_aux, others)
+    _check(query, key, segment_bounds, others)
+    if value.shape[-1] != key.shape[-1] or softcap is not None or s_aux is not None:
+        out = _by_segment(
+            query, key, value, segment_bounds, scaling, dropout, is_causal, sliding_window, softcap, s_aux
+        )
+    elif query.device.type == "cpu" or dropout > 0:
+        out = _by_segment(query, key, value, segment_bounds, scaling, dropout, is_causal, sliding_window)
+    elif _varlen_can(query):
+        out = _varlen(query, key, value, segment_bounds, scaling, is_causal, sliding_window)
+    else:
+        out = flex(query, key, value, segment_bounds, scaling, is_causal, sliding_window)
+    return out.transpose(1, 2).contiguous(), None
+
+
+def _check(query: Tensor, key: Tensor, bounds: tuple[int, ...], others: dict[str, Any]) -> None:
+    for name, given in others.items():
+        if name not in _HARMLESS and given is not None and given is not False:
+            raise Refusal(
+                f"Packed attention does not know the argument {name!r} that this model passes to its attention layers, "
+                "and ignoring it could change the result; train this model with packing off."
+            )
+    tokens = query.shape[2]
+    if query.shape[0] != 1 or key.shape[2] != tokens:
+        raise Refusal(
+            f"Packed attention takes one packed row whose tokens attend to one another, but got {query.shape[0]} rows "
+            f"of {tokens} tokens and {key.shape[2]} keys (a key-value cache or cross-attention); use padded rows there."
+        )
+    if len(bounds) < 2 or bounds[0] != 0 or bounds[-1] != tokens or any(a >= b for a, b in pairwise(bounds)):
+        raise Refusal(f"segment_bounds {bounds} must rise from 0 to the {tokens} tokens of the packed row.")
+
+
+def _by_segment(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    bounds: tuple[int, ...],
+    scaling: float | None,
+    dropout: float,
+    causal: bool,
+    window: int | None,
+    softcap: float | None = None,
+    sinks: Tensor | None = None,
+) -> Tensor:
+    """Each segment on its own; batches of segments of one length, padded or not, measured no faster on a CPU."""
+    lengths = [b - a for a, b in pairwise(bounds)]
+    dtype = query.dtype
+    if query.device.type == "cpu" and dtype in (torch.bfloat16, torch.float16) and max(lengths) <= SHORT:
+        query, key, value = query.float(), key.float(), value.float()
+    grouped = query.shape[1] != key.shape[1]
+    parts = []
+    for q, k, v in zip(query.split(lengths, 2), key.split(lengths, 2), value.split(lengths, 2), strict=True):
+        tokens = q.shape[2]
+        banded = window is not None and tokens > window
+        if softcap is not None or sinks is not None:
+            mask = _band(tokens, causal, window if banded else None, q.device)
+            parts.append(_openly(q, k, v, mask, scaling, dropout, softcap, sinks))
+        elif banded:
+            mask = _band(tokens, causal, window, q.device)
+            parts.append(
+                F.scaled_dot_product_attention(q, k, v, mask, dropout_p=dropout, scale=scaling, enable_gqa=grouped)
+            )
+        else:
+            parts.append(
+                F.scaled_dot_product_attention(
+                    q, k, v, dropout_p=dropout, is_causal=causal, scale=scaling, enable_gqa=grouped
+                )
+            )
+    return torch.cat(parts, 2).to(dtype)
+
+
+@lru_cache(maxsize=64)
+def _band(tokens: int, causal: bool, window: int | None, device: torch.device) -> Tensor:
+    """(T, T) bool, True where a token may look."""
+    with torch.inference_mode(False):  # made during validation, it may be kept for a backward pass later
+        at = torch.arange(tokens, device=device)
+        back = at[:, None] - at[None, :]  # how far back the key is
+        allowed = back >= 0 if causal else torch.ones_like(back, dtype=torch.bool)
+        return allowed if window is None else allowed & (back.abs() < window)
+
+
+def _openly(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: Tensor | None,
+    scaling: float | None,
+    dropout: float,
+    softcap: float | None,
+    sinks: Tensor | None,
+) -> Tensor:
+    """Attention written out, for what no kernel offers. ``mask`` is boolean (True: may look) or added to the scores."""
+    groups = query.shape[1] // key.shape[1]
+    if groups > 1:
+        key, value = key.repeat_interleave(groups, 1), value.repeat_interleave(groups, 1)
+    scores = query @ key.transpose(-1, -2) * (query.shape[-1] ** -0.5 if scaling is None else scaling)
+    if softcap is not None:
+        scores = torch.tanh(scores / softcap) * softcap
+    if mask is not None:
+        lowest = torch.finfo(scores.dtype).min
+        scores = scores.masked_fill(~mask, lowest) if mask.dtype == torch.bool else scores + mask
+    if sinks is not None:
+        sink = sinks.to(scores.dtype).reshape(1, -1, 1, 1).expand(*scores.shape[:-1], 1)
+        weights = torch.cat([scores, sink], -1).softmax(-1, dtype=torch.float32)[..., :-1]
+    else:
+        weights = scores.softmax(-1, dtype=torch.float32)
+    weights = F.dropout(weights.to(value.dtype), dropout) if dropout > 0 else weights.to(value.dtype)
+    return weights @ value
+
+
+def _varlen_can(query: Tensor) -> bool:
+    """Whether the variable-length kernel takes these tensors."""
+    if query.device.type != "cuda" or query.dtype not in (torch.float16, torch.bfloat16) or query.shape[-1] > 256:
+        return False
+    if find_spec("torch.nn.attention.varlen") is None:
+        return False
+    return torch.cuda.get_device_capability(query.device) >= (8, 0)
+
+
+@lru_cache(maxsize=8)
+def _bounds_on(bounds: tuple[int, ...], device: torch.device) -> Tensor:
+    """The bounds as the kernel wants them; cached, since every layer of a step asks for the same."""
+    with torch.inference_mode(False):
+        return torch.tensor(bounds, dtype=torch.int32, device=device)
+
+
+def _varlen(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    bounds: tuple[int, ...],
+    scaling: float | None,
+    causal: bool,
+    window: int | None,
+) -> Tensor:
+    """Torch's own kernel for rows laid end to end (GPU, 16 bit)."""
+    from torch.nn.attention.varlen import varlen_attn
+
+    starts = _bounds_on(bounds, query.device)
+    longest = max(b - a for a, b in pairwise(bounds))
+    left = -1 if window is None else window - 1  # the kernel counts the tokens before the token itself
+    q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))  # (T, H, d)
+    out = varlen_attn(
+        q,
+        k,
+        v,
+        starts,
+        starts,
+        longest,
+        longest,
+        scale=scaling,
+        window_size=(left, 0 if causal else left),
+        enable_gqa=query.shape[1] != key.shape[1],
+    )
+    assert isinstance(out, Tensor)  # a pair only if the normaliser is asked for
+    return out.transpose(0, 1).unsqueeze(0)
+
+
+@lru_cache(maxsize=8)
+def _block_mask(bounds: tuple[int, ...], causal: bool, window: int | None, device: torch.device) -> Any:
+    from torch.nn.attention.flex_attention import create_block_mask
+
+    with torch.inference_mode(False):
+        lengths = torch.tensor([b - a for a, b in pairwise(bounds)], device=device)
+        segment = torch.repeat_interleave(torch.arange(len(bounds) - 1, device=device), lengths)
+
+    def allowed(batch: Tensor, head: Tensor, q: Tensor, k: Tensor) -> Tensor:
+        inside = segment[q] == segment[k]
+        if causal:
+            inside = inside & (q >= k)
+        return inside & ((q - k).abs() < window) if window is not None else inside
+
+    with torch.inference_mode(False):
+        return create_block_mask(allowed, None, None, bounds[-1], bounds[-1], device=device)
+
+
+@lru_cache(maxsize=1)
+def _compiled_flex() -> Any:
+    from torch.nn.attention.flex_attention import flex_attention
+
+    return torch.compile(flex_attention, dynamic=True)
+
+
+def flex(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    bounds: tuple[int, ...],
+    scaling: float | None,
+    causal: bool,
+    window: int | None,
+) -> Tensor:
+    """FlexAttention with a block mask: GPUs and dtypes that the variable-length kernel does not serve.
+
+    Compiled on a GPU; elsewhere it runs openly, which is only good for checking it.
+    """
+    from torch.nn.attention.flex_attention import flex_attention
+
+    run = _compiled_flex() if query.device.type == "cuda" else flex_attention
+    mask = _block_mask(bounds, causal, window, query.device)
+    return run(query, key, value, block_mask=mask, scale=scaling, enable_gqa=query.shape[1] != key.shape[1])
+
+
+def _unpacked(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: Tensor | None,
+    scaling: float | None,
+    dropout: float,
+    causal: bool,
+    softcap: float | None,
+    sinks: Tensor | None,
+    others: dict[str, Any],
+) -> tuple[Tensor, None]:
+    """Padded or single rows, cross-attention and generation: transformers' own function and its own mask."""
+    if softcap is None and sinks is None:
+        from transformers.integrations.sdpa_attention import sdpa_attention_forward
+
+        return sdpa_attention_forward(
+            module, query, key, value, mask, dropout=dropout, scaling=scaling, is_causal=causal, **others
+        )
+    if others.get("position_bias") is not None:
+        raise Refusal("Attention with both a position bias and soft-capping or sinks is not known here; use eager.")
+    tokens, keys = query.shape[2], key.shape[2]
+    if mask is None and causal and tokens > 1:
+        # sdpa's mask function leaves a plain causal mask to the kernel; the queries are the first of the keys.
+        mask = _band(max(tokens, keys), True, None, query.device)[:tokens, :keys]
+    return _openly(query, key, value, mask, scaling, dropout, softcap, sinks).transpose(1, 2).contiguous(), None

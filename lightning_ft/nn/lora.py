@@ -1,0 +1,346 @@
+"""LoRA and DoRA on any ``nn.Module``: choose modules, wrap them, and merge the result into plain weights.
+
+Hu et al. 2022, https://arxiv.org/abs/2106.09685. `inject_lora` is what the callback calls; it is also usable inside a
+user's own ``configure_model``. The layers are in `lightning_ft.nn.lora_layers`, the file format in
+`lightning_ft.formats.peft`.
+"""
+
+from __future__ import annotations
+
+import copy
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields
+from typing import TypeVar
+
+import torch
+from torch import nn
+
+from lightning_ft.functional.errors import Refusal
+from lightning_ft.nn.lora_layers import LoRALayer, is_packed, layer_class
+from lightning_ft.nn.registry import (
+    InjectedLayer,
+    base_name,
+    injected_layers,
+    innermost,
+    pristine_modules,
+    replace_module,
+    shared_parameters,
+)
+from lightning_ft.nn.select import ALL_LINEAR, LayerSpec, is_broad, linear_names, matches, select
+
+_Number = TypeVar("_Number", int, float)
+
+
+@dataclass(frozen=True)
+class LoRAConfig:
+    """What to wrap with LoRA and how.
+
+    Args:
+        r: Rank of the updates, at least 1.
+        alpha: Numerator of the scale ``alpha / r``; 16 with r 8 doubles the update, the ratio most recipes use.
+        dropout: Probability of zeroing inputs of ``A`` while training.
+        target: Patterns of module names (see `lightning_ft.nn.select`), or ``"all-linear"``: every linear layer but the
+            output head, which reaches the quality of full training where attention alone does not (QLoRA, section 4).
+        exclude: Patterns of modules to leave out, with all that they contain.
+        layers: Only these repeated blocks: ``"0-3,7"``, ``"-4:"`` or a list of indices.
+        rank_pattern: Other ranks for some modules: a regular expression for the end of the name, from a dot on, to r.
+        alpha_pattern: Other alphas, likewise. The first key that matches counts.
+        rslora: Scale by ``alpha / sqrt(r)``, which keeps the update's size when r grows (Kalajdzievski 2023).
+        dora: Also train the magnitude of each output (Liu et al. 2024); slower, better at small r.
+        modules_to_save: Patterns of modules to train in full beside the adapter and to store with it (a new head).
+        adapter_name: Name of the adapter; several adapters on one model need different ones.
+
+    Raises:
+        Refusal: For values that mean nothing.
+    """
+
+    r: int = 8
+    alpha: float = 16.0
+    dropout: float = 0.0
+    target: tuple[str, ...] | str = ALL_LINEAR
+    exclude: tuple[str, ...] = ()
+    layers: LayerSpec | None = None
+    rank_pattern: Mapping[str, int] = field(default_factory=dict)
+    alpha_pattern: Mapping[str, float] = field(default_factory=dict)
+    rslora: bool = False
+    dora: bool = False
+    modules_to_save: tuple[str, ...] = ()
+    adapter_name: str = "default"
+
+    def __post_init__(self) -> None:
+        """Refuse what cannot work; turn lists into tuples."""
+        for name in ("exclude", "modules_to_save"):
+            value = getattr(self, name)
+            object.__setattr__(self, name, (value,) if isinstance(value, str) else tuple(value))
+        if not isinstance(self.target, str):
+            object.__setattr__(self, "target", tuple(self.target))
+        ranks = {"r": self.r, **{f"rank_pattern[{k!r}]": v for k, v in self.rank_pattern.items()}}
+        for where, r in ranks.items():
+            if not isinstance(r, int) or isinstance(r, bool) or r < 1:
+                raise Refusal(f"LoRAConfig.{where} must be a whole number of at least 1, got {r!r}.")
+        alphas = {"alpha": self.alpha, **{f"alpha_pattern[{k!r}]": v for k, v in self.alpha_pattern.items()}}
+        for where, a in alphas.items():
+            if not a > 0:
+                raise Refusal(f"LoRAConfig.{where} must be above 0, got {a!r}.")
+        if not 0 <= self.dropout < 1:
+            raise Refusal(f"LoRAConfig.dropout must be at least 0 and below 1, got {self.dropout!r}.")
+        if not self.target:
+            raise Refusal("LoRAConfig.target is empty; name modules such as 'q_proj', or write 'all-linear'.")
+        if not self.adapter_name or "." in self.adapter_name:
+            raise Refusal(f"LoRAConfig.adapter_name must be a word without dots, got {self.adapter_name!r}.")
+        for key in (*self.rank_pattern, *self.alpha_pattern):
+            try:
+                re.compile(key)
+            except re.error as error:
+                raise Refusal(f"The rank or alpha pattern {key!r} is not a regular expression: {error}.") from error
+
+    def __repr__(self) -> str:
+        """Show what differs from the defaults."""
+        default: dict[str, object] = {f.name: f.default if f.default_factory is not dict else {} for f in fields(self)}
+        changed = ((f.name, getattr(self, f.name)) for f in fields(self))
+        return f"LoRAConfig({', '.join(f'{name}={value!r}' for name, value in changed if value != default[name])})"
+
+    def rank_of(self, name: str) -> int:
+        """Return the rank for a module's pristine name."""
+        return _first_match(self.rank_pattern, name, self.r)
+
+    def alpha_of(self, name: str) -> float:
+        """Return alpha for a module's pristine name."""
+        return _first_match(self.alpha_pattern, name, self.alpha)
+
+
+def inject_lora(
+    model: nn.Module, config: LoRAConfig, *, seed: int = 0, freeze_base: bool = True
+) -> dict[str, LoRALayer]:
+    """Wrap the chosen modules of a model, in place, and return the new layers by pristine name.
+
+    The first forward equals the one before: ``B`` is zero. Initial values depend on the seed and the parameter's name
+    only, so all ranks agree. A model may carry several adapters, on different modules or one around the other.
+
+    Args:
+        model: Any module, a Hugging Face model or not, possibly with other injected layers.
+        config: What to wrap and how.
+        seed: Seed of the initial values.
+        freeze_base: Let nothing train but injected layers and modules to save, of this adapter and of earlier ones.
+
+    Raises:
+        Refusal: If a pattern matches nothing, or what it matches cannot be wrapped. The model is unchanged then.
+
+    Example:
+        >>> net = nn.Sequential(nn.Linear(4, 3), nn.ReLU(), nn.Linear(3, 2))
+        >>> list(inject_lora(net, LoRAConfig(r=2, target=("0",))))
+        ['0']
+        >>> [name for name, p in net.named_parameters() if p.requires_grad]
+        ['0.lora_A', '0.lora_B']
+    """
+    if injected_layers(model, config.adapter_name):
+        raise Refusal(
+            f"The model already carries an adapter called {config.adapter_name!r}; give the new one another name."
+        )
+    saved = saved_modules(model, config)
+    names = target_names(model, config)
+    for what, pattern in (("rank_pattern", config.rank_pattern), ("alpha_pattern", config.alpha_pattern)):
+        for key in pattern:
+            if not any(_is_match(key, name) for name in names):
+                raise Refusal(f"The {what} key {key!r} matches none of the modules that get LoRA; correct or drop it.")
+    places = pristine_modules(model)
+    layers: dict[str, LoRALayer] = {}
+    for name in names:
+        module = places[name][1]
+        kind = layer_class(innermost(module))
+        assert kind is not None
+        layers[name] = kind(
+            module,
+            r=config.rank_of(name),
+            alpha=config.alpha_of(name),
+            dropout=config.dropout,
+            rslora=config.rslora,
+            dora=config.dora,
+            adapter_name=config.adapter_name,
+            seed=seed,
+            name=name,
+        )
+        layers[name].config = config
+    for name, layer in layers.items():
+        replace_module(model, places[name][0], layer)
+    _leave_fused_path(model)
+    if freeze_base:
+        keep = {p for x in injected_layers(model).values() for p in x.injected_parameters().values()}
+        for other in adapter_configs(model).values():
+            keep |= {p for module in saved_modules(model, other).values() for p in module.parameters()}
+        for parameter in model.parameters():
+            if parameter not in keep:
+                parameter.requires_grad_(False)
+    for module in saved.values():
+        module.requires_grad_(True)
+    return layers
+
+
+def target_names(model: nn.Module, config: LoRAConfig) -> list[str]:
+    """Return the pristine names of the modules that a configuration wraps, in model order.
+
+    Raises:
+        Refusal: As for `inject_lora`.
+    """
+    places = {name: innermost(module) for name, (_, module) in pristine_modules(model).items() if name}
+    if config.target == ALL_LINEAR:
+        linear = set(linear_names(model))
+        if not linear:
+            raise Refusal("'all-linear' found no linear layer in this model; name the modules to wrap.")
+        chosen = select([n for n in places if n in linear], "*", layers=config.layers)
+    else:
+        patterns = (config.target,) if isinstance(config.target, str) else config.target
+        wrappable = {name: module for name, module in places.items() if layer_class(module) is not None}
+        for pattern in patterns:
+            _refuse_unwrappable(model, places, pattern)
+        chosen = select(wrappable, patterns, layers=config.layers)
+    left_out = set(select(places, config.exclude)) if config.exclude else set()
+    left_out |= set(select(places, config.modules_to_save)) if config.modules_to_save else set()
+    chosen = [name for name in chosen if not _is_inside(name, left_out)]
+    if not chosen:
+        raise Refusal("Every module that target selects is excluded or among modules_to_save; nothing is left to wrap.")
+    return chosen
+
+
+def saved_modules(model: nn.Module, config: LoRAConfig) -> dict[str, nn.Module]:
+    """Return the modules that are trained in full beside the adapter, by pristine name.
+
+    Raises:
+        Refusal: If a pattern matches nothing, or if another module holds the same parameter.
+    """
+    places = {name: innermost(module) for name, (_, module) in pristine_modules(model).items() if name}
+    names = select(places, config.modules_to_save) if config.modules_to_save else []
+    tied = shared_parameters(model)
+    for name in names:
+        for parameter in places[name].parameters():
+            if parameter in tied:
+                raise Refusal(
+                    f"modules_to_save cannot hold {name!r}: its weight is tied ({' = '.join(tied[parameter])}), and "
+                    "a stored "
+                    "adapter would untie it; give the head a weight of its own (tie_word_embeddings=False), or use "
+                    "LoRA there."
+                )
+    return {name: places[name] for name in names}
+
+
+def adapter_configs(model: nn.Module) -> dict[str, LoRAConfig]:
+    """Return the configuration of each LoRA adapter that a model carries, by adapter name."""
+    return {x.adapter_name: x.config for x in injected_layers(model).values() if isinstance(x, LoRALayer)}
+
+
+@torch.no_grad()
+def merge_lora_(model: nn.Module) -> nn.Module:
+    """Merge every LoRA layer into the weight that it wraps and take the wrapper off, in place.
+
+    ``W0 + s B A`` is computed in fp32 (float64 for a float64 base) and rounded once to the base's dtype. A layer
+    that is switched off is taken off without merging. Never do this to a model that trains on: use `merged_copy`.
+
+    Args:
+        model: A copy that the caller made.
+
+    Returns:
+        The same model.
+
+    Raises:
+        Refusal: If a base weight is packed, or tied to another module's. The model is unchanged then.
+    """
+    layers = {path: x for path, x in injected_layers(model).items() if isinstance(x, LoRALayer)}
+    tied = shared_parameters(model)
+    for layer in layers.values():
+        weight = innermost(layer).weight
+        assert isinstance(weight, nn.Parameter)
+        if is_packed(weight):
+            raise Refusal(
+                f"The adapter on {layer.name!r} cannot be merged: its base weight is packed ({weight.dtype}); load "
+                "the base unquantised, load the adapter there and merge."
+            )
+        if weight in tied and layer.enabled:
+            raise Refusal(
+                f"The adapter on {layer.name!r} cannot be merged: its weight is tied ({' = '.join(tied[weight])}), "
+                "so the "
+                "merge would change the other one as well; export the adapter instead, or untie the weights before "
+                "training."
+            )
+    merged: dict[nn.Parameter, torch.Tensor] = {}
+    for layer in reversed(layers.values()):  # inner wrappers first
+        weight = innermost(layer).weight
+        assert isinstance(weight, nn.Parameter)
+        if layer.enabled:
+            wide = merged.get(weight, weight.to(torch.promote_types(weight.dtype, torch.float32)))
+            merged[weight] = layer.merge_into(wide)
+    for weight, value in merged.items():
+        weight.copy_(value)
+    for path in reversed(layers):
+        replace_module(model, path, layers[path].base)
+    return model
+
+
+def merged_copy(model: nn.Module) -> nn.Module:
+    """Return a deep copy without injected layers whose weights hold what they did; the model itself is not touched.
+
+    Raises:
+        Refusal: As for `merge_lora_`, and if the model carries injected layers that are not a change of weight.
+    """
+    for path, layer in injected_layers(model).items():
+        if not isinstance(layer, LoRALayer):
+            raise Refusal(
+                f"{base_name(path, model)!r} carries the {layer.kind} adapter {layer.adapter_name!r}, which cannot "
+                "be merged into a weight; export it as an adapter instead."
+            )
+    return merge_lora_(copy.deepcopy(model))
+
+
+def _refuse_unwrappable(model: nn.Module, places: dict[str, nn.Module], pattern: str) -> None:
+    """Refuse a pattern that means parameters, or modules that LoRA cannot wrap."""
+    found = {name: module for name, module in places.items() if matches(name, pattern)}
+    others = {name: module for name, module in found.items() if layer_class(module) is None}
+    if not others and found:
+        return
+    for path, parameter in model.named_parameters():
+        name = base_name(path, model)
+        parent = name.rpartition(".")[0]
+        if parameter.dim() != 3 or isinstance(places.get(parent), nn.modules.conv._ConvNd):
+            continue
+        if (not found and matches(name, pattern)) or (parent in others and len(others) == len(found)):
+            raise Refusal(
+                f"LoRA cannot wrap {name!r}: it is one tensor of shape {tuple(parameter.shape)} that holds all experts "
+                "of a mixture; choose linear layers such as the attention's 'q_proj'."
+            )
+    if others and (not is_broad(pattern) or len(others) == len(found)):
+        name, module = next(iter(others.items()))
+        raise Refusal(
+            f"LoRA cannot wrap {name!r}, a {type(module).__name__}: it wraps Linear, Conv1D, Conv2d and Embedding; "
+            f"to take the layers inside it, write '*{name.split('.')[-1]}.*'."
+        )
+
+
+def _leave_fused_path(model: nn.Module) -> None:
+    """Keep PyTorch's own transformer blocks from computing with the base weights only.
+
+    In evaluation ``nn.TransformerEncoderLayer`` hands the weights of its linear layers to one fused kernel without
+    calling them; a block that carries an injected layer gives up that kernel, which changes no result otherwise.
+    """
+    for module in model.modules():
+        if isinstance(module, nn.TransformerEncoderLayer) and injected_layers(module):
+            module.activation_relu_or_gelu = 0
+        elif isinstance(module, nn.TransformerEncoder) and injected_layers(module):
+            module.use_nested_tensor = False
+
+
+def _is_inside(name: str, containers: set[str]) -> bool:
+    """Say whether a name is one of the containers or lies inside one."""
+    parts = name.split(".")
+    return any(".".join(parts[: i + 1]) in containers for i in range(len(parts)))
+
+
+def _is_match(key: str, name: str) -> bool:
+    """Say whether a rank or alpha pattern means a name: a regular expression for its end, from a dot on."""
+    return re.match(rf"(.*\.)?({key})$", name) is not None
+
+
+def _first_match(pattern: Mapping[str, _Number], name: str, default: _Number) -> _Number:
+    return next((value for key, value in pattern.items() if _is_match(key, name)), default)
+
+
+__all__ = ["InjectedLayer", "LoRAConfig", "LoRALayer", "inject_lora", "merge_lora_", "merged_copy"]

@@ -1,0 +1,181 @@
+"""Layers injected into a model: what they have in common, how to find them, switch them off and take them out again.
+
+An injected layer wraps one module of the model and stands in its place under the same name; the wrapped module is its
+child ``base``. Two adapters on one module are two wrappers, one inside the other. The *pristine* name of anything is
+the name it has in the model before injection; patterns, files and checkpoint comparisons always speak pristine names.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from torch import Tensor, nn
+
+from lightning_ft.functional.errors import Refusal
+
+_BASE = "base"
+
+
+class InjectedLayer(nn.Module):
+    """A layer that wraps another module, computes what that module computes, and adds something trainable.
+
+    Public attributes that the wrapper lacks (``weight``, ``bias``, ``in_features``, ``kernel_size`` ...) are read from
+    the wrapped module, because model code looks at them (``layer.weight.dtype``) without calling the layer.
+
+    Args:
+        base: The module to wrap; it may be a wrapper itself.
+        adapter_name: Which adapter this layer belongs to. A model may carry several.
+    """
+
+    kind: str = "injected"
+    casts_itself: bool = True
+    """Own parameters stay fp32 and are cast to the input's dtype in the forward, so no caller may cast them."""
+
+    def __init__(self, base: nn.Module, adapter_name: str = "default") -> None:
+        super().__init__()
+        self.base = base
+        self.adapter_name = adapter_name
+        self.enabled = True
+        self.starts_as_identity = False
+
+    def __getattr__(self, name: str) -> Any:
+        """Look a missing public attribute up in the wrapped module."""
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            modules = self.__dict__.get("_modules") or {}
+            if name.startswith("_") or _BASE not in modules:
+                raise
+            # Straight to the pristine module: an inner wrapper's own parameters are not attributes of the outer one.
+            return getattr(innermost(modules[_BASE]), name)
+
+    def injected_parameters(self) -> dict[str, nn.Parameter]:
+        """Return this layer's own parameters by their name in the layer, without those of the wrapped module."""
+        return {name: p for name, p in self.named_parameters() if not name.startswith(f"{_BASE}.")}
+
+    def merge_into(self, weight: Tensor) -> Tensor:
+        """Return the weight that does alone what the wrapped module with ``weight`` and this layer do together.
+
+        Args:
+            weight: The wrapped module's weight, in the dtype in which to compute.
+
+        Raises:
+            Refusal: For a layer whose effect is not a change of weight.
+        """
+        raise Refusal(f"{type(self).__name__} cannot be merged into a weight; export it as an adapter instead.")
+
+
+def innermost(module: nn.Module) -> nn.Module:
+    """Return the module of the pristine model under any number of wrappers."""
+    while isinstance(module, InjectedLayer):
+        module = module.base
+    return module
+
+
+def pristine_modules(model: nn.Module) -> dict[str, tuple[str, nn.Module]]:
+    """Map the pristine name of each module to (its present path, the module standing there, wrapped or not).
+
+    The parts of a wrapper are left out: a wrapper is seen as the module that it wraps. A module registered under two
+    names is listed under the first one, as in ``named_modules``.
+    """
+    found: dict[str, tuple[str, nn.Module]] = {}
+    seen: set[nn.Module] = set()
+
+    def walk(module: nn.Module, name: str, path: str) -> None:
+        if module in seen:
+            return
+        seen.add(module)
+        found[name] = (path, module)
+        while isinstance(module, InjectedLayer):
+            module, path = module.base, f"{path}.{_BASE}" if path else _BASE
+            seen.add(module)
+        for key, child in module._modules.items():
+            if child is not None:
+                walk(child, f"{name}.{key}" if name else key, f"{path}.{key}" if path else key)
+
+    walk(model, "", "")
+    return found
+
+
+def injected_layers(model: nn.Module, adapter_name: str | None = None) -> dict[str, InjectedLayer]:
+    """Return the injected layers of a model by their present path, outer wrappers before inner ones.
+
+    Args:
+        model: Any module.
+        adapter_name: Only layers of this adapter; None for all.
+    """
+    return {
+        path: layer
+        for path, layer in model.named_modules()
+        if isinstance(layer, InjectedLayer) and adapter_name in (None, layer.adapter_name)
+    }
+
+
+def base_name(path: str, model: nn.Module | None = None) -> str:
+    """Return the pristine name of a parameter or module: ``q_proj.base.weight`` becomes ``q_proj.weight``.
+
+    Args:
+        path: A name as ``named_parameters`` or ``named_modules`` gives it. Names of injected parameters keep their last
+            part: ``q_proj.base.lora_A`` (an inner adapter's) becomes ``q_proj.lora_A``.
+        model: The model that the name belongs to. With it, only the ``base`` of wrappers is stripped; without it every
+            ``base`` but a leading one is, which is wrong for a model that has a submodule of its own called ``base``.
+    """
+    parts = path.split(".")
+    if model is None:
+        return ".".join(part for i, part in enumerate(parts) if i == 0 or part != _BASE)
+    kept, module = [], model
+    for part in parts:
+        if not (part == _BASE and isinstance(module, InjectedLayer)):
+            kept.append(part)
+        module = module._modules.get(part) or module  # the last part may be a parameter
+    return ".".join(kept)
+
+
+@contextmanager
+def disabled(model: nn.Module, adapter_names: Collection[str] | None = None) -> Iterator[None]:
+    """Switch injected layers off for a while, then back to the state that each of them had before.
+
+    Args:
+        model: Any module.
+        adapter_names: The adapters to switch off; None for all.
+    """
+    layers = [x for x in injected_layers(model).values() if adapter_names is None or x.adapter_name in adapter_names]
+    before = [layer.enabled for layer in layers]
+    try:
+        for layer in layers:
+            layer.enabled = False
+        yield
+    finally:
+        for layer, state in zip(layers, before, strict=True):
+            layer.enabled = state
+
+
+def replace_module(model: nn.Module, path: str, new: nn.Module) -> None:
+    """Put ``new`` in the place of the module at ``path``, under each name where that module is registered.
+
+    Args:
+        model: The model to change; it cannot itself be replaced.
+        path: Present path of the module, as ``named_modules`` gives it.
+        new: The module to put there; it may contain the old one.
+    """
+    if not path:
+        raise Refusal("The model itself cannot be wrapped or replaced; name one of its submodules.")
+    old = model.get_submodule(path)
+    inside_new = set(new.modules())
+    for parent in list(model.modules()):
+        if parent not in inside_new:
+            for name, child in parent._modules.items():
+                if child is old:
+                    parent._modules[name] = new
+
+
+def shared_parameters(model: nn.Module) -> dict[nn.Parameter, list[str]]:
+    """Return the parameters that several modules hold (tied embeddings), with their pristine names, in model order."""
+    names: dict[nn.Parameter, list[str]] = {}
+    for name, (_, module) in pristine_modules(model).items():
+        for key, parameter in innermost(module)._parameters.items():
+            if parameter is not None:
+                names.setdefault(parameter, []).append(f"{name}.{key}" if name else key)
+    return {parameter: where for parameter, where in names.items() if len(where) > 1}

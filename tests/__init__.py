@@ -1,0 +1,1 @@
+"""The tests mirror lightning_ft/; run them with ``make test``."""

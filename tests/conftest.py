@@ -1,0 +1,18 @@
+"""What every test process needs before torch and transformers are imported: no hub, one thread."""
+
+import os
+
+# setdefault would let a user's environment reach for a hub in the middle of a test.
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ["TRANSFORMERS_OFFLINE"] = "1"
+os.environ["HF_DATASETS_OFFLINE"] = "1"
+os.environ["HF_HUB_DISABLE_TELEMETRY"] = "1"
+os.environ["WANDB_MODE"] = "disabled"
+os.environ["OMP_NUM_THREADS"] = "1"
+os.environ["MKL_NUM_THREADS"] = "1"
+os.environ["TOKENIZERS_PARALLELISM"] = "false"
+os.environ["MPLBACKEND"] = "Agg"
+
+import torch  # noqa: E402  (after the environment is set)
+
+torch.set_num_threads(1)

@@ -1,0 +1,102 @@
+"""Closed-form token scores and gradients against autograd in float64."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor
+from torch.nn.functional import kl_div
+
+from lightning_ft.functional import token_scores as ts
+from tests.tolerances import TOL
+
+
+def reference(name: str, z: Tensor, labels: Tensor, q: Tensor, beta: float) -> Tensor:
+    """The same quantity, written with torch's own log_softmax and kl_div."""
+    logp, logq = z.log_softmax(-1), q.log_softmax(-1)
+    if name == "log_prob":
+        return -torch.nn.functional.cross_entropy(z, labels, reduction="none")
+    if name == "entropy":
+        return torch.distributions.Categorical(logits=z).entropy()
+    if name == "forward_kl":
+        return kl_div(logp, logq, reduction="none", log_target=True).sum(-1)
+    if name == "reverse_kl":
+        return kl_div(logq, logp, reduction="none", log_target=True).sum(-1)
+    logm = torch.logaddexp(logq + math.log(beta), logp + math.log(1 - beta))
+    to_m: Callable[[Tensor], Tensor] = lambda a: kl_div(logm, a, reduction="none", log_target=True).sum(-1)  # noqa: E731
+    return beta * to_m(logq) + (1 - beta) * to_m(logp)
+
+
+@pytest.mark.parametrize("name", ["log_prob", "entropy", "forward_kl", "reverse_kl", "jensen_shannon"])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+def test_value_and_gradient_equal_autograd(name: str, dtype: torch.dtype) -> None:
+    """Value and slope agree with float64 autograd of an independent formula, at a temperature."""
+    torch.manual_seed(0)
+    z = (torch.randn(7, 41, dtype=torch.float64) * 3).to(dtype)
+    q = (torch.randn(7, 41, dtype=torch.float64) * 3).to(dtype)
+    labels = torch.randint(41, (7,))
+    exact = (z.double() / 0.7).requires_grad_()
+    expected = reference(name, exact, labels, q.double() / 0.7, 0.3)
+    (slope,) = torch.autograd.grad(expected.sum(), exact)
+
+    p, other = ts.distribution(z, 0.7), ts.distribution(q, 0.7)
+    extra = {"log_prob": (labels,), "entropy": (), "jensen_shannon": (other, 0.3)}.get(name, (other,))
+    value, gradient = getattr(ts, name)(p, *extra)
+    torch.testing.assert_close(value.double(), expected.detach(), atol=TOL[dtype] * 3, rtol=TOL[dtype])
+    torch.testing.assert_close(gradient.double(), slope, atol=TOL[dtype], rtol=TOL[dtype])
+    assert getattr(ts, name)(p, *extra, gradient=False)[1] is None
+
+
+def test_low_precision_logits_are_scored_in_float32() -> None:
+    """bfloat16 logits give the exact log-probability of those rounded logits, not a rounded one."""
+    z = torch.randn(5, 1000).mul(4).bfloat16()
+    labels = torch.randint(1000, (5,))
+    value, _ = ts.log_prob(ts.distribution(z), labels)
+    exact = z.double().log_softmax(-1).gather(-1, labels[:, None])[:, 0]
+    torch.testing.assert_close(value.double(), exact, atol=1e-5, rtol=0)
+
+
+def test_improbable_label_is_finite() -> None:
+    """A label whose probability underflows in float32 keeps its log-probability and its slope."""
+    z = torch.zeros(1, 10)
+    z[0, 3] = 500.0
+    value, slope = ts.log_prob(ts.distribution(z), torch.tensor([0]))
+    assert value.item() == pytest.approx(-500.0) and slope is not None
+    assert slope[0, 0].item() == pytest.approx(1.0) and slope[0, 3].item() == pytest.approx(-1.0)
+
+
+@pytest.mark.parametrize("name", ["entropy", "forward_kl", "reverse_kl", "jensen_shannon"])
+def test_forbidden_tokens_do_not_make_nan(name: str) -> None:
+    """Logits of -inf (a masked class, a padded vocabulary) are tokens of probability zero in both distributions."""
+    torch.manual_seed(1)
+    z, q = torch.randn(3, 9), torch.randn(3, 9)
+    z[:, 4] = q[:, 4] = -torch.inf
+    keep = [i for i in range(9) if i != 4]
+    p, other = ts.distribution(z), ts.distribution(q)
+    small, small_other = ts.distribution(z[:, keep]), ts.distribution(q[:, keep])
+    value, slope = getattr(ts, name)(p, *(() if name == "entropy" else (other,)))
+    expected, expected_slope = getattr(ts, name)(small, *(() if name == "entropy" else (small_other,)))
+    torch.testing.assert_close(value, expected, atol=1e-5, rtol=0)
+    torch.testing.assert_close(slope[:, keep], expected_slope, atol=1e-5, rtol=0)
+    assert (slope[:, 4] == 0).all()
+
+
+def test_top_k_and_rest_sum_to_one() -> None:
+    """Kept and remaining mass are one, the kept tokens are the most likely, also where the model is nearly sure."""
+    torch.manual_seed(2)
+    z = torch.randn(6, 50, dtype=torch.float64) * torch.tensor([1, 2, 4, 8, 16, 32.0], dtype=torch.float64)[:, None]
+    logp, index, rest = ts.top_k(ts.distribution(z), 5)
+    exact = z.log_softmax(-1)
+    torch.testing.assert_close(logp, exact.sort(-1, descending=True).values[:, :5])
+    torch.testing.assert_close(exact.gather(-1, index), logp)
+    mask = torch.ones_like(z, dtype=torch.bool).scatter(-1, index, False)
+    torch.testing.assert_close(rest, exact.masked_fill(~mask, -torch.inf).logsumexp(-1))
+
+
+def test_is_top() -> None:
+    """A label is a hit when nothing is likelier, ties included."""
+    z = torch.tensor([[0.0, 2.0, 1.0], [3.0, 3.0, 0.0], [1.0, 0.0, 0.5]])
+    assert ts.is_top(ts.distribution(z), torch.tensor([1, 1, 2])).tolist() == [True, True, False]
