@@ -50,10 +50,10 @@ matrix: install fetch  ## every technique with every other, strategy and precisi
 	$(ONE_THREAD) $(BIN)/python -m pytest -n 2 --dist loadgroup tests/matrix $(PYTEST_FLAGS)
 
 bench: install fetch  ## measure against peers (run nothing else meanwhile)
-	$(BIN)/python benchmarks/sft.py
+	$(BIN)/python -m benchmarks.sft
 
 gpu: install  ## one offline script with random weights for a machine with a GPU
-	$(BIN)/python benchmarks/gpu.py
+	$(BIN)/python -m benchmarks.gpu
 
 clean:  ## remove caches and .venv (runs/ and the asset cache stay)
 	rm -rf .venv .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis build *.egg-info

@@ -16,3 +16,5 @@ os.environ["MPLBACKEND"] = "Agg"
 import torch  # noqa: E402  (after the environment is set)
 
 torch.set_num_threads(1)
+
+pytest_plugins = ["tests.two_ranks"]

@@ -24,7 +24,8 @@ class Freeze(Technique):
             given, else ``freeze``; None is all of them.
         name: tells two Freeze callbacks apart.
 
-    Beside LoRA, whose base is frozen anyway, ``train`` thaws parts of it (norms, biases, the head).
+    Beside LoRA, whose base is frozen anyway, ``train`` thaws parts of it (norms, biases, the head). Of two Freeze callbacks,
+    what either trains is trained, unless one of them freezes it.
     Cost: AdamW keeps three numbers for each trained parameter; nothing for a frozen one.
 
     Raises:
@@ -56,16 +57,21 @@ class Freeze(Technique):
             raise Refusal("Freeze.train and Freeze.freeze are both empty; name what trains, or what does not.")
 
     def register(self, attachment: Attachment) -> None:
-        """Freezes after techniques that freeze the whole base, so that beside them ``train`` thaws."""
-        attachment.edit("freeze", f"freeze:{self.instance_name}", self._apply, order=1)
-
-    def _apply(self, module: pl.LightningModule) -> None:
-        _, root = model_root(module)
+        """Freezes all, then thaws, then freezes again, each for all techniques, so that their order is of no effect."""
         if self.train:
-            chosen = parameters_named(root, self.train, layers=self.layers)
-            freeze_base(root)
-            for parameter in chosen.values():
-                parameter.requires_grad_(True)
+            attachment.edit("freeze", f"freeze:{self.instance_name}:rest", self._freeze_rest, order=1)
+            attachment.edit("freeze", f"freeze:{self.instance_name}:train", self._thaw, order=2)
         if self.freeze:
-            for parameter in parameters_named(root, self.freeze, layers=None if self.train else self.layers).values():
-                parameter.requires_grad_(False)
+            attachment.edit("freeze", f"freeze:{self.instance_name}:freeze", self._freeze, order=3)
+
+    def _freeze_rest(self, module: pl.LightningModule) -> None:
+        freeze_base(model_root(module)[1])
+
+    def _thaw(self, module: pl.LightningModule) -> None:
+        for parameter in parameters_named(model_root(module)[1], self.train or [], layers=self.layers).values():
+            parameter.requires_grad_(True)
+
+    def _freeze(self, module: pl.LightningModule) -> None:
+        layers = None if self.train else self.layers
+        for parameter in parameters_named(model_root(module)[1], self.freeze or [], layers=layers).values():
+            parameter.requires_grad_(False)

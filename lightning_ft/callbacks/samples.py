@@ -2,11 +2,10 @@
 
 import json
 from pathlib import Path
-from typing import Annotated, ClassVar
+from typing import Annotated, Any, ClassVar
 
 import lightning.pytorch as pl
 from annotated_types import Ge
-from lightning.pytorch.utilities.rank_zero import rank_zero_only
 
 from lightning_ft.engine.attachment import Attachment
 from lightning_ft.engine.technique import Technique
@@ -88,13 +87,14 @@ class SampleGenerations(Technique):
         self._write(trainer, pl_module)
 
     def _write(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        if rank_zero_only.rank != 0 or self._written(trainer):
+        file = self._file(trainer)  # asked on every rank, since Lightning broadcasts the folder
+        if not trainer.is_global_zero or self._written(file, trainer.global_step):
             return
-        tokenizer = pl_module.tokenizer
+        module: Any = pl_module  # `register` has proven that it generates
+        tokenizer = module.tokenizer
         chat = self.chat and bool(getattr(tokenizer, "chat_template", None))
         prompts = [[{"role": "user", "content": p}] if chat else p for p in self.prompts]
-        answers = pl_module.generate(prompts, max_new_tokens=self.max_new_tokens, temperature=self.temperature)
-        file = self._file(trainer)
+        answers = module.generate(prompts, max_new_tokens=self.max_new_tokens, temperature=self.temperature)
         file.parent.mkdir(parents=True, exist_ok=True)
         with open(file, "a", encoding="utf-8") as out:
             for prompt, answer in zip(self.prompts, answers, strict=True):
@@ -104,10 +104,9 @@ class SampleGenerations(Technique):
     def _file(self, trainer: pl.Trainer) -> Path:
         return Path(trainer.log_dir or trainer.default_root_dir) / f"{self.name}.jsonl"
 
-    def _written(self, trainer: pl.Trainer) -> bool:
+    def _written(self, file: Path, step: int) -> bool:
         """Whether the file's last line is already of this step (a resumed run, or a validation right before the end)."""
-        file = self._file(trainer)
         if not file.exists():
             return False
         lines = file.read_text(encoding="utf-8").splitlines()
-        return bool(lines) and json.loads(lines[-1]).get("step") == trainer.global_step
+        return bool(lines) and json.loads(lines[-1]).get("step") == step

@@ -58,6 +58,12 @@ def explain(message: str, parser: ArgumentParser, where: Callable[[str], str] = 
     unrecognised = re.match(r"unrecognized arguments: (.*)", message, re.S)
     if unrecognised:
         return _unrecognised(unrecognised.group(1).split(), parser)
+    valueless = re.search(r"argument (--[\w.]+): expected (?:one|at least one) argument", message)
+    if valueless:  # of --lora.dora argparse names --lora alone
+        return (
+            f"{valueless.group(1)}: a flag has no value; every flag takes one, a switch true or false, and a value that "
+            "begins with - is written --FLAG=VALUE."
+        )
     plain = re.match(r"(?:Subcommand '\w+' does not accept option|No action for key|Key) ['\"]([\w.+]+)['\"]", message)
     problems = list(_problems(_tree(message), "", None)) if not plain else [Problem("unknown", plain.group(1))]
     if not problems:
@@ -90,10 +96,17 @@ def _no_such_class(key: str, base: type, problem: Problem, where: str) -> str:
     got = "" if problem.value is None else f", got {problem.value}"
     if hasattr(base, "traits"):  # a slot: its keys, not a class, are what one writes
         return f"{key}{where} takes {_listed([f'{key}.{name}' for name in keys_of(base)])}, or null for off{got}."
+    import lightning_ft
+
     ours: list[type] = [cls for cls in _subclasses(base) if cls.__module__.startswith("lightning_ft")]
+    ours = [cls for cls in ours if cls.__name__ in lightning_ft.__all__]
     known = sorted({cls.__name__ for cls in ours})
     more = _hint(str(problem.value), known, "") if known else "."
-    return f"{key}{where}: no {base.__name__} is called {problem.value}{more} Your own is given as package.Class."
+    first = next((keys_of(cls)[0] for cls in ours), None)  # of --data my.jsonl: it was meant for --data.path
+    value = f" A class is expected here; {problem.value} may be meant for --{key}.{first}." if first else ""
+    return (
+        f"{key}{where}: no {base.__name__} is called {problem.value}{more}{value} Your own is given as package.Class."
+    )
 
 
 def _subclasses(base: type[object]) -> Iterator[type]:
@@ -110,9 +123,17 @@ def _unrecognised(words: list[str], parser: ArgumentParser) -> str:
     key = word.lstrip("-").split("=")[0].rstrip("+")
     parent, _, name = key.rpartition(".")
     known = keys_of(parser, parent)
+    if not parent and (inside := _keys_inside(name, parser)):
+        return f"Unknown flag --{key}; did you mean {' or '.join(f'--{other}' for other in inside)}?"
     if parent and not known:
         return f"Unknown flag --{key}{_hint(parent.split('.')[0], keys_of(parser, ''), '', '--')}"
     return f"Unknown flag --{key}{_hint(name, known, parent, '--')}"
+
+
+def _keys_inside(name: str, parser: ArgumentParser) -> list[str]:
+    """``--lr`` and ``--epochs``, as other tools have them, are ``model.lr`` and ``trainer.max_epochs`` here."""
+    keys = [(parent, key) for parent in keys_of(parser) for key in keys_of(parser, parent)]
+    return [f"{parent}.{key}" for parent, key in keys if key == name or key == f"max_{name}"][:2]
 
 
 def _hint(name: str, known: list[str], parent: str, dashes: str = "") -> str:

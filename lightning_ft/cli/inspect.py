@@ -72,7 +72,7 @@ def inspect_command(argv: list[str]) -> None:
     if not (hasattr(data, "preview") and hasattr(data, "reports")):
         raise Refusal(f"{type(data).__name__} cannot be inspected: it has no preview(n) and reports(), as SFTData has.")
     if getattr(data, "tokenizer", None) is None:
-        data._tokenizer = cli.model.tokenizer  # in a fit the trainer leads from data to module
+        data.use_tokenizer(cli.model.tokenizer)  # in a fit the trainer leads from data to module
     show(data, cli.config["rows"], cli.config["split"], Console(soft_wrap=True, highlight=False))
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import os
 from pathlib import Path
 from typing import Any, NoReturn
@@ -11,8 +10,10 @@ from lightning.pytorch import Callback, LightningDataModule, LightningModule, Tr
 from lightning.pytorch.callbacks import Checkpoint, ModelCheckpoint
 from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI
 
+from lightning_ft.callbacks.throughput import Throughput
 from lightning_ft.cli import checkpoint_argument
 from lightning_ft.cli.config_files import ConfigFiles, config_arguments
+from lightning_ft.cli.console import quiet
 from lightning_ft.cli.errors import explain, rank, reported, say
 from lightning_ft.cli.run_folder import (
     CHECKPOINTS,
@@ -82,7 +83,7 @@ class FineTuningCLI(LightningCLI):
             LightningDataModule,
             save_config_callback=SaveConfig,
             save_config_kwargs={"overwrite": True},
-            trainer_defaults={"log_every_n_steps": 10},
+            trainer_defaults={"log_every_n_steps": 10, "enable_model_summary": False},
             seed_everything_default=0,
             parser_class=Parser,
             parser_kwargs={"prog": "lightning-ft"},
@@ -195,7 +196,7 @@ class FineTuningCLI(LightningCLI):
             callbacks.append(ModelCheckpoint(self.checkpoint.parent, save_last=True))
         elif self.command == "fit" and not config.get("fast_dev_run"):
             path = Path(config["default_root_dir"])
-            callbacks.append(DiskCheck(path))
+            callbacks += [DiskCheck(path), Throughput()]
             if config.get("enable_checkpointing") is not False and not has_own:
                 callbacks.append(ModelCheckpoint(path / CHECKPOINTS, filename="{epoch}-{step}", save_last=True))
         try:
@@ -282,8 +283,7 @@ def value_of(argv: list[str], flag: str) -> str | None:
 
 def run(command: str, argv: list[str]) -> None:
     """Runs one of Trainer's methods from its command line."""
-    # Lightning recommends two cloud services each time a trainer is built.
-    logging.getLogger("lightning.pytorch.utilities.rank_zero").addFilter(lambda record: "Tip:" not in str(record.msg))
+    quiet()
     cli = FineTuningCLI(command, argv)
     with reported(cli.last_checkpoint):
         cli.start()

@@ -222,6 +222,10 @@ class SFTData(LightningDataModule):
         source = self._source(self._path_of(split))
         return preview_rows(rows, source, tokenizer, n)
 
+    def use_tokenizer(self, tokenizer: PreTrainedTokenizerBase) -> None:
+        """Takes this tokenizer where none was given by name and no trainer leads to a module."""
+        self._tokenizer = tokenizer
+
     def resolve_tokenizer(self) -> PreTrainedTokenizerBase:
         """The tokenizer: the one given by name, else that of the trained module.
 

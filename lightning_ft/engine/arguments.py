@@ -25,10 +25,11 @@ def arguments_of(obj: object) -> dict[str, Any]:
 
 
 def signature_of(cls: type) -> dict[str, inspect.Parameter]:
-    """The constructor's parameters without ``self``."""
+    """The constructor's parameters without ``self``; none for a class that has no constructor of its own."""
     parameters = dict(inspect.signature(cls.__init__).parameters)  # type: ignore[misc]
     parameters.pop("self", None)
-    return parameters
+    named = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
+    return {name: parameter for name, parameter in parameters.items() if parameter.kind in named}
 
 
 def check_arguments(obj: object) -> None:

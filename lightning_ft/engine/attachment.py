@@ -18,7 +18,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import lightning.pytorch as pl
 import torch
@@ -35,12 +35,15 @@ from lightning_ft.engine.batch import Batch
 from lightning_ft.engine.gradients import GradientEdit, Surgery, TermGradients, audit, scale_
 from lightning_ft.engine.randomness import GlobalState, global_seed, seed_batch
 from lightning_ft.engine.reference import References
+from lightning_ft.engine.strategies import FSDP2Strategy
 from lightning_ft.engine.terms import Term, Window
 from lightning_ft.functional.errors import Refusal
 from lightning_ft.models.sharding import shard_
 from lightning_ft.nn.registry import injected_layers
 
 if TYPE_CHECKING:
+    from torch.distributed.device_mesh import DeviceMesh
+
     from lightning_ft.engine.technique import Technique
 
 PHASES = ("quantise", "freeze", "inject", "dtype", "hooks", "checkpointing", "shard", "compile")
@@ -74,15 +77,15 @@ class Attachment:
         self._terms: list[tuple[str, LossTerm]] = []
         self._own_terms: list[Term] | None = None
         self._losses: list[Tensor] = []
-        self._logged: dict[str, tuple[Tensor, float]] = {}
+        self.logged: dict[str, tuple[Tensor, float]] = {}
         self._gradient_edits: list[GradientEdit] = []
-        self._term_gradients: TermGradients | None = None
+        self.term_gradients: TermGradients | None = None
         self._snapshots_wanted: set[str] = set()
         self._conditional: set[str] = set()
         self._cleanups: list[Callable[[], None]] = []
         self._audited = False
         self._trainer: pl.Trainer | None = None
-        self._dispatching = False
+        self._begun = False
 
     # -- who there is ---------------------------------------------------------------------------------------------
 
@@ -124,9 +127,9 @@ class Attachment:
 
     def surgery(self, surgery: Surgery) -> None:
         """Registers the one map from the Gram matrix of the terms' gradients to their weights."""
-        if self._term_gradients is not None:
+        if self.term_gradients is not None:
             raise Refusal("Two techniques want to combine the terms' gradients; only one surgery can.")
-        self._term_gradients = TermGradients(surgery)
+        self.term_gradients = TermGradients(surgery)
 
     def want_reference(self, name: str = "start") -> None:
         """Says that ``reference(name)`` will be used, so that it is taken before anything is trained."""
@@ -157,9 +160,11 @@ class Attachment:
         self.seed = global_seed()
         # Edits of an earlier run stay done; those that were registered then come again from the same callbacks.
         self._edits = []
+        self._restored_state = {}
         callbacks: list[pl.Callback] = trainer.callbacks  # type: ignore[attr-defined]
         ours = [i for i, c in enumerate(callbacks) if isinstance(c, Attached)]
-        if any(isinstance(c, WeightAveraging) for c in callbacks[: ours[0] if ours else 0]):
+        edits = any(isinstance(c, Technique) for c in callbacks)
+        if edits and any(isinstance(c, WeightAveraging) for c in callbacks[: ours[0]]):
             raise Refusal(
                 "WeightAveraging stands before this library's callbacks and would copy the model before it is edited; "
                 "put it after them in trainer.callbacks."
@@ -171,11 +176,32 @@ class Attachment:
             register(self)
         for technique in sorted(self.techniques, key=lambda t: (t.traits.slot, t.instance_name)):
             technique.register(self)
+        self._check_surgery(trainer)
+        if stage == "fit":
+            self.references.snapshots.pop("start", None)  # of an earlier fit
         if isinstance(trainer.strategy, ModelParallelStrategy):
             # A second run only registers the steps again, around this run's dispatcher.
-            self.edit("shard", "fsdp2", lambda module: shard_(module, module.device_mesh), again=True)
+            self.edit(
+                "shard", "fsdp2", lambda module: shard_(module, cast("DeviceMesh", module.device_mesh)), again=True
+            )
         self._wrap(stage)
         self._installed = True
+
+    def _check_surgery(self, trainer: pl.Trainer) -> None:
+        if self.term_gradients is None:
+            return
+        where = compatibility.situation(trainer, self.module).words
+        for word, why, fix in (
+            ("fsdp2", "it needs each term's whole gradient, and FSDP2 reduces their sum", "use ddp"),
+            ("fp16", "its gradients never pass the scaler", "use bf16-mixed or 32-true"),
+            ("manual_optimization", "it takes the place of backward", "use automatic optimization"),
+        ):
+            if word in where:
+                raise Refusal(f"Gradient surgery cannot work with {compatibility.WORDS[word]}, because {why}; {fix}.")
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Attachment:
+        """A copied module (WeightAveraging makes one) gets an attachment of its own when it asks; see `of`."""
+        return self
 
     def rebuild(self, techniques: list[Technique], *, seed: int) -> None:
         """Builds the module and runs the model edits of techniques without a Trainer, as `lightning_ft.load` needs it."""
@@ -212,10 +238,14 @@ class Attachment:
         if stage == "fit":
             self._replace("training_step", self._training_step())
             self._replace("on_before_optimizer_step", self._on_before_optimizer_step())
-            if self._term_gradients is not None:
+            if self.term_gradients is not None:
                 self._replace("backward", self._backward())
         self._replace("on_save_checkpoint", self._on_save_checkpoint())
         self._replace("on_load_checkpoint", self._on_load_checkpoint())
+        if isinstance(self.trainer.strategy, FSDP2Strategy):
+            strategy, before = self.trainer.strategy, self.trainer.strategy.trained
+            strategy.trained = lambda: checkpoints.kept_keys(module)
+            self.on_leave(lambda: setattr(strategy, "trained", before))
         checkpoints.make_atomic(self.trainer.strategy, self.on_leave)
         compatibility.keep_factors_in_fp32(self.trainer.strategy, self.on_leave)
 
@@ -279,18 +309,18 @@ class Attachment:
 
     def begin_training(self) -> None:
         """Takes the wanted snapshots and sets what only holds while training; called from ``on_train_start``."""
-        if self._dispatching:
+        if self._begun:
             return
-        self._dispatching = True
+        self._begun = True
         trainer = self.trainer
         self._take_snapshots()
         for part in self.module.modules():
             if any(p is not None and p.requires_grad for p in part._parameters.values()):
                 part.training = True  # Hugging Face returns models in eval mode, and Lightning leaves them so
         self.window = Window(trainer.accumulate_grad_batches, self.ranks)
-        checkpoints.restore_partial_gradients(self.module, self._restored_state.pop("partial", None), self.window)
+        checkpoints.restore_partial_gradients(self, self._restored_state.pop("partial", None))
         model = trainer.strategy.model
-        if self._term_gradients is not None and isinstance(model, nn.parallel.DistributedDataParallel):
+        if self.term_gradients is not None and isinstance(model, nn.parallel.DistributedDataParallel):
             model.require_backward_grad_sync = False  # else its reducer waits for a backward that never comes
         if not any(p.requires_grad for p in self.module.parameters()):
             raise Refusal(
@@ -299,8 +329,14 @@ class Attachment:
 
     def _take_snapshots(self) -> None:
         for name in sorted(self._snapshots_wanted - {"base"}):
-            if name not in self.references.snapshots:
-                self.references.take(name)
+            if name in self.references.snapshots:
+                continue
+            if self._restored_state and self.trainer.global_step > 0:
+                raise Refusal(
+                    f"The checkpoint holds no reference {name!r}: the run that wrote it needed none, and its start is gone. "
+                    "Begin a new fit from its weights (init_from) instead of resuming it."
+                )
+            self.references.take(name)
 
     @property
     def ranks(self) -> int:
@@ -324,6 +360,7 @@ class Attachment:
 
         def training_step(*args: Any, **kwargs: Any) -> Any:
             trainer = self.trainer
+            self.begin_training()  # a tuner runs batches with the callbacks taken away, ours too
             if self._terms and not self.module.automatic_optimization:
                 raise Refusal("Loss terms need automatic optimization; this module steps its optimizers by hand.")
             batch = args[0] if args else next(iter(kwargs.values()), None)
@@ -344,19 +381,19 @@ class Attachment:
         return training_step
 
     def _begin_window(self) -> None:
-        self._logged = {}
-        if self._term_gradients is not None:
-            self._term_gradients.forget()
+        self.logged = {}
+        if self.term_gradients is not None:
+            self.term_gradients.forget()
         self.window.begin()
 
     def _total(self, batch: Any, output: Any) -> Any:
         """The module's own loss plus every registered term, divided by the window's counts."""
         own = self._own_terms
-        if own is None and not self._terms and self._term_gradients is None:
+        if own is None and not self._terms and self.term_gradients is None:
             return output
         loss = output["loss"] if isinstance(output, Mapping) else output
         terms = list(own) if own is not None else ([] if loss is None else [Term("loss", loss, 1.0, unit="mean")])
-        for name, function in self._terms:
+        for _, function in self._terms:
             made = function(self.module, batch, output)
             extra = made if isinstance(made, list) else [made]
             if own is None:  # a user's own step keeps Lightning's mean, and so do the terms beside it
@@ -376,20 +413,24 @@ class Attachment:
             self.window.count(terms[0].count)
         self._losses = losses
         self._log(terms, totals, skip_own=own is None)
-        total = torch.stack([loss.float() for loss in losses]).sum() if len(losses) > 1 else losses[0]
+        total = losses[0]
+        for loss in losses[1:]:
+            total = total + loss
         return {**output, "loss": total} if isinstance(output, Mapping) else total
 
     def _log(self, terms: list[Term], totals: dict[str, float] | None, *, skip_own: bool) -> None:
         """Logs each term's exact mean over the window once it is complete, and for our modules their weighted sum."""
         for term in terms:
-            before, count = self._logged.get(term.name, (0.0, 0.0))
-            self._logged[term.name] = (before + term.sum.detach().float(), count + term.count)  # type: ignore[assignment]
+            before, count = self.logged.get(term.name, (0.0, 0.0))
+            self.logged[term.name] = (before + term.sum.detach().float(), count + term.count)  # type: ignore[assignment]
         loop = self.trainer.fit_loop.epoch_loop
         if loop._should_accumulate():
             return
+        if totals is not None and not all(term.unit in totals for term in terms):
+            totals = None  # a user's own step: its loss is a mean already
         means: dict[str, Tensor] = {}
         for term in terms:
-            value, count = self._logged[term.name]
+            value, count = self.logged[term.name]
             means[term.name] = value / max(totals[term.unit] if totals is not None else count, 1.0)
         if skip_own:
             means.pop("loss", None)
@@ -404,9 +445,9 @@ class Attachment:
 
     def _backward(self) -> Callable[..., None]:
         def backward(loss: Tensor, *args: Any, **kwargs: Any) -> None:
-            assert self._term_gradients is not None
+            assert self.term_gradients is not None
             divisor = self.trainer.accumulate_grad_batches
-            self._term_gradients.accumulate([one / divisor for one in self._losses], self.trained())
+            self.term_gradients.accumulate([one / divisor for one in self._losses], self.trained())
             self._losses = []
 
         return backward
@@ -423,8 +464,8 @@ class Attachment:
         def on_before_optimizer_step(optimizer: torch.optim.Optimizer) -> None:
             if self.window.pending:
                 self._correct()
-            if self._term_gradients is not None:
-                self._term_gradients.write_(self.trained())
+            if self.term_gradients is not None:
+                self.term_gradients.write_(self.trained())
             if not self._audited:
                 audit(self.module, self._conditional)
                 self._audited = True
@@ -440,12 +481,17 @@ class Attachment:
         """Gradients of sums over a nominal number become gradients of the exact mean (loaders without totals)."""
         counted, numerator = self.window.correction()
         if self.ranks > 1:
-            total = torch.tensor(counted, dtype=torch.float64)
+            total = torch.tensor(counted, dtype=torch.float64, device=self.module.device)
             dist.all_reduce(total)
             counted = float(total)
         scale_(self.module.parameters(), numerator / max(counted, 1.0))
 
     # -- checkpoints --------------------------------------------------------------------------------------------------
+
+    def save(self, checkpoint: dict[str, Any]) -> None:
+        """The checkpoint rule for a file that is saved after the run, when the wrappers are off."""
+        if not self._installed and self.fingerprint is not None and checkpoints.KEY not in checkpoint:
+            checkpoints.write(self, checkpoint)
 
     def _on_save_checkpoint(self) -> Callable[[dict[str, Any]], None]:
         original = self.module.on_save_checkpoint
@@ -461,6 +507,7 @@ class Attachment:
 
         def on_load_checkpoint(checkpoint: dict[str, Any]) -> None:
             self._restored_state = checkpoints.check(self, checkpoint)
+            self._begun = False  # a tuner trains, then restores what was before
             self.references.load(self._restored_state.get("references", {}))
             original(checkpoint)
 

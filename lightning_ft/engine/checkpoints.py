@@ -23,7 +23,6 @@ from torch import Tensor, nn
 from typing_extensions import override
 
 from lightning_ft.engine.arguments import arguments_of
-from lightning_ft.engine.terms import Window
 from lightning_ft.functional.errors import Refusal
 from lightning_ft.nn.registry import base_name, injected_layers
 
@@ -54,14 +53,15 @@ def fingerprint(module: nn.Module) -> str:
     """A digest of the frozen parameters, from at most 4,096 numbers of each, the same for fp32 and bf16 copies."""
     digest = hashlib.sha256()
     kept = kept_keys(module)
-    for name, parameter in sorted(module.named_parameters(), key=lambda pair: base_name(pair[0])):
+    named = [(base_name(name, module), name, p) for name, p in module.named_parameters()]
+    for pristine, name, parameter in sorted(named, key=lambda triple: triple[0]):
         if name in kept:
             continue
         flat = parameter.detach().reshape(-1)
         sample = flat[:: max(1, flat.numel() // _SAMPLES)][:_SAMPLES].cpu()
         if sample.is_floating_point():
             sample = sample.to(torch.bfloat16).view(torch.int16)
-        digest.update(base_name(name).encode())
+        digest.update(pristine.encode())
         digest.update(str(tuple(parameter.shape)).encode())
         digest.update(sample.contiguous().numpy().tobytes())
     return digest.hexdigest()[:32]
@@ -103,7 +103,7 @@ def write(attachment: Attachment, checkpoint: dict[str, Any]) -> None:
     keys = kept_keys(module)
     if "state_dict" in checkpoint:
         checkpoint["state_dict"] = {n: value for n, value in checkpoint["state_dict"].items() if n in keys}
-    trainer = attachment.trainer
+    trainer = module.trainer
     checkpoint[KEY] = {
         "format": FORMAT,
         "keys": sorted(keys),
@@ -130,18 +130,28 @@ def _partial(attachment: Attachment, trainer: pl.Trainer) -> dict[str, Any] | No
     if trainer.world_size > 1:
         return {"ranks": trainer.world_size}  # each rank holds its own; `check` refuses to resume from it
     grads = {n: p.grad.clone() for n, p in attachment.module.named_parameters() if p.grad is not None}
-    return {"ranks": 1, "grads": grads, "counted": attachment.window._counted, "nominal": attachment.window._nominal}
+    rows = attachment.term_gradients.state() if attachment.term_gradients is not None else None
+    return {
+        "ranks": 1,
+        "grads": grads,
+        "rows": rows,
+        "counted": attachment.window.counted,
+        "logged": {name: (float(value), count) for name, (value, count) in attachment.logged.items()},
+    }
 
 
-def restore_partial_gradients(module: nn.Module, partial: dict[str, Any] | None, window: Window) -> None:
-    """Puts the gradients of an unfinished window back before its next micro-batch."""
+def restore_partial_gradients(attachment: Attachment, partial: dict[str, Any] | None) -> None:
+    """Puts the gradients and counts of an unfinished window back before its next micro-batch."""
     if not partial:
         return
-    parameters = dict(module.named_parameters())
+    parameters = dict(attachment.module.named_parameters())
     for name, grad in partial["grads"].items():
         parameters[name].grad = grad.to(parameters[name].device)
-    window._counted = partial["counted"]
-    window._nominal = partial["nominal"]
+    if partial["rows"] is not None and attachment.term_gradients is not None:
+        attachment.term_gradients.load(partial["rows"], attachment.module.device)
+    attachment.window.count(partial["counted"])
+    for name, (value, count) in partial["logged"].items():
+        attachment.logged[name] = (torch.tensor(value, device=attachment.module.device), count)
 
 
 def check(attachment: Attachment, checkpoint: dict[str, Any]) -> dict[str, Any]:
@@ -157,7 +167,8 @@ def check(attachment: Attachment, checkpoint: dict[str, Any]) -> dict[str, Any]:
     if listed != expected:
         raise Refusal(
             f"The checkpoint does not fit this model: {difference(listed, expected)}. It was written with "
-            f"{_names(record) or 'no techniques'}, this run has {_present(attachment) or 'none'}; use the same techniques and targets."
+            f"{_names(record) or 'no techniques'}, this run has {_present(attachment) or 'none'}; use the same techniques "
+            "and targets."
         )
     parameters = dict(module.state_dict(keep_vars=True))
     for name, value in checkpoint.get("state_dict", {}).items():
@@ -223,10 +234,11 @@ def difference(listed: set[str], expected: set[str]) -> str:
 
 
 def _names(record: dict[str, Any]) -> str:
-    return ", ".join(
-        f"{t['class_path'].rsplit('.', 1)[-1]}({', '.join(f'{k}={v!r}' for k, v in t['init_args'].items() if k in ('r', 'target'))})"
-        for t in record.get("techniques", [])
-    )
+    shown = []
+    for technique in record.get("techniques", []):
+        telling = [f"{k}={v!r}" for k, v in technique["init_args"].items() if k in ("r", "target")]
+        shown.append(f"{technique['class_path'].rsplit('.', 1)[-1]}({', '.join(telling)})")
+    return ", ".join(shown)
 
 
 def _present(attachment: Attachment) -> str:

@@ -166,7 +166,8 @@ def check(techniques: Iterable[Technique], where: Situation) -> None:
     for technique in chosen:
         if technique.state_key in names:
             raise Refusal(
-                f"Two {type(technique).__name__} callbacks are both named {technique.instance_name!r}; give one of them another name."
+                f"Two {type(technique).__name__} callbacks are both named {technique.instance_name!r}; "
+                "give one of them another name."
             )
         names[technique.state_key] = technique
 

@@ -46,13 +46,14 @@ def scale_(parameters: Iterable[nn.Parameter], factor: float) -> None:
 class TermGradients:
     """The gradients of K terms, kept apart as rows over an accumulation window, then combined by a surgery.
 
-    The rows are (K, P) in fp32 with P trained numbers: memory K times that of the trained parameters.
+    The rows are (K, P) in at least fp32 with P trained numbers: memory K times that of the trained parameters.
     """
 
     def __init__(self, surgery: Surgery) -> None:
         """Args: surgery: maps the (K, K) Gram matrix to K weights."""
         self.surgery = surgery
         self._rows: Tensor | None = None
+        self._reached: Tensor | None = None
 
     def accumulate(self, losses: Sequence[Tensor], parameters: Sequence[nn.Parameter]) -> None:
         """Adds one micro-batch's gradients, one row a term.
@@ -62,35 +63,58 @@ class TermGradients:
             parameters: the trained parameters, in an order that does not change.
         """
         rows = []
+        grads: tuple[Tensor | None, ...]
+        reached = torch.zeros(len(parameters), device=parameters[0].device)
         for index, loss in enumerate(losses):
             if loss.requires_grad:
                 grads = torch.autograd.grad(loss, parameters, retain_graph=index < len(losses) - 1, allow_unused=True)
             else:
                 grads = (None,) * len(parameters)
+            reached += torch.tensor([float(g is not None) for g in grads], device=reached.device)
             pairs = zip(grads, parameters, strict=True)
-            rows.append(torch.cat([(torch.zeros_like(p) if g is None else g).float().reshape(-1) for g, p in pairs]))
+            rows.append(torch.cat([_wide(torch.zeros_like(p) if g is None else g).reshape(-1) for g, p in pairs]))
         stacked = torch.stack(rows)  # (K, P)
         self._rows = stacked if self._rows is None else self._rows + stacked
+        self._reached = reached if self._reached is None else self._reached + reached
 
     def write_(self, parameters: Sequence[nn.Parameter]) -> None:
-        """Averages the rows over ranks, combines them and writes the result to ``p.grad``."""
-        if self._rows is None:
+        """Averages the rows over ranks, combines them and writes the result to ``p.grad``.
+
+        A parameter that no term reached on any rank keeps no gradient, so that `audit` can name it.
+        """
+        if self._rows is None or self._reached is None:
             return
-        rows, self._rows = self._rows, None
+        rows, reached = self._rows, self._reached
+        self.forget()
         if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
             dist.all_reduce(rows)
+            dist.all_reduce(reached)
             rows /= dist.get_world_size()
         weights = self.surgery(rows @ rows.T)  # (K,)
         combined = weights.to(rows) @ rows  # (P,)
         offset = 0
-        for parameter in parameters:
+        for parameter, terms in zip(parameters, reached.tolist(), strict=True):
             piece = combined[offset : offset + parameter.numel()].view_as(parameter)
-            parameter.grad = piece.to(parameter.dtype).clone()
+            parameter.grad = piece.to(parameter.dtype).clone() if terms else None
             offset += parameter.numel()
 
     def forget(self) -> None:
         """Drops rows of a window that was left unfinished."""
-        self._rows = None
+        self._rows = self._reached = None
+
+    def state(self) -> dict[str, Tensor] | None:
+        """The rows of an unfinished window, for a checkpoint; None on a window's boundary."""
+        if self._rows is None or self._reached is None:
+            return None
+        return {"rows": self._rows.clone(), "reached": self._reached.clone()}
+
+    def load(self, state: dict[str, Tensor], device: torch.device) -> None:
+        """Goes on with the rows that `state` gave."""
+        self._rows, self._reached = state["rows"].to(device), state["reached"].to(device)
+
+
+def _wide(gradient: Tensor) -> Tensor:
+    return gradient.float() if gradient.dtype in (torch.float16, torch.bfloat16) else gradient
 
 
 def audit(module: nn.Module, conditional: set[str]) -> None:

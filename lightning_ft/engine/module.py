@@ -8,7 +8,6 @@ from typing import Any, Literal
 
 import lightning.pytorch as pl
 import torch
-from lightning.pytorch.utilities.rank_zero import rank_zero_only
 from torch.optim import Optimizer
 
 from lightning_ft.engine import summary
@@ -89,7 +88,7 @@ class FineTuningModule(pl.LightningModule):
         datamodule = getattr(self._trainer, "datamodule", None) if self._trainer is not None else None
         if getattr(datamodule, "packing", False) and not self.admission.packing:
             raise Refusal(
-                f"{self.base} cannot take packed rows, because {self.admission.reason}; set --data.packing false."
+                f"{self.base} cannot take packed rows, because {self.admission.packing_reason}; set --data.packing false."
             )
 
     def register(self, attachment: Attachment) -> None:
@@ -141,9 +140,13 @@ class FineTuningModule(pl.LightningModule):
         scheduler = build_scheduler(optimizer, total=total, warmup=warmup, schedule=self.schedule)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
 
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Keeps the checkpoint rule also for weights-only files saved after the run, of which callbacks hear nothing."""
+        Attachment.of(self).save(checkpoint)
+
     def on_fit_start(self) -> None:
         """Says once what is trained, what it costs and what a row looks like."""
-        if rank_zero_only.rank == 0 and self.trainer.progress_bar_callback is not None:
+        if self.trainer.is_global_zero and self.trainer.progress_bar_callback is not None:
             summary.announce(self, self.trainer)
 
     # -- use ----------------------------------------------------------------------------------------------------------

@@ -69,7 +69,11 @@ def build_optimizer(
     if factory is not None:
         return factory(groups)
     floating = all(p.is_floating_point() for g in groups for p in g["params"])
-    return AdamW(groups, betas=(0.9, 0.999), fused=floating)
+    optimizer = AdamW(groups, betas=(0.9, 0.999), fused=floating)
+    # Fused AdamW offers to unscale fp16 gradients inside its step. Then Lightning neither unscales before the gradient
+    # pipeline nor clips (it refuses, under bf16-mixed too): leave unscaling to the precision plugin.
+    optimizer._step_supports_amp_scaling = False
+    return optimizer
 
 
 def learning_rate_factor(step: int, *, total: int, warmup: int, schedule: Schedule, floor: float = 0.0) -> float:

@@ -7,17 +7,19 @@ because a resumed run could only rebuild them from weights that it no longer has
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
+from lightning_ft.engine.gradients import like
 from lightning_ft.functional.errors import Refusal
-from lightning_ft.nn.registry import injected_layers
+from lightning_ft.nn.lora_layers import LoRAEmbedding, LoRALayer
+from lightning_ft.nn.registry import InjectedLayer, injected_layers
 
 
 @dataclass
@@ -46,18 +48,13 @@ class References:
         owned: set[str] = set()
         for path, layer in injected_layers(self.module).items():
             names = {f"{path}.{n}" if path else n for n in layer.injected_parameters()}
-            if layer.is_identity():
+            if is_identity(layer):
                 snapshot.off.add(path)
                 owned |= names
         for name_, parameter in self.module.named_parameters():
             if not parameter.requires_grad or name_ in owned:
                 continue
-            if isinstance(parameter, DTensor):
-                raise Refusal(
-                    f"A reference needs a copy of {name_}, which FSDP2 has sharded; train a fresh LoRA (whose reference needs "
-                    "no copy), or use ddp."
-                )
-            snapshot.tensors[name_] = parameter.detach().clone()
+            snapshot.tensors[name_] = parameter.detach().clone()  # each rank its own rows where FSDP2 has sharded
         self.snapshots[name] = snapshot
 
     @contextmanager
@@ -69,26 +66,32 @@ class References:
         """
         layers = injected_layers(self.module)
         if name == "base":
-            snapshot = Snapshot(off=set(layers), tensors=self.snapshots.get("base", Snapshot()).tensors)
+            kept = self.snapshots["base"].tensors if "base" in self.snapshots else {}
+            snapshot = Snapshot(off=set(layers), tensors=kept)
+            injected = {id(p) for layer in layers.values() for p in layer.injected_parameters().values()}
+            for name_, parameter in self.module.named_parameters():
+                if parameter.requires_grad and id(parameter) not in injected and name_ not in kept:
+                    raise Refusal(
+                        f"The bare base is gone: {name_} is trained in place and no copy of it was kept; ask for the "
+                        "reference 'base' when the technique registers, or load the base again."
+                    )
         elif name in self.snapshots:
             snapshot = self.snapshots[name]
         else:
             raise Refusal(f"There is no snapshot named {name!r}; there are {sorted(self.snapshots) or 'none'}.")
         before = {path: layers[path].enabled for path in snapshot.off}
         parameters = dict(self.module.named_parameters())
-        swapped: list[tuple[nn.Parameter, Tensor]] = []
+        undo: list[Callable[[], None]] = []
         try:
             for path in snapshot.off:
                 layers[path].enabled = False
             for name_, tensor in snapshot.tensors.items():
-                parameter = parameters[name_]
-                swapped.append((parameter, parameter.data))
-                parameter.data = tensor.to(device=parameter.device, dtype=parameter.dtype)
+                undo.append(_swap(parameters[name_], tensor))
             with torch.no_grad():
                 yield
         finally:
-            for parameter, data in swapped:
-                parameter.data = data
+            for put_back in reversed(undo):
+                put_back()
             for path, enabled in before.items():
                 layers[path].enabled = enabled
 
@@ -97,7 +100,44 @@ class References:
         return {name: snapshot.state() for name, snapshot in self.snapshots.items()}
 
     def load(self, state: dict[str, Any]) -> None:
-        """Takes the snapshots of a checkpoint instead of new ones."""
-        self.snapshots = {
-            name: Snapshot(off=set(entry["off"]), tensors=dict(entry["tensors"])) for name, entry in state.items()
-        }
+        """Takes the snapshots of a checkpoint instead of new ones, laid out as the parameters are."""
+        parameters = dict(self.module.named_parameters())
+        self.snapshots = {}
+        for name, entry in state.items():
+            tensors = {n: like(tensor, parameters[n]) for n, tensor in entry["tensors"].items()}
+            self.snapshots[name] = Snapshot(off=set(entry["off"]), tensors=tensors)
+
+
+def is_identity(layer: InjectedLayer) -> bool:
+    """Whether the layer computes exactly what the wrapped module does at this moment; all ranks get one answer."""
+    if not layer.starts_as_identity or not isinstance(layer, LoRALayer):
+        return False
+    zero = layer.lora_A if isinstance(layer, LoRAEmbedding) else layer.lora_B
+    if layer.dora:
+        return _all(zero == 0) and _all(torch.eq(cast(Tensor, layer.lora_magnitude), layer._norm()))
+    return _all(zero == 0)
+
+
+def _all(flags: Tensor) -> bool:
+    return bool((flags.full_tensor() if isinstance(flags, DTensor) else flags).all())
+
+
+def _swap(parameter: nn.Parameter, tensor: Tensor) -> Callable[[], None]:
+    """Lets the parameter hold ``tensor``'s values, and returns what puts its own back.
+
+    FSDP2 gathers from the shard's own memory, so a sharded parameter is overwritten in place; a parameter that is
+    gathered now (the root's, inside a step), or was never sharded, just points elsewhere for a while.
+    """
+    if isinstance(parameter, DTensor):
+        local = parameter.to_local().data
+        kept = local.clone()
+        local.copy_(like(tensor, parameter).to_local())  # type: ignore[attr-defined]
+
+        def put_back() -> None:
+            local.copy_(kept)
+
+        return put_back
+    data = parameter.data
+    whole = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+    parameter.data = whole.to(device=parameter.device, dtype=parameter.dtype)
+    return lambda: setattr(parameter, "data", data)

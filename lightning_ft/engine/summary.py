@@ -40,9 +40,9 @@ def announce(module: Any, trainer: pl.Trainer) -> None:
     source = "as given" if module.lr is not None else "suggested by what is trained (lr: null)"
     console.print(f"[bold]rate[/bold]        {module.resolved_lr():g}, {source}")
     datamodule = getattr(trainer, "datamodule", None)
-    report = getattr(datamodule, "report", None)
-    if report is not None:
-        console.print(Text.assemble(("data        ", "bold"), str(report)))
+    reports = getattr(datamodule, "reports", None)
+    for split, report in (reports() if callable(reports) else {}).items():
+        console.print(Text.assemble((f"{split} data".ljust(12), "bold"), str(report)))
     preview = getattr(datamodule, "preview", None)
     if callable(preview):
         for row in preview(1):

@@ -30,13 +30,27 @@ class Attached(Callback):
         """The first hook where everything is restored under every strategy."""
         Attachment.of(pl_module).begin_training()
 
+    def on_save_checkpoint(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
+    ) -> None:
+        """Keeps the checkpoint rule also for ``trainer.save_checkpoint`` after the run."""
+        Attachment.of(pl_module).save(checkpoint)
+
     def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         """Takes every wrapper off the module; what was trained stays."""
-        Attachment.of(pl_module).uninstall()
+        self._leave(pl_module)
 
     def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
         """Lightning calls no ``teardown`` after an exception."""
-        Attachment.of(pl_module).uninstall()
+        self._leave(pl_module)
+
+    def _leave(self, module: pl.LightningModule) -> None:
+        Attachment.of(module).uninstall()
+        for name in (
+            "log",
+            "log_dict",
+        ):  # Lightning's for this run: a callback that is kept would keep the whole module
+            self.__dict__.pop(name, None)
 
 
 class Technique(Attached):

@@ -14,6 +14,10 @@ from torch import Tensor
 
 from lightning_ft.functional.errors import Refusal
 
+_NOMINAL = 1024.0
+"""What divides a sum until its window's count is known: one number on all ranks, whose gradients are averaged, and a
+power of two, which rounds nothing."""
+
 
 @dataclass(frozen=True)
 class Term:
@@ -50,9 +54,8 @@ class Window:
 
     accumulate: int = 1
     world_size: int = 1
-    _nominal: float | None = field(default=None, init=False)
     _unit: str | None = field(default=None, init=False)
-    _counted: float = field(default=0.0, init=False)
+    counted: float = field(default=0.0, init=False)
 
     def loss(self, term: Term, totals: dict[str, float] | None) -> Tensor:
         """The scalar to back-propagate for one term of one micro-batch."""
@@ -72,22 +75,20 @@ class Window:
                 f"The loader does not count its accumulation windows, so terms in {self._unit}s and in {term.unit}s "
                 "cannot be normalised together; use one of this library's data modules, or one unit."
             )
-        if self._nominal is None:
-            self._nominal = max(term.count, 1.0)
         self._unit = term.unit
-        return term.sum * (term.weight / self._nominal)
+        return term.sum * (term.weight / _NOMINAL)
 
     def count(self, count: float) -> None:
         """Adds one micro-batch's count, when the loader gave no totals."""
-        self._counted += count
+        self.counted += count
 
     def correction(self) -> tuple[float, float]:
         """(this rank's count of the window, the factor's numerator), then forgets the window.
 
         The gradients have to be multiplied by numerator / (count summed over ranks).
         """
-        counted, self._counted = self._counted, 0.0
-        return counted, (self._nominal or 1.0) * self.accumulate * self.world_size
+        counted, self.counted = self.counted, 0.0
+        return counted, _NOMINAL * self.accumulate * self.world_size
 
     @property
     def pending(self) -> bool:
@@ -96,4 +97,4 @@ class Window:
 
     def begin(self) -> None:
         """Forgets counts of a window that was left unfinished (a stop in mid-window)."""
-        self._counted = 0.0
+        self.counted = 0.0

@@ -245,11 +245,13 @@ def _resolved(config: LoRAConfig, model: nn.Module, tensors: Mapping[str, Tensor
     if config.target != ALL_LINEAR:
         config = replace(config, target=useful(config.target) or config.target)
     names = target_names(model, replace(config, rank_pattern={}, alpha_pattern={}))
-    used = [
-        {k: v for k, v in pattern.items() if any(re.match(rf"(.*\.)?({k})$", n) for n in names)}
-        for pattern in (config.rank_pattern, config.alpha_pattern)
-    ]
-    return replace(config, rank_pattern=used[0], alpha_pattern=used[1])
+
+    def met(key: str) -> bool:
+        return any(re.match(rf"(.*\.)?({key})$", name) for name in names)
+
+    ranks = {key: rank for key, rank in config.rank_pattern.items() if met(key)}
+    alphas = {key: alpha for key, alpha in config.alpha_pattern.items() if met(key)}
+    return replace(config, rank_pattern=ranks, alpha_pattern=alphas)
 
 
 def _check_base(model: nn.Module, tensors: Mapping[str, Tensor], folder: str | Path) -> None:

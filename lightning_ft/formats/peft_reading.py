@@ -73,7 +73,7 @@ def read_peft(folder: str | Path, *, adapter_name: str = "default") -> tuple[LoR
             alpha=float(raw["lora_alpha"]),
             dropout=float(raw.get("lora_dropout") or 0.0),
             target=_patterns(raw["target_modules"]),
-            exclude=_patterns(raw.get("exclude_modules") or ()),
+            exclude=_several(raw.get("exclude_modules")),
             rank_pattern=raw.get("rank_pattern") or {},
             alpha_pattern=raw.get("alpha_pattern") or {},
             rslora=bool(raw.get("use_rslora")),
@@ -143,3 +143,9 @@ def _read_tensors(folder: Path) -> dict[str, Tensor]:
         return load_file(path)
     except (SafetensorError, OSError) as error:
         raise Refusal(f"{path} is damaged or incomplete ({error}); copy or export the adapter again.") from error
+
+
+def _several(value: str | list[str] | None) -> tuple[str, ...]:
+    """Return patterns as a tuple, also a single one."""
+    found = _patterns(value or ())
+    return (found,) if isinstance(found, str) else found

@@ -158,6 +158,11 @@ def load_config(base: str | Source, *, trust_remote_code: bool = False, revision
         raise _explain(error, source.base, "configuration") from error
 
 
+def _is_tokenizer_alone(folder: Path) -> bool:
+    others = ("config.json", "adapter_config.json")
+    return (folder / "tokenizer_config.json").is_file() and not any((folder / name).exists() for name in others)
+
+
 def load_tokenizer(base: str | Source, *, trust_remote_code: bool = False, revision: str | None = None) -> Any:
     """The tokenizer of a base.
 
@@ -165,7 +170,7 @@ def load_tokenizer(base: str | Source, *, trust_remote_code: bool = False, revis
     from a comparison with either, so that this is safe.
 
     Args:
-        base: see :func:`resolve`.
+        base: see :func:`resolve`; also a folder that holds a tokenizer and no model.
         trust_remote_code: whether Python code in the model's repository may run.
         revision: of a hub model.
 
@@ -174,7 +179,12 @@ def load_tokenizer(base: str | Source, *, trust_remote_code: bool = False, revis
     """
     from transformers import AutoTokenizer
 
-    source = base if isinstance(base, Source) else resolve(base, revision=revision)
+    if isinstance(base, Source):
+        source = base
+    elif _is_tokenizer_alone(folder := Path(base).expanduser()):
+        source = Source(base, str(folder), local=True)
+    else:
+        source = resolve(base, revision=revision)
     try:
         tokenizer = AutoTokenizer.from_pretrained(source.location, **_hub_settings(source, trust_remote_code, revision))
     except (OSError, ValueError, KeyError) as error:
@@ -237,6 +247,10 @@ def load_causal(
             f"The weights of '{base}' lack {len(missing)} tensors ({', '.join(missing[:3])} ...) that "
             f"{type(model).__name__} needs; they would be random. Give the folder of the complete model."
         )
+    embedding = model.get_input_embeddings()
+    if getattr(embedding, "padding_idx", None) is not None:
+        # Where the padding token is also the end of turn, its row must learn; padding is masked by position here.
+        embedding.padding_idx = None
     return model, tokenizer
 
 

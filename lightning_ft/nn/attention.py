@@ -203,11 +203,12 @@ def _openly(
     if mask is not None:
         lowest = torch.finfo(scores.dtype).min
         scores = scores.masked_fill(~mask, lowest) if mask.dtype == torch.bool else scores + mask
+    wide = torch.promote_types(scores.dtype, torch.float32)  # in fp32, float64's lowest would be -inf: NaN for padding
     if sinks is not None:
         sink = sinks.to(scores.dtype).reshape(1, -1, 1, 1).expand(*scores.shape[:-1], 1)
-        weights = torch.cat([scores, sink], -1).softmax(-1, dtype=torch.float32)[..., :-1]
+        weights = torch.cat([scores, sink], -1).softmax(-1, dtype=wide)[..., :-1]
     else:
-        weights = scores.softmax(-1, dtype=torch.float32)
+        weights = scores.softmax(-1, dtype=wide)
     weights = F.dropout(weights.to(value.dtype), dropout) if dropout > 0 else weights.to(value.dtype)
     return weights @ value
 

@@ -95,7 +95,9 @@ class LoRALayer(InjectedLayer):
             return
         # Kaiming's uniform with a = sqrt(5) is U(-1/sqrt(fan_in), 1/sqrt(fan_in)), the initial A of LoRA's authors.
         bound = 1 / math.sqrt(self.lora_A[0].numel())
-        self.lora_A.copy_(torch.empty(self.lora_A.shape).uniform_(-bound, bound, generator=self._generator("lora_A")))
+        # On the CPU in fp32, whatever the default device and dtype are where the model is built.
+        drawn = torch.empty(self.lora_A.shape, dtype=torch.float32, device="cpu")
+        self.lora_A.copy_(drawn.uniform_(-bound, bound, generator=self._generator("lora_A")))
         self.lora_B.zero_()
         if self.lora_magnitude is not None:
             self.lora_magnitude.copy_(self._norm())
@@ -240,7 +242,8 @@ class LoRAEmbedding(LoRALayer):
         super().reset_parameters()
         if not self.lora_A.is_meta:
             self.lora_A.zero_()
-            self.lora_B.copy_(torch.empty(self.lora_B.shape).normal_(generator=self._generator("lora_B")))
+            drawn = torch.empty(self.lora_B.shape, dtype=torch.float32, device="cpu")
+            self.lora_B.copy_(drawn.normal_(generator=self._generator("lora_B")))
 
     def delta(self) -> Tensor:
         """Return ``s B A`` transposed: (V, D)."""

@@ -35,7 +35,7 @@ def test_writes_one_folder(run: Run, tmp_path: Path) -> None:
     outcome = run(*FIT, "--trainer.max_steps=2", "--tiny.r=4")
     assert outcome.code == 0, outcome.err
     folder = tmp_path / "runs" / "run"
-    written = ["checkpoints", "config.yaml", "hparams.yaml", "metrics.csv"]
+    written = ["checkpoints", "config.yaml", "hparams.yaml", "metrics.csv", "throughput.json"]
     assert sorted(path.name for path in folder.iterdir()) == written
     assert (folder / "checkpoints" / "last.ckpt").is_file()
     assert steps(folder) == [0, 1]
