@@ -15,6 +15,7 @@ from lightning_ft.cli import checkpoint_argument
 from lightning_ft.cli.config_files import ConfigFiles, config_arguments
 from lightning_ft.cli.console import quiet
 from lightning_ft.cli.errors import explain, rank, reported, say
+from lightning_ft.cli.names import near_file
 from lightning_ft.cli.run_folder import (
     CHECKPOINTS,
     CONFIG,
@@ -236,6 +237,9 @@ class FineTuningCLI(LightningCLI):
             self.folder.release()
             if self.folder.moved_to is not None:
                 say(f"{path} already held a run, which is now {self.folder.moved_to}.")
+        last = self.last_checkpoint()
+        if last is not None:
+            say(f"The run lies in {path}. Ask it: lightning-ft generate --ckpt_path {last} --prompt TEXT")
 
     def last_checkpoint(self) -> Path | None:
         """The newest checkpoint of this run, to tell the user after it was interrupted."""
@@ -266,6 +270,8 @@ def with_config_of_checkpoint(argv: list[str]) -> list[str]:
     given = value_of(argv, "--ckpt_path")
     if given is None or given in checkpoint_argument.WORDS or config_arguments(argv):
         return argv
+    if "://" not in given and not Path(given).exists():  # else the run's own model.base would be called missing
+        raise Refusal(f"There is no checkpoint {given}{near_file(Path(given))}.")
     folder = folder_of(given)
     return argv if folder is None else ["--config", str(folder / CONFIG), *argv]
 

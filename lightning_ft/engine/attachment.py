@@ -99,6 +99,11 @@ class Attachment:
         return attachment
 
     @property
+    def installed(self) -> bool:
+        """Whether a Trainer is running the module now."""
+        return self._installed
+
+    @property
     def trainer(self) -> pl.Trainer:
         """The Trainer of the present run."""
         if self._trainer is None:

@@ -127,6 +127,8 @@ def _partial(attachment: Attachment, trainer: pl.Trainer) -> dict[str, Any] | No
         return None
     if trainer.fit_loop.epoch_loop.batch_progress.current.ready == 0:
         return None
+    if not attachment.installed:
+        return {"ranks": 0}  # after an exception: nobody knows what of the window was done
     if trainer.world_size > 1:
         return {"ranks": trainer.world_size}  # each rank holds its own; `check` refuses to resume from it
     grads = {n: p.grad.clone() for n, p in attachment.module.named_parameters() if p.grad is not None}
@@ -196,6 +198,11 @@ def check(attachment: Attachment, checkpoint: dict[str, Any]) -> dict[str, Any]:
                 "from it; start anew from its weights with --lora.init_from, or resume from a full checkpoint."
             )
         partial = record.get("partial")
+        if partial and partial["ranks"] == 0:
+            raise Refusal(
+                "The checkpoint was saved after an error within an accumulation window, whose gradients are lost; resume from "
+                "one saved on a window's end, or start anew from its weights."
+            )
         if partial and (partial["ranks"] > 1 or trainer.world_size > 1):
             raise Refusal(
                 "The checkpoint was saved within an accumulation window on several ranks, whose partial gradients it cannot "

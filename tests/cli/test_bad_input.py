@@ -38,7 +38,7 @@ def refused(outcome: Outcome, *parts: str) -> None:
         (["--trainer.max_stepss=1"], ["--trainer.max_stepss", "trainer.max_steps"]),
         (["--tinny.r=1"], ["--tinny.r", "did you mean --tiny?"]),
         (["--ewc.lam=3"], ["--ewc.lam", "known here are"]),
-        (["--lr", "3"], ["--lr", "known here are"]),
+        (["--lr", "3"], ["--lr", "did you mean --model.lr?"]),
         (["junk"], ["'junk'", "flag"]),
         # types and bounds, inside optional slots and unions too
         (["--tiny.r=0"], ["tiny.r must be a whole number, at least 1, got 0."]),

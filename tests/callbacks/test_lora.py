@@ -1,0 +1,178 @@
+"""LoRA as a callback: the contract, and what only it does."""
+
+import lightning.pytorch as pl
+import pytest
+import torch
+from lightning.pytorch.callbacks import ModelCheckpoint
+from torch import nn
+
+import lightning_ft
+from lightning_ft import Attachment, Refusal
+from lightning_ft.callbacks.lora import LoRA
+from lightning_ft.formats.peft import export_peft
+from lightning_ft.nn.registry import injected_layers
+from tests.contract import Case, checks_for
+from tests.contract.subjects import QUIET, PlainNet, fit, rows, state
+from tests.tolerances import TOL
+
+CASE = Case(LoRA, small={"r": 2, "alpha": 8.0})
+
+
+@pytest.mark.parametrize("check", checks_for(CASE))
+def test_contract(check, place):
+    check(CASE, place)
+
+
+def trained_names(module):
+    return {name for name, p in module.named_parameters() if p.requires_grad}
+
+
+@pytest.fixture(scope="module")
+def adapter(tmp_path_factory):
+    """A net trained with rank 2 and alpha 6, its checkpoint, and its PEFT folder."""
+    folder = tmp_path_factory.mktemp("adapter")
+    net = PlainNet()
+    keep = ModelCheckpoint(folder, save_last=True, save_top_k=0)
+    fit(folder, net, LoRA(2, alpha=6.0, target=["net.0"]), keep, enable_checkpointing=True)
+    export_peft(net, folder / "peft")
+    return net, {"checkpoint": folder / "last.ckpt", "peft": folder / "peft"}
+
+
+def rebuilt(*techniques):
+    net = PlainNet()
+    Attachment.of(net).rebuild(list(techniques), seed=0)
+    return net
+
+
+@pytest.mark.parametrize("source", ["checkpoint", "peft"])
+def test_init_from_starts_where_the_adapter_ended(adapter, source, tmp_path):
+    original, files = adapter
+    technique = LoRA(init_from=str(files[source]))
+    net = rebuilt(technique)
+    torch.testing.assert_close(net(rows()[0]), original(rows()[0]), rtol=TOL[torch.float32], atol=TOL[torch.float32])
+    assert trained_names(net) == trained_names(original) == {"net.0.lora_A", "net.0.lora_B"}
+    again = technique.resolved_arguments()
+    assert (again["r"], again["alpha"], again["init_from"]) == (2, 6.0, None)
+    assert (technique.r, technique.alpha) == (8, 16.0), "arguments stay as they were given"
+
+
+@pytest.mark.parametrize("source", ["checkpoint", "peft"])
+def test_a_fit_that_started_from_an_adapter_loads_without_it(adapter, source, tmp_path):
+    net = PlainNet()
+    keep = ModelCheckpoint(tmp_path, save_last=True, save_top_k=0)
+    fit(tmp_path, net, LoRA(init_from=str(adapter[1][source])), keep, enable_checkpointing=True)
+    loaded = lightning_ft.load(tmp_path / "last.ckpt", module=PlainNet())
+    assert all(torch.equal(value, state(loaded)[name]) for name, value in state(net).items())
+
+
+@pytest.mark.parametrize(
+    ("given", "words"),
+    [
+        ({"r": 4}, r"LoRA\.r is 4, but the adapter in .* has 2; leave r out"),
+        ({"alpha": 5.0}, r"LoRA\.alpha is 5\.0"),
+        ({"dora": True}, r"LoRA\.dora is True"),
+        ({"target": ["net.3"]}, r"LoRA\.target is \('net\.3',\)"),
+    ],
+)
+@pytest.mark.parametrize("source", ["checkpoint", "peft"])
+def test_what_contradicts_the_adapter_is_refused(adapter, source, given, words):
+    with pytest.raises(Refusal, match=words):
+        rebuilt(LoRA(**given, init_from=str(adapter[1][source])))
+
+
+def test_a_missing_adapter_is_refused_at_once():
+    with pytest.raises(Refusal, match="LoRA.init_from names 'nowhere', which does not exist"):
+        LoRA(init_from="nowhere")
+
+
+def test_a_file_that_is_no_checkpoint_is_refused(tmp_path):
+    (tmp_path / "junk.ckpt").write_bytes(b"junk")
+    with pytest.raises(Refusal, match="junk.ckpt cannot be read as a checkpoint"):
+        rebuilt(LoRA(init_from=str(tmp_path / "junk.ckpt")))
+
+
+def test_an_adapter_of_another_model_is_refused(adapter):
+    class Other(pl.LightningModule):
+        def __init__(self):
+            super().__init__()
+            self.net = nn.Sequential(nn.Linear(5, 6))
+
+    net = Other()
+    with pytest.raises(Refusal, match=r"net\.0\.lora_A has shape \(2, 4\), this model's \(2, 5\)"):
+        Attachment.of(net).rebuild([LoRA(init_from=str(adapter[1]["checkpoint"]))], seed=0)
+
+
+def test_a_target_without_a_match_names_the_nearest():
+    with pytest.raises(Refusal, match=r"net\.00.*net\.0"):
+        rebuilt(LoRA(target=["net.00"]))
+
+
+def test_modules_to_save_train_in_full_and_are_in_the_file(tmp_path):
+    net = PlainNet()
+    start = state(net)
+    keep = ModelCheckpoint(tmp_path, save_last=True, save_top_k=0)
+    technique = LoRA(2, target=["net.0"], modules_to_save=["net.3"])
+    fit(tmp_path, net, technique, keep, enable_checkpointing=True)
+    expected = {"net.0.lora_A", "net.0.lora_B", "net.3.weight", "net.3.bias"}
+    assert trained_names(net) == expected
+    assert not torch.equal(net.net[3].weight, start["net.3.weight"])
+    saved = torch.load(tmp_path / "last.ckpt", weights_only=True)["state_dict"]
+    assert set(saved) == expected
+    started = rebuilt(LoRA(init_from=str(tmp_path / "last.ckpt")))
+    assert torch.equal(started.net[3].weight, net.net[3].weight)
+
+
+def test_two_adapters_on_one_layer_add_up(tmp_path):
+    net = PlainNet()
+    fit(tmp_path, net, LoRA(2, target=["net.0"], name="a"), LoRA(3, target=["net.0"], name="b"))
+    first, second = injected_layers(net, "a"), injected_layers(net, "b")
+    assert len(first) == len(second) == 1
+    (a,), (b,) = first.values(), second.values()
+    assert (a.r, b.r) == (2, 3)
+    base = PlainNet().net[0]
+    expected = base(rows()[0]) + rows()[0] @ (a.delta() + b.delta()).T
+    torch.testing.assert_close(net.net[0](rows()[0]), expected, rtol=TOL[torch.float32], atol=TOL[torch.float32])
+
+
+def test_two_adapters_of_one_name_are_refused(tmp_path):
+    with pytest.raises(Refusal, match="Two LoRA callbacks are both named 'default'; give one of them another name"):
+        fit(tmp_path, PlainNet(), LoRA(2), LoRA(3))
+
+
+class ConvNet(pl.LightningModule):
+    """A user's own vision model."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.conv = nn.Conv2d(1, 4, 3)
+        self.head = nn.Linear(4, 2)
+
+    def training_step(self, batch, batch_idx):
+        return self.head(self.conv(batch).relu().mean((2, 3))).square().mean()
+
+    def configure_optimizers(self):
+        return torch.optim.SGD([p for p in self.parameters() if p.requires_grad], lr=0.1)
+
+
+def test_a_conv_net_trains_its_factors_alone(tmp_path):
+    net = ConvNet()
+    before = state(net)
+    images = torch.randn(8, 1, 6, 6, generator=torch.Generator().manual_seed(0))
+    run = pl.Trainer(**{**QUIET, "max_steps": 3, "default_root_dir": tmp_path, "callbacks": [LoRA(2, target=["conv"])]})
+    run.fit(net, torch.utils.data.DataLoader(images, batch_size=4))
+    assert trained_names(net) == {"conv.lora_A", "conv.lora_B"}
+    assert torch.equal(net.conv.base.weight, before["conv.weight"])
+    assert torch.equal(net.head.weight, before["head.weight"])
+    assert net.conv.lora_B.abs().sum() > 0
+
+
+def test_the_first_values_depend_on_the_seed_alone():
+    nets = {}
+    for seed in (0, 0, 1):
+        net = PlainNet()
+        torch.manual_seed(seed * 7 + len(nets))  # the global generator is of no account
+        Attachment.of(net).rebuild([LoRA(2)], seed=seed)
+        nets.setdefault(seed, []).append(state(net)["net.0.lora_A"])
+    assert torch.equal(*nets[0])
+    assert not torch.equal(nets[0][0], nets[1][0])

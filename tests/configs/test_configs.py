@@ -1,0 +1,152 @@
+"""Every file in configs/ is found by existing: parsed, commented, run for two steps, and its keys checked for typos."""
+
+import json
+import re
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+
+from benchmarks.random_model import write_model
+from tests.cli.conftest import Outcome, call
+
+CONFIGS = Path(__file__).parents[2] / "configs"
+JOBS = sorted(CONFIGS.glob("*.yaml"))
+PARTS = sorted((CONFIGS / "parts").glob("*.yaml"))
+ORDER = ["name", "model", "data", None, "trainer"]  # None: techniques
+FILES = [pytest.param(path, id=f"{path.parent.name}/{path.stem}") for path in (*JOBS, *PARTS)]
+COMMAND = re.compile(r" {5}(lightning-ft fit --config \S+.*)$")
+Run = Callable[..., Outcome]
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, ...]:
+    """The flags that put tiny weights and rows in the place of the real ones, for two steps."""
+    folder = tmp_path_factory.mktemp("tiny")
+    model = write_model(folder / "model")
+    question = {"role": "user", "content": "Good?"}
+    rows = [{"prompt": [question], "completion": [{"role": "assistant", "content": f"no {n}"}]} for n in range(80)]
+    data = folder / "rows.jsonl"
+    data.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    quiet = ("--trainer.accelerator=cpu", "--trainer.enable_progress_bar=false", "--trainer.enable_model_summary=false")
+    where = (f"--model.base={model}", f"--data.path={data}", f"--data.cache_dir={folder / 'cache'}")
+    return (*where, "--data.val_fraction=0.05", "--trainer.max_steps=2", "--trainer.log_every_n_steps=1", *quiet)
+
+
+@pytest.fixture
+def run(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Run:
+    """The command line in an empty folder, with the library's own classes."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("LIGHTNING_FT_CACHE", str(tmp_path / "cache"))
+    return lambda *words: call(capsys, *words)
+
+
+def stacked(path: Path) -> list[str]:
+    """A job by itself; a fragment on full training, which has nothing that a technique would clash with."""
+    files = [path] if path in JOBS else [CONFIGS / "sft_full.yaml", path]
+    return [word for file in files for word in ("--config", str(file))]
+
+
+def leaves(path: Path) -> list[tuple[str, int]]:
+    """Dotted keys with a value of their own, and the line of each."""
+
+    def walk(node: yaml.Node, prefix: str) -> list[tuple[str, int]]:
+        if not isinstance(node, yaml.MappingNode):
+            return []
+        found = []
+        for key, value in node.value:
+            name = f"{prefix}{key.value}"
+            inner = walk(value, f"{name}.")
+            found += inner or [(name, key.start_mark.line)]
+        return found
+
+    return walk(yaml.compose(path.read_text(), Loader=yaml.SafeLoader), "")
+
+
+def test_the_folder_is_what_the_readme_says() -> None:
+    assert {path.stem for path in JOBS} >= {"quickstart", "sft_lora", "sft_dora", "sft_freeze", "sft_full"}
+    assert {path.stem for path in PARTS} >= {"lora", "freeze", "samples"}
+    assert not [path for path in CONFIGS.rglob("*.yml")], "the tests above look for .yaml"
+
+
+@pytest.mark.parametrize("path", FILES)
+def test_header_names_the_job_and_its_command(path: Path) -> None:
+    first, second = path.read_text().splitlines()[:2]
+    assert first.startswith("# ") and second.startswith(("# ", "#")) or not second
+    command = COMMAND.search(first)
+    assert command, f"{path.name}: the first line ends with the command that runs the file"
+    named = [word for word in command[1].split() if word.startswith("configs/")]
+    assert named[-1] == str(path.relative_to(CONFIGS.parent)), f"{path.name}: its command names another file"
+    assert all((CONFIGS.parent / name).is_file() for name in named)
+
+
+@pytest.mark.parametrize("path", FILES)
+def test_every_key_says_why(path: Path) -> None:
+    lines = path.read_text().splitlines()
+    bare = [name for name, line in leaves(path) if not re.search(r"\S +# \S.{10,}", lines[line])]
+    assert not bare, f"{path.name}: no comment beside {', '.join(bare)}"
+    assert max(map(len, lines)) <= 140, f"{path.name}: a line is too long to read beside its neighbours"
+
+
+@pytest.mark.parametrize("path", FILES)
+def test_order_is_model_data_techniques_trainer(path: Path) -> None:
+    keys = list(yaml.safe_load(path.read_text()))
+    places = [ORDER.index(key if key in ORDER else None) for key in keys]
+    assert places == sorted(places), f"{path.name}: {keys}"
+
+
+@pytest.mark.parametrize("path", FILES)
+def test_two_steps_change_what_is_trained(path: Path, run: Run, tiny: tuple[str, ...], tmp_path: Path) -> None:
+    outcome = run("fit", *stacked(path), *tiny, "--name=two")
+    assert outcome.code == 0, outcome.err
+    checkpoint = torch.load(tmp_path / "runs/two/checkpoints/last.ckpt", weights_only=True)
+    assert checkpoint["global_step"] == 2
+    moments = [state["exp_avg"] for state in checkpoint["optimizer_states"][0]["state"].values()]
+    assert moments and all(moment.isfinite().all() for moment in moments)
+    assert any(moment.abs().sum() > 0 for moment in moments)
+    # Only what a technique of this file trains is stored.
+    keys = [key for key in checkpoint["state_dict"] if key.startswith("model.")]
+    given = {**yaml.safe_load((CONFIGS / "sft_full.yaml").read_text()), **yaml.safe_load(path.read_text())}
+    if "lora" in given:
+        assert all(".lora_" in key for key in keys)
+    elif "freeze" in given:
+        assert all(".layers." in key for key in keys)
+    else:
+        assert any("embed_tokens" in key for key in keys)
+
+
+@pytest.mark.parametrize("path", FILES)
+def test_a_misspelt_key_is_refused_with_its_line(path: Path, run: Run, tiny: tuple[str, ...], tmp_path: Path) -> None:
+    name, line = leaves(path)[-1]
+    key = name.rpartition(".")[2]
+    lines = path.read_text().splitlines()
+    lines[line] = lines[line].replace(key, f"{key}x", 1)
+    wrong = tmp_path / "wrong.yaml"
+    wrong.write_text("\n".join(lines) + "\n")
+    base = [] if path in JOBS else ["--config", str(CONFIGS / "sft_full.yaml")]
+    outcome = run("fit", *base, "--config", str(wrong), *tiny)
+    assert outcome.code == 2
+    assert f"{key}x" in outcome.err and "Traceback" not in outcome.err
+    assert f"wrong.yaml, line {line + 1}" in outcome.err
+    assert not (tmp_path / "runs").exists()
+
+
+def test_own_data_and_model_are_two_flags(run: Run, tiny: tuple[str, ...], tmp_path: Path) -> None:
+    """Nothing in sft_lora.yaml but these two values points at the starter assets, at any stage."""
+    config = yaml.safe_load((CONFIGS / "sft_lora.yaml").read_text())
+    starters = {f"{part}.{key}" for part in config for key, value in config[part].items() if "starter:" in str(value)}
+    assert starters == {"model.base", "data.path"}
+
+
+def test_fragments_stack_on_each_other(run: Run, tiny: tuple[str, ...], tmp_path: Path) -> None:
+    words = [
+        word for name in ("lora", "freeze", "samples") for word in ("--config", str(CONFIGS / f"parts/{name}.yaml"))
+    ]
+    short = ["--samples.max_new_tokens=2", "--freeze.layers=[-1]"]
+    outcome = run("fit", "--config", str(CONFIGS / "sft_full.yaml"), *words, *tiny, *short, "--name=all")
+    assert outcome.code == 0, outcome.err
+    keys = torch.load(tmp_path / "runs/all/checkpoints/last.ckpt", weights_only=True)["state_dict"]
+    assert any(".lora_" in key for key in keys) and any("layers.1.mlp.down_proj" in key for key in keys)
+    assert len((tmp_path / "runs/all/samples.jsonl").read_text().splitlines()) >= 6

@@ -1,0 +1,168 @@
+"""What techniques are tried on: a LightningModule that knows nothing of this library, and a tiny chat model."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any, ClassVar
+
+import lightning.pytorch as pl
+import torch
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, TensorDataset
+
+from lightning_ft.engine.technique import Technique
+
+FEATURES, CLASSES, ROWS = 4, 3, 16
+QUIET: dict[str, Any] = {
+    "accelerator": "cpu",
+    "devices": 1,
+    "logger": False,
+    "enable_checkpointing": False,
+    "enable_progress_bar": False,
+    "enable_model_summary": False,
+    "num_sanity_val_steps": 0,
+    "limit_val_batches": 1,
+}
+
+
+class PlainNet(pl.LightningModule):
+    """Two linear layers and a norm, with a user's own mean loss."""
+
+    built: ClassVar[int] = 0
+
+    def __init__(self, dtype: str = "float32", fail_at: int | None = None) -> None:
+        super().__init__()
+        PlainNet.built += 1
+        self.fail_at = fail_at
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(0)
+            self.net = nn.Sequential(
+                nn.Linear(FEATURES, 6), nn.Tanh(), nn.LayerNorm(6), nn.Linear(6, CLASSES)
+            )  # (B, FEATURES) -> (B, CLASSES)
+        self.to(getattr(torch, dtype))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.net(x)
+
+    def training_step(self, batch: list[Tensor], batch_idx: int) -> Tensor:
+        if batch_idx == self.fail_at:
+            raise RuntimeError("a step that fails")
+        return nn.functional.cross_entropy(self(batch[0]).float(), batch[1])
+
+    def validation_step(self, batch: list[Tensor], batch_idx: int) -> None:
+        self.log("val/loss", nn.functional.cross_entropy(self(batch[0]).float(), batch[1]))
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        return torch.optim.SGD([p for p in self.parameters() if p.requires_grad], lr=0.5)
+
+
+class SpeakingNet(PlainNet):
+    """The same, with the ``generate`` that some techniques need."""
+
+    tokenizer = SimpleNamespace(chat_template=None)
+
+    def generate(self, prompts: list[str], *, max_new_tokens: int, temperature: float) -> list[str]:
+        return [prompt[::-1][:max_new_tokens] for prompt in prompts]
+
+
+class PlainData(pl.LightningDataModule):
+    """The rows as a data module, for the command line."""
+
+    def train_dataloader(self) -> DataLoader:
+        return loader()
+
+    def val_dataloader(self) -> DataLoader:
+        return loader()
+
+
+def subject(technique: type[Technique]) -> type[PlainNet]:
+    """The plain module that has what the technique needs."""
+    return SpeakingNet if "generator" in technique.traits.needs else PlainNet
+
+
+def rows(dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor]:
+    """(ROWS, FEATURES) inputs and (ROWS,) classes, the same each time."""
+    generator = torch.Generator().manual_seed(1)
+    x = torch.randn(ROWS, FEATURES, generator=generator, dtype=torch.float32)
+    return x.to(dtype), torch.randint(CLASSES, (ROWS,), generator=generator)
+
+
+def loader(dtype: torch.dtype = torch.float32) -> DataLoader:
+    """Four batches of four rows, in order."""
+    return DataLoader(TensorDataset(*rows(dtype)), batch_size=4)
+
+
+def trainer(folder: Path, *techniques: Technique, **options: Any) -> pl.Trainer:
+    """A quiet Trainer of three steps on the CPU."""
+    return pl.Trainer(**{**QUIET, "max_steps": 3, "default_root_dir": folder, "callbacks": list(techniques), **options})
+
+
+def fit(folder: Path, net: PlainNet, *techniques: Technique, **options: Any) -> pl.Trainer:
+    """Three steps of ``net`` with the techniques."""
+    made = trainer(folder, *techniques, **options)
+    rows_ = loader(next(net.parameters()).dtype)
+    made.fit(net, rows_, rows_)
+    return made
+
+
+class Steps(pl.Callback):
+    """What each micro-batch and each optimizer step were: batches, rates, logged losses, gradients."""
+
+    def __init__(self) -> None:
+        self.batches: list[Any] = []
+        self.rates: list[float] = []
+        self.losses: list[float] = []
+        self.gradients: list[dict[str, Tensor]] = []
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        # A validation clears gradients, so they are read right after the step.
+        def read(*_: Any) -> None:
+            self.gradients.append({n: p.grad.clone() for n, p in pl_module.named_parameters() if p.grad is not None})
+            self.rates.append(trainer.optimizers[0].param_groups[0]["lr"])
+
+        trainer.optimizers[0].register_step_post_hook(read)
+
+    def on_train_batch_end(self, trainer: pl.Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
+        self.batches.append(batch)
+        if len(self.losses) < len(self.gradients):
+            self.losses.append(float(trainer.callback_metrics["train/loss"]))
+
+
+def state(module: nn.Module) -> dict[str, Tensor]:
+    """A copy of every parameter and persistent buffer."""
+    return {name: value.detach().clone() for name, value in module.state_dict().items()}
+
+
+def differing(first: dict[str, Tensor], second: dict[str, Tensor]) -> list[str]:
+    """Names whose tensors are not bit-equal, or that only one side has."""
+    names = sorted(first.keys() | second.keys())
+    return [n for n in names if n not in first or n not in second or not torch.equal(first[n], second[n])]
+
+
+def write_chat(folder: Path) -> Path:
+    """A folder with ``model`` (a random two-layer Llama, byte tokenizer) and ``rows.jsonl`` (16 rows of uneven length)."""
+    from benchmarks.random_model import write_model
+
+    write_model(folder / "model", initializer_range=0.2)
+    chats = [{"prompt": "ask" * (n % 3) + f" {n}:", "completion": " " + "ab"[n % 2] * (1 + n % 5)} for n in range(ROWS)]
+    (folder / "rows.jsonl").write_text("".join(json.dumps(chat) + "\n" for chat in chats))
+    return folder
+
+
+def chat_job(chat: Path, folder: Path, **more: Any) -> tuple[Any, Any]:
+    """(SFT, SFTData) of the tiny chat model in fp32, plain SGD at a constant rate, rows in order, nothing held out."""
+    from lightning_ft import SFT, SFTData
+
+    model = {"lr": 0.5, "warmup_steps": 0, "schedule": "constant", "optimizer": torch.optim.SGD}
+    model |= {"base_dtype": "float32", **more.pop("model", {})}
+    rows_path = str(chat / "rows.jsonl")
+    data = {
+        "val_path": rows_path,
+        "batch_size": 8,
+        "shuffle": False,
+        "cache_dir": str(folder / "cache"),
+        **more.pop("data", {}),
+    }
+    return SFT(str(chat / "model"), **model), SFTData(rows_path, **data)

@@ -1,0 +1,67 @@
+"""Each script in examples/ runs, through its `main`, on tiny weights; one that is added without a test here fails."""
+
+import importlib.util
+import inspect
+import json
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+
+from benchmarks.random_model import write_model
+
+EXAMPLES = Path(__file__).parents[2] / "examples"
+TESTED = {"lora_on_your_module", "lora_on_a_cnn", "sft_from_python"}
+
+
+def example(name: str) -> ModuleType:
+    """The script as a module; its ``main`` does not run on import."""
+    spec = importlib.util.spec_from_file_location(f"examples_{name}", EXAMPLES / f"{name}.py")
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """A random Llama of two layers."""
+    return str(write_model(tmp_path_factory.mktemp("examples") / "model"))
+
+
+def test_no_example_is_untested() -> None:
+    assert {path.stem for path in EXAMPLES.glob("*.py")} == TESTED
+
+
+@pytest.mark.parametrize("name", sorted(TESTED))
+def test_the_first_lines_say_how_to_run_it(name: str) -> None:
+    assert f"\npython examples/{name}.py" in inspect.cleandoc(example(name).__doc__ or "").replace("\n    ", "\n")
+
+
+def test_lora_on_your_module(model: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    result = example("lora_on_your_module").main(model, max_steps=4, output=tmp_path / "out")
+    assert result["last_loss"] < result["first_loss"]
+    assert 0 < result["saved_share"] < 0.2
+
+
+def test_lora_on_a_cnn(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.chdir(tmp_path)
+    result = example("lora_on_a_cnn").main(epochs=3)
+    # Five of ten digits have never been seen before: at best half of the test digits are right.
+    assert result["all ten, before"] < 0.6
+    assert result["all ten, after"] > result["all ten, before"] + 0.15
+    assert 0 < result["trained share"] < 0.2
+
+
+def test_sft_from_python(model: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("LIGHTNING_FT_CACHE", str(tmp_path / "cache"))
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text("".join(json.dumps({"prompt": f"{n}+1=", "completion": f"{n + 1}"}) + "\n" for n in range(40)))
+    answers = example("sft_from_python").main(model, str(rows), max_steps=2, batch_size=4, output=tmp_path / "out")
+    assert len(answers) == 1
+    assert {path.name for path in (tmp_path / "out/adapter").iterdir()} >= {
+        "adapter_config.json",
+        "adapter_model.safetensors",
+    }

@@ -1,0 +1,74 @@
+"""Invariant 4: no tensor with a vocabulary axis is larger than one chunk of scored tokens, forward or backward."""
+
+import json
+
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from benchmarks.random_model import write_model
+from lightning_ft.callbacks.freeze import Freeze
+from lightning_ft.callbacks.lora import LoRA
+from tests.invariants import ground
+
+V, CHUNK = 1031, 256  # a prime, so that no other axis has this length
+
+
+class Widest(TorchDispatchMode):
+    """The most rows that any tensor with an axis of length V had, the head's own weight aside."""
+
+    def __init__(self, weight):
+        super().__init__()
+        self.weights = {tuple(weight.shape), tuple(weight.shape[::-1])}
+        self.rows, self.seen = 0, 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        result = function(*args, **(kwargs or {}))
+        for value in result if isinstance(result, (tuple, list)) else [result]:
+            if isinstance(value, torch.Tensor) and V in value.shape and tuple(value.shape) not in self.weights:
+                self.rows = max(self.rows, value.numel() // V)
+                self.seen += 1
+        return result
+
+
+@pytest.fixture(scope="module")
+def wide(tmp_path_factory):
+    return write_model(tmp_path_factory.mktemp("wide") / "base", vocab_size=V)
+
+
+def batch_of(wide, tmp_path, question, answer, rows, packing):
+    file = tmp_path / "rows.jsonl"
+    chat = [{"role": "user", "content": "q" * question}, {"role": "assistant", "content": "a" * answer}]
+    file.write_text("".join(json.dumps({"messages": chat}) + "\n" for _ in range(rows)))
+    data = ground.data(file, tmp_path, tokenizer=str(wide), batch_size=rows, packing=packing)
+    return next(iter(data.train_dataloader()))
+
+
+@pytest.mark.parametrize("packing", [True, False])
+@pytest.mark.parametrize("head", ["frozen", "trained"])
+@pytest.mark.parametrize(
+    "question, answer, rows", [(300, 9, 4), (20, 300, 4)], ids=["few of many are scored", "more than a chunk is scored"]
+)
+def test_training_and_validation(wide, tmp_path, question, answer, rows, packing, head):
+    batch = batch_of(wide, tmp_path, question, answer, rows, packing)
+    scored = int(batch.counts["token"])
+    assert scored == rows * (answer + 1) and batch.tokens > 1200
+    techniques = [LoRA(r=2), Freeze(train=["embed_tokens"])] if head == "trained" else [LoRA(r=2)]
+    module = ground.built(wide, *techniques)
+    assert module.view.head.weight.requires_grad == (head == "trained")
+    most = min(scored, CHUNK)
+    with Widest(module.view.head.weight) as train:
+        module.training_step(batch, 0).backward()
+    assert all(p.grad is not None for p in module.parameters() if p.requires_grad)
+    with Widest(module.view.head.weight) as validate, torch.no_grad():
+        module.validation_step(batch, 0)
+    for mode in (train, validate):
+        assert mode.seen and mode.rows == most, (mode.rows, most)  # equal: the mode does see the logits
+
+
+def test_the_mode_sees_the_logits_of_a_plain_forward(wide, tmp_path):
+    batch = batch_of(wide, tmp_path, 300, 9, 4, False)
+    module = ground.built(wide, LoRA(r=2))
+    with Widest(module.view.head.weight) as mode, torch.no_grad():
+        module.model(batch.ids)
+    assert mode.rows == batch.ids.numel() > CHUNK
