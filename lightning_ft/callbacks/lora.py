@@ -40,12 +40,12 @@ class LoRA(Technique):
         alpha_pattern: other alphas, likewise.
         modules_to_save: names of modules trained in full beside the factors and stored with them (a new head); None: none.
         rslora: scale by ``alpha / sqrt(r)``, which keeps the update's size when r grows (Kalajdzievski, 2023).
-        dora: also train the length of each output's weight (Liu et al., 2024): a little better at small r, a third slower.
+        dora: also train the length of each output's weight (Liu et al., 2024): better at small r, slower: norms each step.
         init_from: start from an adapter: a PEFT folder, or a checkpoint of this library; its rank, alpha and targets hold.
             None starts fresh.
         name: name of the adapter; two LoRA callbacks need different ones.
 
-    Cost: r (in + out) numbers a layer, AdamW's two moments of them; about 5 % more time than the frozen model alone.
+    Cost: r (in + out) numbers a layer, AdamW's two moments of them and six thin products a layer beside the base's two.
 
     Raises:
         Refusal: for r below 1 and the like here; at setup for targets that match nothing, with the nearest names.

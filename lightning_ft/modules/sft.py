@@ -31,7 +31,7 @@ class SFT(FineTuningModule):
         base_dtype: of frozen weights: ``auto`` takes bfloat16 where the device multiplies it fast, else float32. What is trained
             is float32 in any case, unless ``pure_bfloat16`` asks for all of it in bfloat16 (less memory, coarser steps).
         attention: ``auto`` takes this library's packed attention where the model allows it, else transformers' ``sdpa``.
-        gradient_checkpointing: recompute activations in backward: about a third more time for much less memory.
+        gradient_checkpointing: recompute activations in backward: one more forward pass for much less memory.
         trust_remote_code: run Python code that the model's repository brings; only for authors you trust.
         revision: branch, tag or commit of a Hugging Face id; None is its main branch.
 
