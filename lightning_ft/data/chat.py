@@ -10,9 +10,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
+from jinja2 import TemplateSyntaxError
 from transformers import PreTrainedTokenizerBase
 
-from lightning_ft.data.rows import Kind
+from lightning_ft.data.rows import Kind, whole_text
 from lightning_ft.functional.errors import Refusal
 
 LossOn = Literal["auto", "assistant", "last_assistant", "completion", "all"]
@@ -99,7 +100,8 @@ def draft(tokenizer: PreTrainedTokenizerBase, row: Mapping[str, Any], kind: Kind
     before = row["prompt"] if kind == "prompt_completion" else []
     messages = [*before, *row["completion"]] if kind == "prompt_completion" else row["messages"]
     tools = row.get("tools")
-    text = render_text(tokenizer, messages, tools)
+    text = whole_text(render_text(tokenizer, messages, tools), "the rendered row")  # tools and names too
+    _prove_kept(messages, text)
     if what == "all":
         return Draft(text=text, turns=None, plain=False)
     first = len(before) if what == "completion" else 0
@@ -132,10 +134,31 @@ def render_text(
         text = tokenizer.apply_chat_template(
             messages, tools=tools, tokenize=False, add_generation_prompt=add_generation_prompt
         )
+    except TemplateSyntaxError as error:
+        raise Refusal(f"The chat template is not valid Jinja, line {error.lineno}: {_sentence(error)}.") from error
     except Exception as error:  # templates raise what they like: jinja's errors, TypeError, KeyError ...
-        raise Refusal(f"the chat template refuses this row: {error}") from error
+        raise Refusal(f"the chat template refuses this row: {_sentence(error)}.") from error
     assert isinstance(text, str)
     return text
+
+
+def _sentence(error: Exception) -> str:
+    return " ".join(str(error).split()).rstrip(".") or type(error).__name__
+
+
+def _prove_kept(messages: list[dict[str, Any]], text: str) -> None:
+    """Refuses a rendering that left a system or user turn out without a word, as some templates do with ``system``."""
+    squeezed: str | None = None
+    for number, message in enumerate(messages):
+        content = message.get("content")
+        if message["role"] not in ("system", "developer", "user") or not content or content.strip() in text:
+            continue
+        squeezed = squeezed if squeezed is not None else "".join(text.split())
+        if "".join(content.split()) not in squeezed:  # a template may change white space
+            raise Refusal(
+                f"the chat template leaves messages[{number}] ({message['role']}) out, so the model would never see it: "
+                "put its text into a turn that the template renders, or use another template."
+            )
 
 
 def require_template(tokenizer: PreTrainedTokenizerBase) -> None:

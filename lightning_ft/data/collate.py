@@ -36,6 +36,71 @@ def targets_of(segment: Segment) -> np.ndarray:
     return np.concatenate(pieces) if pieces else np.empty(0, dtype=np.int64)
 
 
+@dataclass(frozen=True)
+class Layout:
+    """Rows of numbers laid out as one tensor.
+
+    Attributes:
+        shape: (1, T) packed, or (B, T) padded.
+        begins: (S,) where each row begins in the flattened tensor.
+        lengths: of the rows.
+        bounds: cumulative segment bounds of packed rows; None when padded.
+    """
+
+    shape: tuple[int, int]
+    begins: np.ndarray
+    lengths: list[int]
+    bounds: tuple[int, ...] | None
+
+    @classmethod
+    def of(cls, lengths: Sequence[int], *, packed: bool) -> Layout:
+        """End to end, or one under the other and padded on the right."""
+        ends = np.cumsum(lengths)
+        if packed:
+            bounds = (0, *map(int, ends))
+            return cls((1, bounds[-1]), np.array(bounds[:-1], dtype=np.int64), list(lengths), bounds)
+        width = max(lengths)
+        return cls((len(lengths), width), np.arange(len(lengths)) * width, list(lengths), None)
+
+    def fill(self, rows: Sequence[np.ndarray]) -> torch.Tensor:
+        """The rows in their places, int64, zeros on the padding."""
+        flat = np.zeros(self.shape[0] * self.shape[1], dtype=np.int64)
+        for begin, length, row in zip(self.begins.tolist(), self.lengths, rows, strict=True):
+            flat[begin : begin + length] = row
+        return torch.from_numpy(flat).view(self.shape)
+
+    def positions(self) -> torch.Tensor:
+        """Like the tensor, from 0 in each row; padding gets the last real position, which every position table holds."""
+        rows = [np.arange(length) for length in self.lengths]
+        if self.bounds is not None:
+            return self.fill(rows)
+        last = np.array(self.lengths, dtype=np.int64)[:, None] - 1
+        return torch.from_numpy(np.minimum(np.arange(self.shape[1]), last))
+
+    def mask(self) -> torch.Tensor | None:
+        """(B, T) bool, True on what is no padding; None when packed. Padding is never told by its id."""
+        if self.bounds is not None:
+            return None
+        return torch.from_numpy(np.arange(self.shape[1]) < np.array(self.lengths)[:, None])
+
+    def flat(self, places: Sequence[np.ndarray]) -> tuple[torch.Tensor, torch.Tensor]:
+        """Places within each row -> (N,) places in the flattened tensor, and (N,) the row of each."""
+        found = [begin + place for begin, place in zip(self.begins.tolist(), places, strict=True)]
+        owner = np.repeat(np.arange(len(places)), [len(place) for place in places])
+        return joined(found), torch.from_numpy(owner.astype(np.int64))
+
+
+def joined(parts: Sequence[np.ndarray]) -> torch.Tensor:
+    """Numbers one after the other, int64."""
+    return torch.from_numpy(np.concatenate(parts).astype(np.int64))
+
+
+def real_rows(segments: Sequence[Segment]) -> tuple[torch.Tensor, float]:
+    """(S,) data-set row numbers, -1 for a filler, and how many are none."""
+    rows = np.array([segment.row for segment in segments], dtype=np.int64)
+    return torch.from_numpy(rows), float((rows >= 0).sum())
+
+
 def collate(
     segments: Sequence[Segment], *, packed: bool, window: dict[str, float] | None = None, task: str | None = None
 ) -> Batch:
@@ -49,37 +114,20 @@ def collate(
         task: name of the task that all rows belong to.
     """
     segments = list(segments) or [FILLER]
-    lengths = [len(segment.ids) for segment in segments]
-    width = max(lengths)
-    begins = np.concatenate([[0], np.cumsum(lengths)]) if packed else np.arange(len(segments) + 1) * width
-    shape = (1, int(begins[-1])) if packed else (len(segments), width)
-    ids = np.zeros(int(begins[-1]), dtype=np.int64)
-    positions = np.zeros_like(ids)
-    mask = np.zeros(ids.shape, dtype=bool)
-    scored, labels, owner = [], [], []
-    for number, segment in enumerate(segments):
-        begin, end = int(begins[number]), int(begins[number]) + lengths[number]
-        ids[begin:end] = segment.ids
-        positions[begin:end] = np.arange(lengths[number])
-        mask[begin:end] = True
-        if not packed:  # padding gets the last real position, which every position table holds
-            positions[end : int(begins[number + 1])] = lengths[number] - 1
-        targets = targets_of(segment)
-        scored.append(begin + targets - 1)
-        labels.append(segment.ids[targets])
-        owner.append(np.full(len(targets), number, dtype=np.int64))
-    rows = np.array([segment.row for segment in segments], dtype=np.int64)
-    flat = [torch.from_numpy(np.concatenate(parts).astype(np.int64)) for parts in (scored, labels, owner)]
+    layout = Layout.of([len(segment.ids) for segment in segments], packed=packed)
+    targets = [targets_of(segment) for segment in segments]
+    scored, owner = layout.flat([target - 1 for target in targets])
+    rows, real = real_rows(segments)
     return Batch(
-        ids=torch.from_numpy(ids).view(shape),
-        positions=torch.from_numpy(positions).view(shape),
-        bounds=tuple(int(b) for b in begins) if packed else None,
-        mask=None if packed else torch.from_numpy(mask).view(shape),
-        scored=flat[0],
-        labels=flat[1],
-        segment_of_scored=flat[2],
-        rows=torch.from_numpy(rows),
-        counts={"token": float(len(flat[0])), "row": float((rows >= 0).sum())},
+        ids=layout.fill([segment.ids for segment in segments]),
+        positions=layout.positions(),
+        bounds=layout.bounds,
+        mask=layout.mask(),
+        scored=scored,
+        labels=joined([segment.ids[target] for segment, target in zip(segments, targets, strict=True)]),
+        segment_of_scored=owner,
+        rows=rows,
+        counts={"token": float(len(scored)), "row": real},
         window=window,
         task=task,
     )

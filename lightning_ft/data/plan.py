@@ -16,7 +16,7 @@ import numpy as np
 
 from lightning_ft.functional.errors import Refusal
 
-_ORDER, _BINS, _BIN_ORDER, _SPLIT = 1, 2, 3, 4  # keeps the random streams below apart
+_ORDER, _BINS, _BIN_ORDER, _SPLIT = 1, 2, 3, 4  # keeps random streams apart; mixture.py and stream.py go on
 
 
 @dataclass(frozen=True)
@@ -56,11 +56,12 @@ def plan_epoch(
     shuffle: bool = True,
     bucket: bool = False,
     limit: int | None = None,
+    rows: np.ndarray | None = None,
 ) -> Plan:
     """Deals the rows of one epoch to micro-batches and ranks.
 
-    Every row comes exactly once and all ranks get equally many micro-batches. What is left for the last window is
-    spread evenly; where there are fewer rows than slots, some ranks get an empty array.
+    Every row comes exactly once, unless ``rows`` says otherwise, and all ranks get equally many micro-batches. What is
+    left for the last window is spread evenly; where there are fewer rows than slots, some ranks get an empty array.
 
     Args:
         lengths: (rows,) tokens of each row.
@@ -75,6 +76,8 @@ def plan_epoch(
         shuffle: False keeps the order of the data set (bins: by their first row).
         bucket: sort by length inside each window before dealing, so that rows of like length share a padded batch.
         limit: keep only so many micro-batches; the last window ends there.
+        rows: row numbers of this epoch in order, where a mixture draws them (`lightning_ft.data.mixture.Shares`); then
+            ``shuffle``, which has been done, is not asked. None: each row once.
 
     Raises:
         Refusal: if a row is longer than ``max_tokens``.
@@ -83,18 +86,20 @@ def plan_epoch(
         raise ValueError("plan_epoch takes exactly one of batch_size and max_tokens")
     lengths = np.asarray(lengths, dtype=np.int64)
     if max_tokens is not None:
+        if rows is not None:
+            raise ValueError("bins hold each row once; plan_epoch takes rows with batch_size only")
         bins = pack_bins(lengths, max_tokens, seed=seed, shuffle=shuffle)
         micro = _deal_bins(bins, world_size, seed, epoch, shuffle)
     else:
         assert batch_size is not None
-        order = epoch_order(len(lengths), seed=seed, epoch=epoch, shuffle=shuffle)
+        order = epoch_order(len(lengths), seed=seed, epoch=epoch, shuffle=shuffle) if rows is None else rows
         micro = _deal_rows(order, lengths, batch_size, world_size, accumulate, bucket)
     if limit is not None:
         micro = micro[:limit]
     counts = np.zeros(len(lengths), dtype=np.int64) if scored is None else np.asarray(scored, dtype=np.int64)
     totals = {
-        "token": np.array([sum(int(counts[rows].sum()) for rows in ranks) for ranks in micro], dtype=np.float64),
-        "row": np.array([sum(len(rows) for rows in ranks) for ranks in micro], dtype=np.float64),
+        "token": np.array([sum(int(counts[part].sum()) for part in ranks) for ranks in micro], dtype=np.float64),
+        "row": np.array([sum(len(part) for part in ranks) for ranks in micro], dtype=np.float64),
     }
     return Plan(micro=micro, accumulate=accumulate, totals=totals)
 
@@ -106,14 +111,38 @@ def micro_batches(rows: int, *, batch_size: int, world_size: int) -> int:
 
 def epoch_order(rows: int, *, seed: int, epoch: int, shuffle: bool = True) -> np.ndarray:
     """(rows,) the order of an epoch: a permutation that depends on (seed, epoch) alone."""
-    return _permutation(rows, (seed, _ORDER, epoch)) if shuffle else np.arange(rows, dtype=np.int64)
+    return permutation(rows, (seed, _ORDER, epoch)) if shuffle else np.arange(rows, dtype=np.int64)
 
 
-def split_rows(rows: int, fraction: float, *, seed: int) -> tuple[np.ndarray, np.ndarray]:
-    """Row numbers kept for training and held out for validation, each ascending: at least one each where rows allow."""
+def split_rows(
+    rows: int, fraction: float, *, seed: int, strata: np.ndarray | None = None
+) -> tuple[np.ndarray, np.ndarray]:
+    """Row numbers kept for training and held out for validation, each ascending: at least one each where rows allow.
+
+    Args:
+        rows: how many there are.
+        fraction: share to hold out.
+        seed: of the choice.
+        strata: (rows,) int64 class of each row: each gives its share, to within one row, and keeps one where rows allow.
+    """
     held = min(max(1, round(rows * fraction)), rows - 1) if fraction > 0 else 0
-    order = _permutation(rows, (seed, _SPLIT))
+    order = permutation(rows, (seed, _SPLIT))
+    if strata is not None and held:
+        order = order[_strata_first(strata[order], held)]
     return np.sort(order[held:]), np.sort(order[:held])
+
+
+def _strata_first(classes: np.ndarray, held: int) -> np.ndarray:
+    """An order in which the first ``held`` places have each class as often as its share says, or nearly."""
+    _, which, sizes = np.unique(classes, return_inverse=True, return_counts=True)
+    exact = sizes * (held / len(classes))
+    quota = np.minimum(np.floor(exact).astype(np.int64), sizes - 1)
+    for k in np.argsort(quota - exact, kind="stable").tolist():  # largest remainders first
+        quota[k] += int(quota.sum() < held and quota[k] < sizes[k] - 1)
+    rank = np.zeros(len(classes), dtype=np.int64)  # of each row among those of its class
+    for k in range(len(sizes)):
+        rank[which == k] = np.arange(sizes[k])
+    return np.argsort(rank >= quota[which], kind="stable")
 
 
 def pack_bins(lengths: np.ndarray, max_tokens: int, *, seed: int = 0, shuffle: bool = True) -> list[np.ndarray]:
@@ -131,7 +160,7 @@ def pack_bins(lengths: np.ndarray, max_tokens: int, *, seed: int = 0, shuffle: b
             f"A row has {int(lengths.max())} tokens and cannot go into a bin of max_tokens {max_tokens}: raise "
             "max_tokens, or lower max_length to at most max_tokens."
         )
-    tie = _permutation(len(lengths), (seed, _BINS)) if shuffle else np.arange(len(lengths))
+    tie = permutation(len(lengths), (seed, _BINS)) if shuffle else np.arange(len(lengths))
     order = tie[np.argsort(-lengths[tie], kind="stable")]
     bins: list[list[int]] = []
     open_bins: list[list[int]] = [[] for _ in range(max_tokens + 1)]  # by tokens still free
@@ -155,7 +184,7 @@ def pack_bins(lengths: np.ndarray, max_tokens: int, *, seed: int = 0, shuffle: b
 
 
 def _deal_bins(bins: list[np.ndarray], world_size: int, seed: int, epoch: int, shuffle: bool) -> list[list[np.ndarray]]:
-    order = _permutation(len(bins), (seed, _BIN_ORDER, epoch)) if shuffle else np.arange(len(bins))
+    order = permutation(len(bins), (seed, _BIN_ORDER, epoch)) if shuffle else np.arange(len(bins))
     dealt = [bins[i] for i in order]
     empty = np.empty(0, dtype=np.int64)
     dealt += [empty] * (-len(dealt) % world_size)
@@ -178,7 +207,10 @@ def _deal_rows(
     return micro
 
 
-def _permutation(n: int, key: tuple[int, ...]) -> np.ndarray:
-    """A permutation by sorting raw bits: NumPy promises the bit stream of PCG64 for ever, but not ``permutation``."""
+def permutation(n: int, key: tuple[int, ...]) -> np.ndarray:
+    """(n,) a permutation that depends on the key alone.
+
+    By sorting raw bits: NumPy promises the bit stream of PCG64 for ever, but not its ``permutation``.
+    """
     bits = np.random.PCG64(np.random.SeedSequence(list(key))).random_raw(n)
     return np.argsort(bits, kind="stable").astype(np.int64)

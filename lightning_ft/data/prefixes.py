@@ -47,12 +47,12 @@ def tokenise_prefixes(
     Returns:
         For each text the ids of itself and of its prefixes, each equal to what the tokenizer gives for it alone.
     """
-    whole = _ids(tokenizer, texts)
+    whole = plain_ids(tokenizer, texts)
     anchors = _Anchors.of(tokenizer)
     parts: dict[str, dict[str, tuple[list[int], str]]] = {}  # text -> prefix -> (ids before the anchor, anchor + rest)
     for text, prefixes in texts.items():
         parts[text] = _split(text, whole[text], [p for p in prefixes if p != text], anchors)
-    rests = _ids(tokenizer, {rest for split in parts.values() for _, rest in split.values()})
+    rests = plain_ids(tokenizer, {rest for split in parts.values() for _, rest in split.values()})
     return {
         text: {text: whole[text], **{prefix: head + rests[rest] for prefix, (head, rest) in split.items()}}
         for text, split in parts.items()
@@ -82,7 +82,8 @@ def _split(
     return split
 
 
-def _ids(tokenizer: PreTrainedTokenizerBase, texts: Iterable[str]) -> dict[str, list[int]]:
+def plain_ids(tokenizer: PreTrainedTokenizerBase, texts: Iterable[str]) -> dict[str, list[int]]:
+    """Token ids of texts without special tokens around them, each distinct text once."""
     unique = list(dict.fromkeys(texts))
     if not unique:
         return {}

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
 from transformers import PreTrainedTokenizerBase
 
 from lightning_ft.data.collate import Segment, targets_of
-from lightning_ft.data.sources import Source
+from lightning_ft.data.mixture import MixedRows
+from lightning_ft.data.sources import Located
 from lightning_ft.data.token_rows import TokenRows
 
 
@@ -50,20 +52,34 @@ class Preview:
         return sum(piece.tokens for piece in self.pieces if piece.scored)
 
 
-def preview_rows(rows: TokenRows, source: Source, tokenizer: PreTrainedTokenizerBase, n: int) -> list[Preview]:
-    """The first ``n`` rows."""
-    segments = rows.segments(np.arange(min(n, len(rows))))
-    return [Preview(where=source.where(segment.row), pieces=pieces_of(segment, tokenizer)) for segment in segments]
+def preview_rows(
+    rows: TokenRows | MixedRows, source: Located, pieces: Callable[[Segment], list[Piece]], n: int
+) -> list[Preview]:
+    """The first ``n`` rows; of several files in turn."""
+    segments = rows.segments(rows.first(n))
+    return [Preview(where=source.where(segment.row), pieces=pieces(segment)) for segment in segments]
 
 
 def pieces_of(segment: Segment, tokenizer: PreTrainedTokenizerBase) -> list[Piece]:
     """A row cut where scored begins or ends."""
     flags = np.zeros(len(segment.ids), dtype=bool)
     flags[targets_of(segment)] = True
-    edges = [0, *(np.flatnonzero(flags[1:] != flags[:-1]) + 1).tolist(), len(flags)]
+    edges = np.flatnonzero(flags[1:] != flags[:-1]) + 1
+    return _pieces(segment.ids, edges, flags, tokenizer)
+
+
+def pieces_between(ids: np.ndarray, places: np.ndarray, tokenizer: PreTrainedTokenizerBase) -> list[Piece]:
+    """A row cut before and after each of some tokens, which are scored."""
+    flags = np.zeros(len(ids), dtype=bool)
+    flags[places] = True
+    return _pieces(ids, np.union1d(places, places + 1), flags, tokenizer)
+
+
+def _pieces(ids: np.ndarray, edges: np.ndarray, flags: np.ndarray, tokenizer: PreTrainedTokenizerBase) -> list[Piece]:
+    cuts = [0, *(edge for edge in edges.tolist() if 0 < edge < len(ids)), len(ids)]
     pieces = []
-    for begin, end in zip(edges, edges[1:], strict=False):
-        text = tokenizer.decode(segment.ids[begin:end].tolist(), skip_special_tokens=False)
+    for begin, end in zip(cuts, cuts[1:], strict=False):
+        text = tokenizer.decode(ids[begin:end].tolist(), skip_special_tokens=False)
         assert isinstance(text, str)
         pieces.append(Piece(text=text, scored=bool(flags[begin]), tokens=end - begin))
     return pieces

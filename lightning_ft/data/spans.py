@@ -51,12 +51,14 @@ class SpecialTokens:
         any_bos: its BOS whether it puts it or not (a template may).
         eos: or None.
         closers: ids that can close a turn: EOS and every added token but BOS and the unknown token.
+        empty: ids that say nothing: BOS, EOS, padding and the unknown token.
     """
 
     bos: int | None
     any_bos: int | None
     eos: int | None
     closers: frozenset[int]
+    empty: frozenset[int]
 
     @classmethod
     def of(cls, tokenizer: PreTrainedTokenizerBase) -> SpecialTokens:
@@ -65,7 +67,9 @@ class SpecialTokens:
         puts_bos = bos is not None and list(tokenizer("a")["input_ids"])[:1] == [bos]
         closers = set(tokenizer.added_tokens_decoder) | set(tokenizer.all_special_ids)
         closers -= {bos, tokenizer.unk_token_id}
-        return cls(bos if puts_bos else None, bos, eos, frozenset(closers | ({eos} if eos is not None else set())))
+        closers |= {eos} if eos is not None else set()
+        empty = {bos, eos, tokenizer.pad_token_id, tokenizer.unk_token_id} - {None}
+        return cls(bos if puts_bos else None, bos, eos, frozenset(closers), frozenset(empty))
 
 
 def render(tokenizer: PreTrainedTokenizerBase, row: Mapping[str, Any], loss_on: LossOn = "auto") -> Rendered:
@@ -151,6 +155,9 @@ def _rendered(
         spans = []
         for turn in item.turns:
             start, end = _span(tokenizer, turn, item.text, ids, special)
+            closing: set[int] = set() if turn.until is None else {full[end - 1]}
+            if special.empty.union(closing).issuperset(full[start:end]):
+                raise Refusal(f"{turn.name} has no text but special tokens, so there is nothing to learn from it.")
             spans.append((start + len(before), len(row) if turn.until is None else end + len(before)))
     result = Rendered(ids=row, spans=spans)
     if result.scored == 0:

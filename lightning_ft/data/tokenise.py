@@ -1,7 +1,7 @@
 """Rows -> token ids and spans on disk, once: memory-mapped, found again by content.
 
 The cache holds whole rows; lengths are cut afterwards (token_rows.py), so that another ``max_length`` costs nothing.
-Its key is made of the file's content, the tokenizer with its template, and ``loss_on``.
+Its key is made of the file's content, the tokenizer with its template, and what is made of the rows.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ import json
 import os
 import shutil
 import tempfile
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -28,17 +29,20 @@ from lightning_ft.data.spans import render_rows
 from lightning_ft.functional.errors import Refusal
 from lightning_ft.models.starter import cache_folder
 
-_FORMAT = 1  # of the cached table and of the rules that made it: raise it when either changes
-_FEATURES = datasets.Features(
-    {
-        "ids": datasets.Sequence(datasets.Value("int32")),
-        "spans": datasets.Sequence(datasets.Value("int32")),  # start, end, start, end ...
-        "length": datasets.Value("int32"),
-        "scored": datasets.Value("int32"),
-        "row": datasets.Value("int64"),  # number in the source
-        "problem": datasets.Value("string"),  # why the row is unfit; such a row has length 0
-    }
-)
+_FORMAT = 3  # of the cached table and of the rules that made it: raise it when either changes
+_COLUMNS = {
+    "ids": datasets.Sequence(datasets.Value("int32")),
+    "length": datasets.Value("int32"),
+    "row": datasets.Value("int64"),  # number in the source
+    "problem": datasets.Value("string"),  # why the row is unfit; such a row has length 0
+}
+_SFT_COLUMNS = {
+    "spans": datasets.Sequence(datasets.Value("int32")),  # start, end, start, end ...
+    "scored": datasets.Value("int32"),
+}
+
+Render = Callable[[list[dict[str, Any]]], list[Mapping[str, Any] | Refusal]]
+"""Rows of a source -> for each the values of its columns (``ids``, ``length`` and the reader's own), or why it is unfit."""
 
 
 def tokenise(
@@ -67,11 +71,59 @@ def tokenise(
     resolve_loss_on(loss_on, source.kind)
     if source.kind == "messages":
         require_template(tokenizer)
+    kind = source.kind
+
+    def rendered(rows: list[dict[str, Any]]) -> list[Mapping[str, Any] | Refusal]:
+        return [
+            found
+            if isinstance(found, Refusal)
+            else {
+                "ids": found.ids,
+                "length": len(found.ids),
+                "spans": [edge for span in found.spans for edge in span],
+                "scored": found.scored,
+            }
+            for found in render_rows(tokenizer, rows, kind, loss_on)
+        ]
+
+    about = {"kind": kind, "loss_on": loss_on}
+    return cached_rows(
+        source, tokenizer, rendered, _SFT_COLUMNS, about, keep_bad_rows=keep_bad_rows, cache_dir=cache_dir
+    )
+
+
+def cached_rows(
+    source: Source,
+    tokenizer: PreTrainedTokenizerBase,
+    render: Render,
+    columns: Mapping[str, Any],
+    about: Mapping[str, Any],
+    *,
+    keep_bad_rows: bool,
+    cache_dir: str | Path | None,
+) -> Dataset:
+    """Tokenises a source as ``render`` says, or finds it tokenised.
+
+    Args:
+        source: the rows.
+        tokenizer: used by ``render``; part of the cache's key.
+        render: makes the rows; called with some hundreds at a time.
+        columns: features of the reader's own columns.
+        about: all else that decides what ``render`` makes, as JSON.
+        keep_bad_rows: put the reason into the column ``problem`` instead of raising at the first unfit row.
+        cache_dir: folder of the cache; None is ``tokenised`` below the cache folder of lightning_ft.
+
+    Returns:
+        One row for each of the source: ``ids``, ``length``, ``row``, ``problem``, and those of ``columns``.
+
+    Raises:
+        Refusal: the first unfit row with its place, or no room on the disk.
+    """
     folder = Path(cache_dir).expanduser() if cache_dir is not None else cache_folder() / "tokenised"
-    key = _key(source, tokenizer, loss_on)
+    key = _key(source, tokenizer, about)
     file = folder / key / "rows.arrow"
     if not file.exists():
-        _build(source, tokenizer, loss_on, keep_bad_rows, folder, key)
+        _build(source, render, datasets.Features({**_COLUMNS, **columns}), keep_bad_rows, folder, key)
     table = Dataset.from_file(str(file))
     if not keep_bad_rows:
         bad = np.flatnonzero(table.data.column("length").to_numpy() == 0)
@@ -81,22 +133,21 @@ def tokenise(
 
 
 def _build(
-    source: Source, tokenizer: PreTrainedTokenizerBase, loss_on: LossOn, keep_bad_rows: bool, folder: Path, key: str
+    source: Source, render: Render, features: datasets.Features, keep_bad_rows: bool, folder: Path, key: str
 ) -> None:
+    void: dict[str, Any] = {
+        name: [] if not isinstance(f, datasets.Value) else "" if f.dtype == "string" else 0
+        for name, f in features.items()
+    }
+
     def rendered(columns: dict[str, list[Any]], numbers: list[int]) -> dict[str, list[Any]]:
-        out: dict[str, list[Any]] = {name: [] for name in _FEATURES}
-        for number, result in zip(
-            numbers, render_rows(tokenizer, source.batch(columns), source.kind, loss_on), strict=True
-        ):
-            bad = isinstance(result, Refusal)
-            if bad and not keep_bad_rows:
-                raise Refusal(f"{source.where(number)}: {result}")
-            out["ids"].append([] if isinstance(result, Refusal) else result.ids)
-            out["spans"].append([] if isinstance(result, Refusal) else [edge for span in result.spans for edge in span])
-            out["length"].append(len(out["ids"][-1]))
-            out["scored"].append(0 if isinstance(result, Refusal) else result.scored)
-            out["row"].append(number)
-            out["problem"].append(str(result) if isinstance(result, Refusal) else "")
+        out: dict[str, list[Any]] = {name: [] for name in features}
+        for number, found in zip(numbers, render(source.batch(columns)), strict=True):
+            if isinstance(found, Refusal) and not keep_bad_rows:
+                raise Refusal(f"{source.where(number)}: {found}")
+            made = {"problem": str(found)} if isinstance(found, Refusal) else found
+            for name, value in {**void, **made, "row": number}.items():
+                out[name].append(value)
         return out
 
     try:
@@ -109,7 +160,7 @@ def _build(
                 batched=True,
                 batch_size=1000,
                 remove_columns=source.table.column_names,
-                features=_FEATURES,
+                features=features,
                 cache_file_name=str(work / "rows.arrow"),
                 load_from_cache_file=False,
                 new_fingerprint=key[:32],
@@ -131,15 +182,14 @@ def _build(
         ) from error
 
 
-def _key(source: Source, tokenizer: PreTrainedTokenizerBase, loss_on: LossOn) -> str:
+def _key(source: Source, tokenizer: PreTrainedTokenizerBase, about: Mapping[str, Any]) -> str:
     about = {
         "format": _FORMAT,
         "source": source.key,
-        "kind": source.kind,
         "tokenizer": tokenizer_hash(tokenizer),
-        "loss_on": loss_on,
         "transformers": transformers.__version__,
         "tokenizers": tokenizers.__version__,
+        **about,
     }
     return hashlib.sha256(json.dumps(about, sort_keys=True).encode()).hexdigest()
 

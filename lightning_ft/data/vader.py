@@ -1,4 +1,4 @@
-"""The starter sentences as chats that a language model learns to classify.
+"""The starter sentences as chats that a language model learns to classify, and as labelled texts.
 
 VADER's ground truth (Hutto and Gilbert, ICWSM 2014) is 23,703 sentences, each rated by at least fifteen people from -4
 to 4. Rows that people found clearly positive or negative become a question and a one-word answer.
@@ -58,7 +58,8 @@ def vader_rows(
         train_rows: size of the train split.
 
     Returns:
-        Dicts with ``prompt`` and ``completion`` (lists of chat messages), ``domain`` and ``rating``.
+        Dicts with ``prompt`` and ``completion`` (lists of chat messages), from which a language model learns, and
+        ``text``, ``label`` (one of :data:`LABELS`), ``rating`` and ``domain``, from which a classifier does.
 
     Raises:
         Refusal: unknown split, or more rows asked for than there are.
@@ -92,9 +93,12 @@ def vader_rows(
 
 
 def _row(domain: str, rating: float, sentence: str) -> dict[str, Any]:
+    label = LABELS[0] if rating > 0 else LABELS[1]
     return {
         "prompt": [{"role": "user", "content": f"{QUESTION}\n{sentence}"}],
-        "completion": [{"role": "assistant", "content": LABELS[0] if rating > 0 else LABELS[1]}],
-        "domain": domain,
+        "completion": [{"role": "assistant", "content": label}],
+        "text": sentence,
+        "label": label,
         "rating": rating,
+        "domain": domain,
     }

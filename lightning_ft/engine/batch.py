@@ -14,6 +14,23 @@ from torch import Tensor
 
 
 @dataclass
+class Source:
+    """What an encoder reads, beside the decoder's rows in a `Batch`.
+
+    Attributes:
+        ids: (B, T) padded on the right, int64.
+        mask: (B, T) bool, True on real tokens.
+    """
+
+    ids: Tensor
+    mask: Tensor
+
+    def to(self, device: torch.device | str, non_blocking: bool = False) -> Source:
+        """The same on ``device``."""
+        return Source(self.ids.to(device, non_blocking=non_blocking), self.mask.to(device, non_blocking=non_blocking))
+
+
+@dataclass
 class Batch:
     """One micro-batch of token rows.
 
@@ -22,13 +39,18 @@ class Batch:
         positions: like ``ids``; restarts at 0 in each segment.
         bounds: packed rows: cumulative segment bounds (0, ..., T); None when padded.
         mask: padded rows: (B, T) bool, True on real tokens; None when packed.
-        scored: (N,) int64, flat indices into ``ids.reshape(-1)`` of the positions whose hidden state predicts.
-        labels: (N,) int64, the token that each of them has to predict.
+        scored: (N,) int64, flat indices into ``ids.reshape(-1)`` of the positions whose hidden state predicts: for a language
+            model those before the tokens to learn, for token classification the labelled tokens themselves.
+        labels: (N,) int64, the token (or class) that each of them has to predict.
         segment_of_scored: (N,) int64, the segment (row of this batch) that each scored token belongs to.
         rows: (S,) int64, data-set row number of each segment; -1 for a filler that counts zero.
         counts: units in this micro-batch, ``{"token": N, "row": S}`` without fillers.
         window: the same summed over the accumulation window and all ranks; None when the loader does not know.
         task: name of the task that all rows belong to, if any.
+        targets: one for each segment where a whole row has one: (S,) int64 classes, (S,) float32 values, or (S, C) float32
+            with 1 for each class that holds; what stands there for a filler is never looked at.
+        types: like ``ids``, 1 (or what the tokenizer says) on the second text of a pair; None where rows have no types.
+        source: what the encoder of a sequence-to-sequence model reads; the fields above are then the decoder's.
     """
 
     ids: Tensor
@@ -42,13 +64,16 @@ class Batch:
     counts: dict[str, float]
     window: dict[str, float] | None = None
     task: str | None = None
+    targets: Tensor | None = None
+    types: Tensor | None = None
+    source: Source | None = None
 
     def to(self, device: torch.device | str, non_blocking: bool = False) -> Batch:
         """The same batch with its tensors on ``device``; bounds and counts stay plain numbers (no device sync)."""
         moved: dict[str, Any] = {}
         for field in fields(self):
             value = getattr(self, field.name)
-            if isinstance(value, Tensor):
+            if isinstance(value, (Tensor, Source)):
                 moved[field.name] = value.to(device, non_blocking=non_blocking)
         return replace(self, **moved)
 

@@ -29,8 +29,8 @@ def test_every_prefix_has_the_ids_that_it_has_alone(pieces, tokenizer):
 
 def test_a_shared_beginning_is_tokenised_once(monkeypatch):
     seen = []
-    honest = prefixes._ids
-    monkeypatch.setattr(prefixes, "_ids", lambda tokenizer, texts: seen.extend(texts) or honest(tokenizer, seen))
+    honest = prefixes.plain_ids
+    monkeypatch.setattr(prefixes, "plain_ids", lambda tokenizer, texts: seen.extend(texts) or honest(tokenizer, seen))
     text = "<|im_start|>user\nhello<|im_end|>\n<|im_start|>assistant\nyes<|im_end|>\n"
     prompt = text[: text.index("yes")]
     tokenise_prefixes(PLAIN, {text: [prompt], text + "x": [prompt]})

@@ -2,7 +2,7 @@
 
 from functools import cache
 
-from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 from transformers import PreTrainedTokenizerFast
 
 SPECIAL = [
@@ -70,3 +70,33 @@ def tiny_tokenizer(
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, **{k: v for k, v in words.items() if v is not None})
     tokenizer.chat_template = template
     return tokenizer
+
+
+def tiny_encoder_tokenizer() -> PreTrainedTokenizerFast:
+    """One like BERT's: [CLS] text [SEP] second [SEP], with types, and words cut into ``##`` pieces."""
+    letters = "abcdefghijklmnopqrstuvwxyz0123456789.,"
+    words = [
+        *["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"],
+        *letters,
+        *("##" + letter for letter in letters),
+        *WORDS.split(),
+    ]
+    backend = Tokenizer(models.WordPiece({word: n for n, word in enumerate(dict.fromkeys(words))}, unk_token="[UNK]"))
+    backend.normalizer = normalizers.BertNormalizer()
+    backend.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
+    backend.decoder = decoders.WordPiece()
+    backend.post_processor = processors.TemplateProcessing(
+        single="[CLS] $A [SEP]",
+        pair="[CLS] $A [SEP] $B:1 [SEP]:1",
+        special_tokens=[("[CLS]", 2), ("[SEP]", 3)],
+    )
+    special = {"unk_token": "[UNK]", "cls_token": "[CLS]", "sep_token": "[SEP]", "pad_token": "[PAD]"}
+    names = ["input_ids", "token_type_ids", "attention_mask"]
+    return PreTrainedTokenizerFast(tokenizer_object=backend, model_input_names=names, **special)
+
+
+def tiny_seq2seq_tokenizer() -> PreTrainedTokenizerFast:
+    """One like T5's: an end token after each text, and padding with a token of its own."""
+    backend = Tokenizer.from_str(_backend())
+    backend.post_processor = processors.TemplateProcessing(single="$A </s>", special_tokens=[("</s>", 1)])
+    return PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="</s>", pad_token="<s>")
