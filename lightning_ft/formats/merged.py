@@ -10,8 +10,8 @@ from torch import nn
 
 from lightning_ft.formats.atomic import atomic_folder
 from lightning_ft.functional.errors import Refusal
-from lightning_ft.nn.lora import merged_copy
 from lightning_ft.nn.lora_layers import is_packed
+from lightning_ft.nn.merging import merged_copy
 
 
 class Saves(Protocol):

@@ -20,30 +20,32 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from lightning_ft.formats.atomic import atomic_folder
+from lightning_ft.formats.heads import task_type, trained_head
 from lightning_ft.formats.peft_reading import (
     CONFIG_FILE,
     EMBEDDING_SUFFIXES,
     PREFIX,
+    ROWS_SUFFIXES,
     SUFFIXES,
     WEIGHTS_FILE,
+    WRAPPED_BIAS,
     read_peft,
 )
 from lightning_ft.functional.errors import Refusal
-from lightning_ft.nn.lora import LoRAConfig, adapter_configs, inject_lora, saved_modules, target_names
+from lightning_ft.nn.lora import (
+    LoRAConfig,
+    adapter_configs,
+    bias_parameters,
+    inject_lora,
+    saved_modules,
+    target_names,
+)
 from lightning_ft.nn.lora_layers import LoRAConv1D, LoRAConv2d, LoRAEmbedding, LoRALayer, layer_class
 from lightning_ft.nn.registry import base_name, injected_layers, innermost, pristine_modules, replace_module
 from lightning_ft.nn.select import ALL_LINEAR, matches
+from lightning_ft.nn.trainable_tokens import HeadRows, TokenRows, input_embedding
 
 _BASE_SUFFIX = ".base_layer.weight"
-
-_TASKS = {  # the end of a Hugging Face class's name -> PEFT's task type
-    "ForCausalLM": "CAUSAL_LM",
-    "LMHeadModel": "CAUSAL_LM",
-    "ForConditionalGeneration": "SEQ_2_SEQ_LM",
-    "ForSequenceClassification": "SEQ_CLS",
-    "ForTokenClassification": "TOKEN_CLS",
-    "ForQuestionAnswering": "QUESTION_ANS",
-}
 
 
 def export_peft(
@@ -63,11 +65,26 @@ def export_peft(
     Raises:
         Refusal: If there is no such adapter, or the format cannot express it.
     """
+    _refuse_others(model, adapter_name)
     return write_peft(
         folder,
         peft_config(model, adapter_name=adapter_name, base_model_name=base_model_name),
         peft_state(model, adapter_name),
     )
+
+
+def _refuse_others(model: nn.Module, adapter_name: str) -> None:
+    """Refuses to leave out what was trained beside the adapter and what the format has no place for."""
+    config = next(iter(_layers(model, adapter_name).values())).config
+    written = {p for layer in injected_layers(model).values() for p in layer.injected_parameters().values()}
+    written |= {p for module in _saved(model, config).values() for p in module.parameters()}
+    written |= set(bias_parameters(model, config).values())
+    others = [base_name(name, model) for name, p in model.named_parameters() if p.requires_grad and p not in written]
+    if others:
+        raise Refusal(
+            f"{_shown(others)} trained beside the adapter, and an adapter folder has no place for single weights of the base; "
+            "write the whole model with merge, or train whole modules by lora.modules_to_save."
+        )
 
 
 def write_peft(folder: str | Path, config: Mapping[str, object], tensors: Mapping[str, Tensor]) -> Path:
@@ -90,18 +107,17 @@ def peft_config(
     for name, layer in layers.items():
         if isinstance(layer, LoRAConv2d) and set(cast("tuple[int, ...]", layer.dilation)) != {1}:
             raise Refusal(f"The adapter on {name!r} cannot be written: PEFT ignores the dilation of convolutions.")
-    saved = list(saved_modules(model, config))
+    saved = list(_saved(model, config))
     for name in places:
         if name not in saved and any(name.endswith(end) for end in saved):
             raise Refusal(
                 f"modules_to_save {saved} cannot be written: PEFT compares the ends of names and would take {name!r} "
                 "as well; rename one of the modules."
             )
-    class_name = type(model).__name__
     hf_config = getattr(model, "config", None)
     return {
         "peft_type": "LORA",
-        "task_type": next((task for end, task in _TASKS.items() if class_name.endswith(end)), None),
+        "task_type": task_type(model),
         "base_model_name_or_path": base_model_name or getattr(hf_config, "_name_or_path", None) or None,
         "revision": None,
         "inference_mode": True,
@@ -111,7 +127,7 @@ def peft_config(
         "lora_dropout": config.dropout,
         "target_modules": _target_modules(list(layers), list(places), saved),
         "exclude_modules": None,
-        "bias": "none",
+        "bias": config.bias,
         "fan_in_fan_out": any(isinstance(layer, LoRAConv1D) for layer in layers.values()),
         "use_rslora": config.rslora,
         "use_dora": config.dora,
@@ -125,7 +141,7 @@ def peft_config(
         "layer_replication": None,
         "lora_bias": False,
         "target_parameters": None,
-        "trainable_token_indices": None,
+        "trainable_token_indices": _token_indices(model, adapter_name),
         "loftq_config": {},
         "megatron_config": None,
         "megatron_core": "megatron.core",
@@ -143,12 +159,17 @@ def peft_state(model: nn.Module, adapter_name: str = "default") -> dict[str, Ten
                 tensor = _whole(tensor)
                 is_conv_magnitude = isinstance(layer, LoRAConv2d) and parameter == "lora_magnitude"
                 tensors[f"{PREFIX}{name}.{suffix}"] = tensor.view(1, -1, 1, 1) if is_conv_magnitude else tensor
-    for name, module in saved_modules(model, next(iter(layers.values())).config).items():
+    for name, module in _saved(model, next(iter(layers.values())).config).items():
         if injected_layers(module):
             raise Refusal(
                 f"{name!r} is among modules_to_save and carries another adapter inside; merge or exclude that one."
             )
         tensors.update({f"{PREFIX}{name}.{key}": _whole(tensor) for key, tensor in module.state_dict().items()})
+    for name, rows in _stored_rows(model, adapter_name).items():
+        tensors[f"{PREFIX}{name}.{ROWS_SUFFIXES['token_rows']}"] = _whole(rows.token_rows)
+    for name, bias in bias_parameters(model, next(iter(layers.values())).config).items():
+        owner = name.removesuffix(".bias")
+        tensors[f"{PREFIX}{owner}.{WRAPPED_BIAS}" if owner in layers else f"{PREFIX}{name}"] = _whole(bias)
     return tensors
 
 
@@ -181,6 +202,8 @@ def load_peft_(
     layers = inject_lora(model, config, freeze_base=freeze_base)
     try:
         places = {f"{n}.{k}": t for n, layer in layers.items() for k, t in layer.injected_parameters().items()}
+        places |= {f"{n}.token_rows": rows.token_rows for n, rows in _stored_rows(model, adapter_name).items()}
+        places |= bias_parameters(model, config)
         for name, module in saved_modules(model, config).items():
             places.update({f"{name}.{key}": tensor for key, tensor in module.state_dict(keep_vars=True).items()})
         _check_base(model, tensors, folder)
@@ -189,12 +212,12 @@ def load_peft_(
             for name, place in places.items():
                 place.copy_(tensors[name])
     except BaseException:
-        for layer in layers.values():
-            replace_module(model, next(p for p, x in model.named_modules() if x is layer), layer.base)
+        for path, layer in injected_layers(model, adapter_name).items():
+            replace_module(model, path, layer.base)
         for parameter, state in before.items():
             parameter.requires_grad_(state)
         raise
-    for layer in layers.values():
+    for layer in injected_layers(model, adapter_name).values():
         layer.starts_as_identity = False
     return layers
 
@@ -207,12 +230,60 @@ def _layers(model: nn.Module, adapter_name: str) -> dict[str, LoRALayer]:
         raise Refusal(f"The model carries no LoRA adapter called {adapter_name!r}; it carries: {names}.")
     layers: dict[str, LoRALayer] = {}
     for path, layer in found.items():
+        if isinstance(layer, TokenRows):
+            continue
         if not isinstance(layer, LoRALayer):
             raise Refusal(
                 f"The adapter {adapter_name!r} is of kind {layer.kind!r}, not LoRA; write it in its own format."
             )
         layers[base_name(path, model)] = layer
     return layers
+
+
+def _saved(model: nn.Module, config: LoRAConfig) -> dict[str, nn.Module]:
+    """Return what is stored whole beside the adapter: modules to save, and a new head that was trained with it."""
+    listed, places = saved_modules(model, config), pristine_modules(model)
+    head = [name for name in trained_head(model) if name not in listed]
+    for name in head:
+        if injected_layers(places[name][1]):
+            raise Refusal(
+                f"The head {name!r} is trained in full and carries an adapter as well, and PEFT stores one or the other; "
+                "leave it out of the adapter's targets."
+            )
+    return listed | saved_modules(model, replace(config, modules_to_save=tuple(head)))
+
+
+def _stored_rows(model: nn.Module, adapter_name: str) -> dict[str, TokenRows]:
+    """Return one layer of trained rows for each group of tied tables, by the pristine name of the first, an embedding.
+
+    Raises:
+        Refusal: Where PEFT would compute something else.
+    """
+    stored: dict[nn.Parameter, tuple[str, TokenRows]] = {}
+    tying = getattr(getattr(model, "config", None), "tie_word_embeddings", False)
+    for path, layer in injected_layers(model, adapter_name).items():
+        if not isinstance(layer, TokenRows):
+            continue
+        name = base_name(path, model)
+        if isinstance(layer, HeadRows) and innermost(layer).bias is not None:
+            raise Refusal(f"The trained rows of {name!r} have no PEFT format: PEFT leaves out the bias of such a head.")
+        first, other = stored.setdefault(layer.token_rows, (name, layer))
+        if first != name and not tying:
+            raise Refusal(
+                f"The trained rows of {first!r} and {name!r} have no PEFT format: the weights are tied, but the model's "
+                "configuration does not say so (tie_word_embeddings), and PEFT would change one of them only."
+            )
+        if isinstance(other, HeadRows) and not isinstance(layer, HeadRows):
+            stored[layer.token_rows] = (name, layer)
+    return dict(stored.values())
+
+
+def _token_indices(model: nn.Module, adapter_name: str) -> list[int] | dict[str, list[int]] | None:
+    """Return PEFT's ``trainable_token_indices``: ids alone where the input embedding is the only table."""
+    indices = {name: list(rows.tokens) for name, rows in _stored_rows(model, adapter_name).items()}
+    if list(indices) == [input_embedding(model)] and hasattr(model, "get_input_embeddings"):
+        return next(iter(indices.values()))
+    return indices or None
 
 
 def _suffixes(layer: LoRALayer) -> dict[str, str]:
@@ -249,6 +320,9 @@ def _resolved(config: LoRAConfig, model: nn.Module, tensors: Mapping[str, Tensor
     def met(key: str) -> bool:
         return any(re.match(rf"(.*\.)?({key})$", name) for name in names)
 
+    owners = places if config.bias == "all" else names
+    if all(places[name]._parameters.get("bias") is None for name in owners):
+        config = replace(config, bias="none")
     ranks = {key: rank for key, rank in config.rank_pattern.items() if met(key)}
     alphas = {key: alpha for key, alpha in config.alpha_pattern.items() if met(key)}
     return replace(config, rank_pattern=ranks, alpha_pattern=alphas)

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from lightning_ft.functional.errors import Refusal
 from lightning_ft.nn.lora import LoRAConfig
-from lightning_ft.nn.select import ALL_LINEAR
+from lightning_ft.nn.select import ALL_LINEAR, matches
 
 CONFIG_FILE, WEIGHTS_FILE = "adapter_config.json", "adapter_model.safetensors"
 PREFIX = "base_model.model."
@@ -24,13 +24,19 @@ SUFFIXES = {  # our parameter -> PEFT's, on linear layers and convolutions; magn
     "lora_magnitude": "lora_magnitude_vector",
 }
 EMBEDDING_SUFFIXES = {**SUFFIXES, "lora_A": "lora_embedding_A", "lora_B": "lora_embedding_B"}
-_FROM_PEFT = {theirs: ours for table in (SUFFIXES, EMBEDDING_SUFFIXES) for ours, theirs in table.items()}
+ROWS_SUFFIXES = {"token_rows": "token_adapter.trainable_tokens_delta"}  # the rows themselves, whatever the name says
+WRAPPED_BIAS = "base_layer.bias"  # the base's own, where a layer is wrapped
+_TABLES = (SUFFIXES, EMBEDDING_SUFFIXES, ROWS_SUFFIXES, {"bias": WRAPPED_BIAS})
+_FROM_PEFT = {theirs: ours for table in _TABLES for ours, theirs in table.items()}
 _FROM_PEFT["lora_magnitude_vector.weight"] = "lora_magnitude"
+# With bias="all" PEFT also stores the biases of modules to save under the names that its wrappers give to their parts.
+_AGAIN = re.compile(r".*\.(original_module|modules_to_save)\.(.*\.)?bias")
 
 # What read_peft understands, and what may stand in a file without changing what the adapter computes.
 _READ = {
     "r", "lora_alpha", "lora_dropout", "target_modules", "exclude_modules", "use_rslora", "use_dora", "rank_pattern",
     "alpha_pattern", "modules_to_save", "layers_to_transform", "layers_pattern", "init_lora_weights",
+    "bias", "trainable_token_indices",
 }  # fmt: skip
 _HARMLESS = {
     "peft_type", "task_type", "base_model_name_or_path", "revision", "inference_mode", "auto_mapping", "peft_version",
@@ -79,6 +85,8 @@ def read_peft(folder: str | Path, *, adapter_name: str = "default") -> tuple[LoR
             rslora=bool(raw.get("use_rslora")),
             dora=bool(raw.get("use_dora")),
             modules_to_save=tuple(raw.get("modules_to_save") or ()),
+            bias=raw.get("bias") or "none",
+            trainable_tokens=raw.get("trainable_token_indices") or (),
             adapter_name=adapter_name,
         )
         config = _with_layers(config, raw.get("layers_to_transform"), raw.get("layers_pattern"))
@@ -86,7 +94,11 @@ def read_peft(folder: str | Path, *, adapter_name: str = "default") -> tuple[LoR
         raise Refusal(f"{folder / CONFIG_FILE} is damaged or incomplete: {type(error).__name__} {error}.") from error
     tensors: dict[str, Tensor] = {}
     for key, tensor in _read_tensors(folder).items():
+        if config.bias == "all" and _AGAIN.fullmatch(key):
+            continue
         name = _our_name(key.removeprefix(PREFIX))
+        if name.endswith(".token_rows"):
+            tensor = _ascending(name, tensor, raw["trainable_token_indices"])
         tensors[name] = tensor.reshape(-1) if name.endswith(".lora_magnitude") else tensor
     return config, tensors
 
@@ -97,6 +109,14 @@ def _our_name(key: str) -> str:
         if key.endswith(f".{theirs}"):
             return f"{key.removesuffix(theirs)}{ours}"
     return key
+
+
+def _ascending(name: str, rows: Tensor, indices: list[int] | dict[str, list[int]]) -> Tensor:
+    """Return trained rows in ascending order of their token ids; PEFT keeps them in the order in which it was given them."""
+    if isinstance(indices, dict):
+        table = name.removesuffix(".token_rows")
+        indices = next((ids for end, ids in indices.items() if matches(table, end)), [])
+    return rows[sorted(range(len(indices)), key=indices.__getitem__)] if len(indices) == len(rows) else rows
 
 
 def _patterns(value: str | list[str] | tuple[str, ...]) -> tuple[str, ...] | str:

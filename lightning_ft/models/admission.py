@@ -7,6 +7,8 @@ through the model's own forward and through ours, and what does not agree is ref
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_ft.functional.errors import Refusal
+from lightning_ft.models.backbone import BackboneView
 from lightning_ft.models.causal import CausalLM
 
 #: Lengths of the two segments. The second is longer than the first, so that in most tokens a wrong mask shows.
@@ -62,13 +65,18 @@ def admit(model: nn.Module, tokenizer: Any = None, *, packing: bool) -> Admissio
     """
     view = CausalLM(model)
     name = type(model).__name__
-    layers = _layers(view.backbone)
-    if layers == 0:
-        raise Refusal(f"{name} has no list of repeated blocks, which choosing layers by number relies on.")
+    layers = count_layers(view.backbone, name)
+    with evaluating(model):
+        return _prove(view, name, layers, vocabulary_of(model, tokenizer), packing)
+
+
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """The model in eval mode for a while; then each module in the mode that it had."""
     modes = [(module, module.training) for module in model.modules()]
     model.eval()
     try:
-        return _prove(view, name, layers, _vocabulary(view, tokenizer), packing)
+        yield
     finally:
         for module, mode in modes:
             module.training = mode
@@ -93,24 +101,37 @@ def _prove(view: CausalLM, name: str, layers: int, vocabulary: int, packing: boo
             f"{difference:.3g} nats: it does something after the head, or between its backbone and the head, that "
             "is not known here, so that training it would optimise the wrong number."
         )
-    reason = _why_no_packing(view) if packing else ""
+    reason = why_no_packing(view) if packing else ""
     if packing and not reason:
-        reason, apart = _try_packed(view, ids, labels, truth, own.dtype, tolerance * spread)
+        reason, apart = try_packed(
+            lambda: _packed_difference(view, ids, labels, truth, own.dtype),
+            name,
+            tolerance * spread,
+            "some of its layers mix neighbouring segments",
+        )
         difference = max(difference, apart)
     embedding = view.model.get_input_embeddings()
     tied = getattr(embedding, "weight", None) is not None and any(p is embedding.weight for p in view.head_parameters())
     return Admission(name, packing and not reason, reason, layers, tied, difference)
 
 
-def _vocabulary(view: CausalLM, tokenizer: Any) -> int:
-    size = int(view.model.get_input_embeddings().weight.shape[0])
+def vocabulary_of(model: Any, tokenizer: Any) -> int:
+    """How many tokens may be tried."""
+    size = int(model.get_input_embeddings().weight.shape[0])
     return min(size, len(tokenizer)) if tokenizer is not None else size
 
 
-def _layers(backbone: nn.Module) -> int:
-    """Length of the longest list of modules of one class."""
-    lists = [m for m in backbone.modules() if isinstance(m, nn.ModuleList) and len(m)]
-    return max((len(m) for m in lists), default=0)
+def count_layers(backbone: nn.Module, name: str) -> int:
+    """Length of the longest list of repeated blocks; lists within a block (experts, parts of a layer) do not count.
+
+    Raises:
+        Refusal: there is none.
+    """
+    lists = {path: m for path, m in backbone.named_modules() if isinstance(m, nn.ModuleList) and len(m)}
+    outer = [len(m) for path, m in lists.items() if not any(path.startswith(f"{other}.") for other in lists)]
+    if not outer:
+        raise Refusal(f"{name} has no list of repeated blocks, which choosing layers by number relies on.")
+    return max(outer)
 
 
 def _own_logits(view: CausalLM, ids: Tensor) -> Tensor:
@@ -142,7 +163,7 @@ def _apart(found: Tensor, truth: Tensor, dtype: torch.dtype) -> float:
     return float(differences.max())
 
 
-def _why_no_packing(view: CausalLM) -> str:
+def why_no_packing(view: BackboneView) -> str:
     """What a short row cannot show."""
     name = type(view.model).__name__
     if not view.supports_packing:
@@ -153,24 +174,29 @@ def _why_no_packing(view: CausalLM) -> str:
     return ""
 
 
-def _try_packed(
-    view: CausalLM, ids: Tensor, labels: Tensor, truth: Tensor, dtype: torch.dtype, limit: float
-) -> tuple[str, float]:
-    """Why packed rows are not equal to separate ones (empty if they are), and the difference in nats."""
-    name = type(view.model).__name__
+def try_packed(packed: Callable[[], float], name: str, limit: float, mixes: str) -> tuple[str, float]:
+    """Why packed rows are not equal to separate ones (empty if they are), and how far they are apart.
+
+    Args:
+        packed: runs a packed row and gives its largest difference from separate rows.
+        name: of the model's class.
+        limit: how far they may be apart.
+        mixes: what to say of rows that run and differ.
+    """
+    try:
+        difference = packed()
+    except (Refusal, TypeError, ValueError, RuntimeError) as error:
+        return f"{name} cannot run packed rows: {' '.join(str(error).split())[:300]}", 0.0
+    if not difference <= limit:
+        return f"packed rows of {name} differ from separate ones by {difference:.3g}, so {mixes}", 0.0
+    return "", difference
+
+
+def _packed_difference(view: CausalLM, ids: Tensor, labels: Tensor, truth: Tensor, dtype: torch.dtype) -> float:
+    """How far the log-probabilities of a packed row are from those of separate ones, in nats."""
     bounds = [0]
     for length in LENGTHS:
         bounds.append(bounds[-1] + length)
     positions = torch.cat([torch.arange(length, device=ids.device) for length in LENGTHS])[None]
-    try:
-        hidden = view.hidden(ids, positions, bounds=tuple(bounds))
-    except (Refusal, TypeError, ValueError, RuntimeError) as error:
-        return f"{name} cannot run packed rows: {' '.join(str(error).split())[:300]}", 0.0
-    difference = _apart(_scores(view, hidden[0], labels), truth, dtype)
-    if not difference <= limit:
-        return (
-            f"packed rows of {name} differ from separate ones by {difference:.3g} nats, so some of its layers mix "
-            "neighbouring segments",
-            0.0,
-        )
-    return "", difference
+    hidden = view.hidden(ids, positions, bounds=tuple(bounds))
+    return _apart(_scores(view, hidden[0], labels), truth, dtype)

@@ -9,9 +9,10 @@ from __future__ import annotations
 import difflib
 import hashlib
 import re
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import nn
@@ -96,7 +97,7 @@ def _near(folder: Path) -> str:
     if folder.parent.is_dir():
         siblings = {path.name: path for path in folder.parent.iterdir() if path.is_dir()}
         found = [str(siblings[name]) for name in difflib.get_close_matches(folder.name, list(siblings), n=3)]
-    found += [f"starter:{name}" for name, asset in ASSETS.items() if asset.kind == "causal model"]
+    found += [f"starter:{name}" for name, asset in ASSETS.items() if asset.kind != "text"]
     return "; near it or always there: " + ", ".join(found)
 
 
@@ -125,7 +126,8 @@ def ask_hub(repo: str, revision: str | None) -> str | None:
     return None
 
 
-def _hub_settings(source: Source, trust_remote_code: bool, revision: str | None) -> dict[str, Any]:
+def hub_settings(source: Source, trust_remote_code: bool, revision: str | None) -> dict[str, Any]:
+    """What every ``from_pretrained`` is told about where a file may come from."""
     return {"local_files_only": source.local, "trust_remote_code": trust_remote_code, "revision": revision or "main"}
 
 
@@ -153,7 +155,7 @@ def load_config(base: str | Source, *, trust_remote_code: bool = False, revision
 
     source = base if isinstance(base, Source) else resolve(base, revision=revision)
     try:
-        return AutoConfig.from_pretrained(source.location, **_hub_settings(source, trust_remote_code, revision))
+        return AutoConfig.from_pretrained(source.location, **hub_settings(source, trust_remote_code, revision))
     except (OSError, ValueError, KeyError) as error:
         raise _explain(error, source.base, "configuration") from error
 
@@ -186,7 +188,7 @@ def load_tokenizer(base: str | Source, *, trust_remote_code: bool = False, revis
     else:
         source = resolve(base, revision=revision)
     try:
-        tokenizer = AutoTokenizer.from_pretrained(source.location, **_hub_settings(source, trust_remote_code, revision))
+        tokenizer = AutoTokenizer.from_pretrained(source.location, **hub_settings(source, trust_remote_code, revision))
     except (OSError, ValueError, KeyError) as error:
         raise _explain(error, source.base, "tokenizer") from error
     if tokenizer.pad_token is None and tokenizer.eos_token is not None:
@@ -218,54 +220,85 @@ def load_causal(
     Raises:
         Refusal: nothing is there, it is not a causal model, or weights are missing from the file.
     """
-    from transformers import AutoModelForCausalLM
+    from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoModelForCausalLM
 
+    source, config = open_base(base, dtype_policy, attention, trust_remote_code, revision)
+    if (problem := why_not_causal(config)) is not None:
+        raise Refusal(f"'{base}' {problem}.")
+    settings = hub_settings(source, trust_remote_code, revision)
+    tokenizer = load_tokenizer(source, trust_remote_code=trust_remote_code, revision=revision)
+    implementation = attention_for(config, attention, MODEL_FOR_CAUSAL_LM_MAPPING)
+    model, info = read_weights(AutoModelForCausalLM, source, implementation, **settings)
+    refuse_missing(base, model, info["missing_keys"])
+    return model, tokenizer
+
+
+def open_base(
+    base: str, dtype_policy: str, attention: str, trust_remote_code: bool, revision: str | None
+) -> tuple[Source, Any]:
+    """Where a base is, and its configuration; settings that nobody knows are refused before anything is looked for."""
     compute_dtype(dtype_policy)
     if attention not in ATTENTIONS:
         raise Refusal(f"attention '{attention}' is not known; choose one of {', '.join(ATTENTIONS)}.")
     source = resolve(base, revision=revision)
-    config = load_config(source, trust_remote_code=trust_remote_code, revision=revision)
-    if (problem := why_not_causal(config)) is not None:
-        raise Refusal(f"'{base}' {problem}.")
-    tokenizer = load_tokenizer(source, trust_remote_code=trust_remote_code, revision=revision)
+    return source, load_config(source, trust_remote_code=trust_remote_code, revision=revision)
+
+
+def read_weights(auto_class: Any, source: Source, implementation: str | None, **settings: Any) -> tuple[Any, Any]:
+    """A model by one of transformers' Auto classes, in the dtype of its file, and what its file lacked or had otherwise.
+
+    Raises:
+        Refusal: the files cannot be read as that kind of model.
+    """
     packed_attention.register()
-    implementation = _attention_for(config, attention)
-    loaded: Any
     try:
-        loaded = AutoModelForCausalLM.from_pretrained(
-            source.location,
-            dtype="auto",
-            attn_implementation=implementation,
-            output_loading_info=True,
-            **_hub_settings(source, trust_remote_code, revision),
+        model, info = auto_class.from_pretrained(
+            source.location, dtype="auto", attn_implementation=implementation, output_loading_info=True, **settings
         )
     except (OSError, ValueError, KeyError, RuntimeError) as error:
-        raise _explain(error, base, "model") from error
-    model, info = loaded
-    if missing := sorted(info["missing_keys"]):
+        raise _explain(error, source.base, "model") from error
+    # Where the padding token is also the end of turn, its row must learn; padding is masked by position here. Encoder
+    # and decoder may each look the one weight up by a module of their own.
+    weight = getattr(model.get_input_embeddings(), "weight", None)
+    for module in model.modules():
+        if getattr(module, "padding_idx", None) is not None and getattr(module, "weight", None) is weight:
+            module.padding_idx = None
+    return model, info
+
+
+def refuse_missing(base: str, model: Any, missing: Collection[str]) -> None:
+    """Refuse a file that lacks tensors, which transformers has filled with random numbers."""
+    if missing:
         raise Refusal(
-            f"The weights of '{base}' lack {len(missing)} tensors ({', '.join(missing[:3])} ...) that "
+            f"The weights of '{base}' lack {len(missing)} tensors ({', '.join(sorted(missing)[:3])} ...) that "
             f"{type(model).__name__} needs; they would be random. Give the folder of the complete model."
         )
-    embedding = model.get_input_embeddings()
-    if getattr(embedding, "padding_idx", None) is not None:
-        # Where the padding token is also the end of turn, its row must learn; padding is masked by position here.
-        embedding.padding_idx = None
-    return model, tokenizer
+
+
+def kind_of(config: Any) -> Literal["encoder", "decoder", "encoder-decoder"]:
+    """Whether a model sees the whole row, what is before each token, or one row while it writes another."""
+    from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_NAMES
+
+    if getattr(config, "is_encoder_decoder", False):
+        return "encoder-decoder"
+    masked = getattr(config, "model_type", "") in MODEL_FOR_MASKED_LM_MAPPING_NAMES
+    return "encoder" if masked and not getattr(config, "is_decoder", False) else "decoder"
+
+
+def architecture_of(config: Any) -> str:
+    """The class that a configuration names, for sentences."""
+    return str((getattr(config, "architectures", None) or ["a model"])[0])
 
 
 def why_not_causal(config: Any) -> str | None:
     """What else this model is and which task fits it, or None for a causal language model."""
-    from transformers.models.auto.modeling_auto import (
-        MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
-        MODEL_FOR_MASKED_LM_MAPPING_NAMES,
-    )
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
-    architecture = (getattr(config, "architectures", None) or ["a model"])[0]
+    architecture = architecture_of(config)
     kind = getattr(config, "model_type", "")
-    if getattr(config, "is_encoder_decoder", False):
+    if kind_of(config) == "encoder-decoder":
         return f"is a sequence-to-sequence model ({architecture}); use the task seq2seq_lm"
-    if kind in MODEL_FOR_MASKED_LM_MAPPING_NAMES and not getattr(config, "is_decoder", False):
+    if kind_of(config) == "encoder":
         return (
             f"is an encoder ({architecture}), which sees the whole row and predicts no next token; use the task "
             "sequence_classification, token_classification or regression"
@@ -279,14 +312,12 @@ def why_not_causal(config: Any) -> str | None:
     return None
 
 
-def _attention_for(config: Any, wanted: str) -> str | None:
-    """The attention to load with; None is transformers' default."""
+def attention_for(config: Any, wanted: str, mapping: Mapping[type, Any]) -> str | None:
+    """The attention to load with, given the classes of a task by configuration; None is transformers' default."""
     if wanted != "auto":
         return wanted
-    from transformers import MODEL_FOR_CAUSAL_LM_MAPPING
-
     # Architectures that do not go through the attention interface would ignore ours, or fail on its name.
-    known = MODEL_FOR_CAUSAL_LM_MAPPING.get(type(config), None)
+    known = mapping.get(type(config), None)
     return packed_attention.NAME if getattr(known, "_supports_attention_backend", False) else None
 
 

@@ -1,23 +1,22 @@
-"""LoRA and DoRA on any ``nn.Module``: choose modules, wrap them, and merge the result into plain weights.
+"""LoRA and DoRA on any ``nn.Module``: choose modules, wrap them, and let train what belongs to the adapter.
 
 Hu et al. 2022, https://arxiv.org/abs/2106.09685. `inject_lora` is what the callback calls; it is also usable inside a
-user's own ``configure_model``. The layers are in `lightning_ft.nn.lora_layers`, the file format in
-`lightning_ft.formats.peft`.
+user's own ``configure_model``. The layers are in `lightning_ft.nn.lora_layers`, merging is in `lightning_ft.nn.merging`,
+the file format in `lightning_ft.formats.peft`.
 """
 
 from __future__ import annotations
 
-import copy
 import re
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field, fields
-from typing import TypeVar
+from typing import Literal, TypeVar, get_args
 
-import torch
 from torch import nn
 
 from lightning_ft.functional.errors import Refusal
-from lightning_ft.nn.lora_layers import LoRALayer, is_packed, layer_class
+from lightning_ft.nn.lora_layers import LoRALayer, layer_class
+from lightning_ft.nn.merging import merged_copy
 from lightning_ft.nn.registry import (
     InjectedLayer,
     base_name,
@@ -28,7 +27,9 @@ from lightning_ft.nn.registry import (
     shared_parameters,
 )
 from lightning_ft.nn.select import ALL_LINEAR, LayerSpec, is_broad, linear_names, matches, select
+from lightning_ft.nn.trainable_tokens import ascending, inject_token_rows, rows_by_table
 
+Biases = Literal["none", "all", "lora_only"]
 _Number = TypeVar("_Number", int, float)
 
 
@@ -49,6 +50,9 @@ class LoRAConfig:
         rslora: Scale by ``alpha / sqrt(r)``, which keeps the update's size when r grows (Kalajdzievski 2023).
         dora: Also train the magnitude of each output (Liu et al. 2024); slower, better at small r.
         modules_to_save: Patterns of modules to train in full beside the adapter and to store with it (a new head).
+        bias: Which of the model's own biases train too: none, all, or only those of the wrapped modules.
+        trainable_tokens: Tokens whose rows of the input embedding (and of a head tied to it) train and are stored: their
+            ids, or ids by the name of an embedding or head. Kept in ascending order.
         adapter_name: Name of the adapter; several adapters on one model need different ones.
 
     Raises:
@@ -66,6 +70,8 @@ class LoRAConfig:
     rslora: bool = False
     dora: bool = False
     modules_to_save: tuple[str, ...] = ()
+    bias: Biases = "none"
+    trainable_tokens: tuple[int, ...] | Mapping[str, tuple[int, ...]] = ()
     adapter_name: str = "default"
 
     def __post_init__(self) -> None:
@@ -87,6 +93,13 @@ class LoRAConfig:
             raise Refusal(f"LoRAConfig.dropout must be at least 0 and below 1, got {self.dropout!r}.")
         if not self.target:
             raise Refusal("LoRAConfig.target is empty; name modules such as 'q_proj', or write 'all-linear'.")
+        if self.bias not in get_args(Biases):
+            raise Refusal(f"LoRAConfig.bias must be none, all or lora_only, got {self.bias!r}.")
+        given, where = self.trainable_tokens, "LoRAConfig.trainable_tokens"
+        tokens: object = ascending(given, where) if given and not isinstance(given, Mapping) else ()
+        if isinstance(given, Mapping):
+            tokens = {table: ascending(ids, f"{where}[{table!r}]") for table, ids in given.items()}
+        object.__setattr__(self, "trainable_tokens", tokens)
         if not self.adapter_name or "." in self.adapter_name:
             raise Refusal(f"LoRAConfig.adapter_name must be a word without dots, got {self.adapter_name!r}.")
         for key in (*self.rank_pattern, *self.alpha_pattern):
@@ -140,6 +153,8 @@ def inject_lora(
         )
     saved = saved_modules(model, config)
     names = target_names(model, config)
+    _check_tokens(model, config, names, saved)
+    biases = bias_parameters(model, config, names)
     for what, pattern in (("rank_pattern", config.rank_pattern), ("alpha_pattern", config.alpha_pattern)):
         for key in pattern:
             if not any(_is_match(key, name) for name in names):
@@ -164,16 +179,21 @@ def inject_lora(
         layers[name].config = config
     for name, layer in layers.items():
         replace_module(model, places[name][0], layer)
+    if config.trainable_tokens:
+        inject_token_rows(model, config.trainable_tokens, adapter_name=config.adapter_name)
     _leave_fused_path(model)
     if freeze_base:
         keep = {p for x in injected_layers(model).values() for p in x.injected_parameters().values()}
         for other in adapter_configs(model).values():
             keep |= {p for module in saved_modules(model, other).values() for p in module.parameters()}
+            keep |= set(bias_parameters(model, other).values())
         for parameter in model.parameters():
             if parameter not in keep:
                 parameter.requires_grad_(False)
     for module in saved.values():
         module.requires_grad_(True)
+    for parameter in biases.values():
+        parameter.requires_grad_(True)
     return layers
 
 
@@ -224,71 +244,46 @@ def saved_modules(model: nn.Module, config: LoRAConfig) -> dict[str, nn.Module]:
     return {name: places[name] for name in names}
 
 
+def bias_parameters(
+    model: nn.Module, config: LoRAConfig, targets: Collection[str] | None = None
+) -> dict[str, nn.Parameter]:
+    """Return the biases of the base that a configuration trains beside the factors, by pristine name.
+
+    Biases of modules to save are left out: they are trained and stored with their module.
+
+    Args:
+        model: The model, with the adapter or before it gets it.
+        config: The adapter's configuration.
+        targets: Pristine names of the modules that it wraps; None for those that it has wrapped.
+
+    Raises:
+        Refusal: If there is none, or if another adapter of the model trains biases already.
+    """
+    if config.bias == "none":
+        return {}
+    for name, other in adapter_configs(model).items():
+        if name != config.adapter_name and other.bias != "none":
+            raise Refusal(
+                f"The adapters {name!r} and {config.adapter_name!r} both train the model's own biases, and neither could be "
+                "stored or switched off alone; leave bias at 'none' for one of them."
+            )
+    if targets is None:
+        layers = injected_layers(model, config.adapter_name).items()
+        targets = {base_name(path, model) for path, layer in layers if isinstance(layer, LoRALayer)}
+    saved = set(saved_modules(model, config))
+    found: dict[str, nn.Parameter] = {}
+    for name, (_, module) in pristine_modules(model).items():
+        bias = innermost(module)._parameters.get("bias")
+        if bias is not None and (config.bias == "all" or name in targets) and not _is_inside(name, saved):
+            found[f"{name}.bias" if name else "bias"] = bias
+    if not found:
+        raise Refusal(f"bias={config.bias!r} trains nothing: there is no such bias in this model; leave it at 'none'.")
+    return found
+
+
 def adapter_configs(model: nn.Module) -> dict[str, LoRAConfig]:
     """Return the configuration of each LoRA adapter that a model carries, by adapter name."""
     return {x.adapter_name: x.config for x in injected_layers(model).values() if isinstance(x, LoRALayer)}
-
-
-@torch.no_grad()
-def merge_lora_(model: nn.Module) -> nn.Module:
-    """Merge every LoRA layer into the weight that it wraps and take the wrapper off, in place.
-
-    ``W0 + s B A`` is computed in fp32 (float64 for a float64 base) and rounded once to the base's dtype. A layer
-    that is switched off is taken off without merging. Never do this to a model that trains on: use `merged_copy`.
-
-    Args:
-        model: A copy that the caller made.
-
-    Returns:
-        The same model.
-
-    Raises:
-        Refusal: If a base weight is packed, or tied to another module's. The model is unchanged then.
-    """
-    layers = {path: x for path, x in injected_layers(model).items() if isinstance(x, LoRALayer)}
-    tied = shared_parameters(model)
-    for layer in layers.values():
-        weight = innermost(layer).weight
-        assert isinstance(weight, nn.Parameter)
-        if is_packed(weight):
-            raise Refusal(
-                f"The adapter on {layer.name!r} cannot be merged: its base weight is packed ({weight.dtype}); load "
-                "the base unquantised, load the adapter there and merge."
-            )
-        if weight in tied and layer.enabled:
-            raise Refusal(
-                f"The adapter on {layer.name!r} cannot be merged: its weight is tied ({' = '.join(tied[weight])}), "
-                "so the "
-                "merge would change the other one as well; export the adapter instead, or untie the weights before "
-                "training."
-            )
-    merged: dict[nn.Parameter, torch.Tensor] = {}
-    for layer in reversed(layers.values()):  # inner wrappers first
-        weight = innermost(layer).weight
-        assert isinstance(weight, nn.Parameter)
-        if layer.enabled:
-            wide = merged.get(weight, weight.to(torch.promote_types(weight.dtype, torch.float32)))
-            merged[weight] = layer.merge_into(wide)
-    for weight, value in merged.items():
-        weight.copy_(value)
-    for path in reversed(layers):
-        replace_module(model, path, layers[path].base)
-    return model
-
-
-def merged_copy(model: nn.Module) -> nn.Module:
-    """Return a deep copy without injected layers whose weights hold what they did; the model itself is not touched.
-
-    Raises:
-        Refusal: As for `merge_lora_`, and if the model carries injected layers that are not a change of weight.
-    """
-    for path, layer in injected_layers(model).items():
-        if not isinstance(layer, LoRALayer):
-            raise Refusal(
-                f"{base_name(path, model)!r} carries the {layer.kind} adapter {layer.adapter_name!r}, which cannot "
-                "be merged into a weight; export it as an adapter instead."
-            )
-    return merge_lora_(copy.deepcopy(model))
 
 
 def _refuse_unwrappable(model: nn.Module, places: dict[str, nn.Module], pattern: str) -> None:
@@ -328,6 +323,16 @@ def _leave_fused_path(model: nn.Module) -> None:
             module.use_nested_tensor = False
 
 
+def _check_tokens(model: nn.Module, config: LoRAConfig, targets: list[str], saved: Collection[str]) -> None:
+    """Refuse trainable tokens whose table cannot be wrapped, or gets factors or full training as well."""
+    for name in rows_by_table(model, config.trainable_tokens) if config.trainable_tokens else ():
+        if name in targets or _is_inside(name, set(saved)):
+            raise Refusal(
+                f"{name!r} cannot have both trainable_tokens and {'factors' if name in targets else 'full training'}: the "
+                "rows would learn twice; drop one of the two."
+            )
+
+
 def _is_inside(name: str, containers: set[str]) -> bool:
     """Say whether a name is one of the containers or lies inside one."""
     parts = name.split(".")
@@ -343,4 +348,4 @@ def _first_match(pattern: Mapping[str, _Number], name: str, default: _Number) ->
     return next((value for key, value in pattern.items() if _is_match(key, name)), default)
 
 
-__all__ = ["InjectedLayer", "LoRAConfig", "LoRALayer", "inject_lora", "merge_lora_", "merged_copy"]
+__all__ = ["InjectedLayer", "LoRAConfig", "LoRALayer", "inject_lora", "merged_copy"]

@@ -10,6 +10,7 @@ The factors are fp32 whatever the dtype of the base; they are cast to the input'
 from __future__ import annotations
 
 import math
+from abc import ABC, abstractmethod
 from typing import TYPE_CHECKING, cast
 
 import torch
@@ -25,7 +26,7 @@ if TYPE_CHECKING:
     from lightning_ft.nn.lora import LoRAConfig
 
 
-class LoRALayer(InjectedLayer):
+class LoRALayer(InjectedLayer, ABC):
     """What the four kinds of LoRA layer share: parameters, initial values, the merged weight.
 
     Args:
@@ -44,6 +45,7 @@ class LoRALayer(InjectedLayer):
     """
 
     kind = "lora"
+    changes_weight = True
     lora_A: nn.Parameter
     lora_B: nn.Parameter
     lora_magnitude: nn.Parameter | None
@@ -124,9 +126,9 @@ class LoRALayer(InjectedLayer):
     def _check(self) -> None:
         """Refuse a base that this layer cannot wrap correctly."""
 
+    @abstractmethod
     def _shapes(self) -> tuple[tuple[int, ...], tuple[int, ...]]:
         """Return the shapes of ``A`` and ``B``."""
-        raise NotImplementedError
 
     def _generator(self, parameter: str) -> torch.Generator:
         return seeded_generator(self.seed, f"{self.adapter_name}:{self.name}.{parameter}")
@@ -231,9 +233,8 @@ class LoRAEmbedding(LoRALayer):
             return out
         hidden = F.embedding(ids, self.lora_A.t(), padding_idx=cast("int | None", self.padding_idx))  # (..., r)
         low_rank = F.linear(hidden.to(out.dtype), (self.lora_B * self.scale).to(out.dtype))  # (..., D)
-        embed_scale = getattr(innermost(self), "embed_scale", None)  # Gemma scales its embeddings in the forward
-        if embed_scale is not None:
-            low_rank = low_rank * torch.as_tensor(embed_scale, dtype=out.dtype, device=out.device)
+        scale = output_scale(innermost(self), out)
+        low_rank = low_rank if scale is None else low_rank * scale
         return self._dora_output(out, None, low_rank, feature_dim=-1) if self.dora else out + low_rank
 
     @torch.no_grad()
@@ -318,6 +319,12 @@ def layer_class(module: nn.Module) -> type[LoRALayer] | None:
     if isinstance(module, nn.Embedding):
         return LoRAEmbedding
     return LoRAConv2d if isinstance(module, nn.Conv2d) else None
+
+
+def output_scale(embedding: nn.Module, like: Tensor) -> Tensor | None:
+    """Return what an embedding multiplies its rows by in the forward (Gemma's does), None for an ordinary one."""
+    scale = getattr(embedding, "embed_scale", None)
+    return None if scale is None else torch.as_tensor(scale, dtype=like.dtype, device=like.device)
 
 
 def is_packed(weight: Tensor) -> bool:

@@ -32,6 +32,10 @@ class InjectedLayer(nn.Module):
     kind: str = "injected"
     casts_itself: bool = True
     """Own parameters stay fp32 and are cast to the input's dtype in the forward, so no caller may cast them."""
+    changes_weight: bool = False
+    """The effect is a change of the wrapped module's weight, which `merge_into` makes."""
+    decays: bool = True
+    """Weight decay may shrink own matrices; rows of an embedding, for one, have no scale to shrink."""
 
     def __init__(self, base: nn.Module, adapter_name: str = "default") -> None:
         super().__init__()

@@ -75,17 +75,32 @@ def is_broad(pattern: str) -> bool:
 def linear_names(model: nn.Module) -> list[str]:
     """Return what ``all-linear`` means: each linear layer (``nn.Linear``, also in 4 bits, and GPT-2's ``Conv1D``).
 
-    The output head of a Hugging Face model is left out, as is the projection inside ``nn.MultiheadAttention``, whose
-    weight is read without the layer being called.
+    The output head of a Hugging Face model is left out, be it of a language model or of a classifier, with a pooler that
+    is as new; so is the projection inside ``nn.MultiheadAttention``, whose weight is read without the layer being called.
     """
-    head_of = getattr(model, "get_output_embeddings", None)
-    head = head_of() if callable(head_of) else None
-    head = innermost(head) if head is not None else None
+    head = _head(model)
     return [
         name
         for name, (_, module) in pristine_modules(model).items()
-        if is_linear(innermost(module)) and innermost(module) is not head and not is_called_by_weight(innermost(module))
+        if is_linear(innermost(module)) and innermost(module) not in head and not is_called_by_weight(innermost(module))
     ]
+
+
+#: A module that carries this attribute as True is new and trained in full, whatever else is.
+NEW = "lightning_ft_new"
+
+
+def _head(model: nn.Module) -> set[nn.Module]:
+    """Return the modules of a Hugging Face model's head, wrappers taken off."""
+    head_of = getattr(model, "get_output_embeddings", None)
+    last = head_of() if callable(head_of) else None
+    found = {module for module in model.modules() if getattr(innermost(module), NEW, False)}
+    if last is not None:
+        found.add(innermost(last))
+    body = getattr(model, "base_model", None)
+    if type(model).__name__.endswith(("ForSequenceClassification", "ForTokenClassification")) and body is not model:
+        found |= {module for child in model.children() if child is not body for module in child.modules()}
+    return {innermost(module) for module in found}
 
 
 def is_linear(module: nn.Module) -> bool:
@@ -173,6 +188,8 @@ def _matches(names: list[str], pattern: str) -> list[str]:
         raise Refusal(f"The pattern {pattern!r} is not a regular expression: {error}.") from error
     if found:
         return found
+    if "," in pattern and not is_broad(pattern):
+        raise Refusal(f"The pattern {pattern!r} matches nothing: several names are a list, {pattern.split(',')}.")
     ends = dict.fromkeys(".".join(name.split(".")[-1 - pattern.count(".") :]) for name in names if name)
     near = difflib.get_close_matches(pattern, ends, n=3, cutoff=0.5) or list(ends)[-3:]
     raise Refusal(f"The pattern {pattern!r} matches nothing in this model; the nearest names are {', '.join(near)}.")

@@ -113,6 +113,28 @@ CASES = {
                     dict(r=4, lora_alpha=16, target_modules=["conv", "embed"], use_dora=True)),
     "buffers_saved": (net, LoRAConfig(r=4, target=("fc",), modules_to_save=("norm",)),
                       dict(r=4, lora_alpha=16, target_modules=["fc"], modules_to_save=["norm"])),
+    "all_biases": (lambda: llama(attention_bias=True, mlp_bias=True),
+                   LoRAConfig(r=4, target=("q_proj",), bias="all"),
+                   dict(r=4, lora_alpha=16, target_modules=["q_proj"], bias="all")),
+    "biases_of_lora": (gpt2, LoRAConfig(r=4, target=("c_attn",), bias="lora_only"),
+                       dict(r=4, lora_alpha=16, target_modules=["c_attn"], bias="lora_only", fan_in_fan_out=True)),
+    "biases_and_saved": (net, LoRAConfig(r=4, target=("fc",), exclude=("block.fc",), modules_to_save=("norm",), bias="all"),
+                         dict(r=4, lora_alpha=16, target_modules=["fc"], exclude_modules=["block.fc"],
+                              modules_to_save=["norm"], bias="all")),
+    "tokens": (llama, LoRAConfig(r=4, target=("q_proj",), trainable_tokens=(9, 3, 15)),
+               dict(r=4, lora_alpha=16, target_modules=["q_proj"], trainable_token_indices=[9, 3, 15])),
+    "tied_tokens": (lambda: llama(tie_word_embeddings=True),
+                    LoRAConfig(r=4, target=("q_proj",), trainable_tokens=(9, 3, 15)),
+                    dict(r=4, lora_alpha=16, target_modules=["q_proj"], trainable_token_indices=[9, 3, 15])),
+    "tokens_by_table": (llama, LoRAConfig(r=4, target=("q_proj",), trainable_tokens={"embed_tokens": (9, 3), "lm_head": (7, 5)}),
+                        dict(r=4, lora_alpha=16, target_modules=["q_proj"],
+                             trainable_token_indices={"embed_tokens": [9, 3], "lm_head": [7, 5]})),
+    "tokens_of_gpt2": (gpt2, LoRAConfig(r=4, target=("c_attn",), trainable_tokens=(9, 3, 15)),
+                       dict(r=4, lora_alpha=16, target_modules=["c_attn"], trainable_token_indices=[9, 3, 15],
+                            fan_in_fan_out=True)),
+    "tokens_outside_transformers": (net, LoRAConfig(r=4, target=("conv",), trainable_tokens={"embed": (9, 3)}),
+                                    dict(r=4, lora_alpha=16, target_modules=["conv"],
+                                         trainable_token_indices={"embed": [9, 3]})),
 }  # fmt: skip
 case = pytest.mark.parametrize("make, ours, theirs", CASES.values(), ids=CASES)
 
@@ -172,7 +194,12 @@ def test_import_gives_the_logits_and_gradients_of_peft(make, ours, theirs, tmp_p
         if parameter.grad is not None:
             for part in ("base_model.model.", ".default", ".weight", ".modules_to_save", "_vector", "embedding_"):
                 name = name.replace(part, "")
+            name = name.replace("token_adapter.trainable_tokens_delta", "token_rows").replace("base_layer", "base")
             gradients[name] = parameter.grad
+            if name.endswith("token_rows"):  # theirs are in the order in which the ids were given
+                given = theirs["trainable_token_indices"]
+                given = given[name.split(".")[-2]] if isinstance(given, dict) else given
+                gradients[name] = parameter.grad[torch.tensor(given).argsort()]
     own = {n.replace(".weight", ""): p.grad for n, p in model.named_parameters() if p.requires_grad}
     assert set(own) == set(gradients)
     for name, gradient in own.items():
@@ -287,7 +314,7 @@ def test_another_base_is_refused(tmp_path):
     "change, message",
     [
         (dict(peft_type="IA3"), "type IA3, not LORA"),
-        (dict(bias="all"), "sets bias='all'"),
+        (dict(bias="some"), "bias must be none, all or lora_only, got 'some'"),
         (dict(target_parameters=["experts.w"]), "sets target_parameters"),
         (dict(init_lora_weights="pissa"), "initialised with 'pissa', which changes the base"),
         (dict(r=0), "r must be a whole number of at least 1, got 0"),
@@ -299,6 +326,27 @@ def test_foreign_configuration_is_refused(change, message, tmp_path):
     edit(folder, **change)
     with pytest.raises(Refusal, match=message):
         read_peft(folder)
+
+
+def test_biases_that_this_model_has_not_do_not_keep_an_adapter_out(tmp_path):
+    peft.get_peft_model(llama(), peft.LoraConfig(r=2, bias="all", **QV)).save_pretrained(tmp_path)
+    layers = load_peft_(llama(), tmp_path)
+    assert len(layers) == 6 and next(iter(layers.values())).config.bias == "none"
+
+
+def test_rows_that_peft_would_compute_otherwise_are_not_written(tmp_path):
+    class Tied(nn.Module):
+        def __init__(self, bias):
+            super().__init__()
+            self.embed, self.fc, self.head = nn.Embedding(9, 4), nn.Linear(4, 4), nn.Linear(4, 9, bias=bias)
+            self.head.weight = self.embed.weight
+
+    for bias, message in ((True, "PEFT leaves out the bias of such a head"), (False, "configuration does not say so")):
+        model = Tied(bias)
+        inject_lora(model, LoRAConfig(2, target=("fc",), trainable_tokens=(1, 2)))
+        with pytest.raises(Refusal, match=message):
+            export_peft(model, tmp_path / "a")
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_damaged_files_are_refused(tmp_path):

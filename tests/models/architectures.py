@@ -49,6 +49,54 @@ CAUSAL: dict[str, Callable[[], Any]] = {
     "bert_decoder": lambda: hf.BertConfig(**_SIZE, is_decoder=True),
 }  # fmt: skip
 
+_NO_DROPOUT = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
+_PADDED_AT_1 = {**_SIZE, "pad_token_id": 1, "max_position_embeddings": 40}  # positions begin at 2
+_T5 = {
+    "vocab_size": V, "d_model": 32, "d_kv": 8, "d_ff": 48, "num_layers": 2, "num_heads": 4, "dropout_rate": 0.0,
+    "decoder_start_token_id": 0, "initializer_factor": 2.0,
+}  # fmt: skip
+_BART = {
+    "vocab_size": V, "d_model": 32, "encoder_layers": 2, "decoder_layers": 2, "encoder_attention_heads": 4,
+    "decoder_attention_heads": 4, "encoder_ffn_dim": 48, "decoder_ffn_dim": 48, "max_position_embeddings": 40,
+    "init_std": 0.4, "dropout": 0.0,
+}  # fmt: skip
+
+#: The window of ModernBERT is 2 tokens to each side.
+ENCODERS: dict[str, Callable[[], Any]] = {
+    "bert": lambda: hf.BertConfig(**_SIZE, **_NO_DROPOUT, max_position_embeddings=40),
+    "roberta": lambda: hf.RobertaConfig(**_PADDED_AT_1, **_NO_DROPOUT),
+    "xlm_roberta": lambda: hf.XLMRobertaConfig(**_PADDED_AT_1, **_NO_DROPOUT),
+    "distilbert": lambda: hf.DistilBertConfig(
+        vocab_size=V, dim=32, hidden_dim=48, n_layers=2, n_heads=4, initializer_range=0.4, dropout=0.0,
+        attention_dropout=0.0, seq_classif_dropout=0.0, max_position_embeddings=40,
+    ),
+    "electra": lambda: hf.ElectraConfig(**_SIZE, **_NO_DROPOUT, embedding_size=16, max_position_embeddings=40),
+    "albert": lambda: hf.AlbertConfig(
+        **_SIZE, **_NO_DROPOUT, embedding_size=16, classifier_dropout_prob=0.0, max_position_embeddings=40
+    ),
+    "deberta_v2": lambda: hf.DebertaV2Config(
+        **_SIZE, **_NO_DROPOUT, pooler_dropout=0.0, relative_attention=True, pos_att_type=["c2p", "p2c"],
+        position_biased_input=False, max_position_embeddings=40,
+    ),
+    "modernbert": lambda: hf.ModernBertConfig(
+        **_SIZE, local_attention=4, pad_token_id=0, eos_token_id=3, bos_token_id=2, cls_token_id=2, sep_token_id=3,
+        classifier_pooling="cls", global_attn_every_n_layers=2,
+    ),
+    "modernbert_mean": lambda: hf.ModernBertConfig(
+        **_SIZE, local_attention=4, pad_token_id=0, eos_token_id=3, bos_token_id=2, cls_token_id=2, sep_token_id=3,
+        classifier_pooling="mean", global_attn_every_n_layers=2,
+    ),
+}  # fmt: skip
+
+SEQ2SEQ: dict[str, Callable[[], Any]] = {
+    "t5": lambda: hf.T5Config(**_T5),
+    "t5_v1_1": lambda: hf.T5Config(**_T5, tie_word_embeddings=False, feed_forward_proj="gated-gelu"),
+    "umt5": lambda: hf.UMT5Config(**_T5),
+    "bart": lambda: hf.BartConfig(**_BART),
+    "mbart": lambda: hf.MBartConfig(**_BART, decoder_start_token_id=2, scale_embedding=True),
+    "marian": lambda: hf.MarianConfig(**_BART, pad_token_id=0, decoder_start_token_id=0, eos_token_id=2),
+}  # fmt: skip
+
 
 PACKABLE = (
     "llama", "llama_tied", "qwen3", "gemma2", "mistral", "phi", "gpt2", "granite", "cohere", "mixtral", "gpt_oss",
@@ -62,3 +110,30 @@ def build(kind: str, attn: str | None = attention.NAME) -> Any:
     config._attn_implementation = attn
     torch.manual_seed(0)
     return hf.MODEL_FOR_CAUSAL_LM_MAPPING[type(config)](config).eval()
+
+
+def task_config(kind: str, task: str, labels: int = 3) -> Any:
+    """The configuration of any kind above for a task, with numbered classes."""
+    config = {**CAUSAL, **ENCODERS, **SEQ2SEQ}[kind]()
+    if task == "regression":
+        config.num_labels = 1
+        config.problem_type = "regression"
+    elif task.endswith("classification"):
+        config.num_labels = labels
+        if task == "sequence_classification":
+            config.problem_type = "single_label_classification"
+    return config
+
+
+def build_for(kind: str, task: str, attn: str | None = attention.NAME, *, config: Any = None) -> Any:
+    """The model with the head of a task, in eval mode and float32; ``config`` in place of the kind's own."""
+    attention.register()
+    config = config if config is not None else task_config(kind, task)
+    config._attn_implementation = attn
+    mapping = {
+        "causal_lm": hf.MODEL_FOR_CAUSAL_LM_MAPPING,
+        "seq2seq_lm": hf.MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING,
+        "token_classification": hf.MODEL_FOR_TOKEN_CLASSIFICATION_MAPPING,
+    }.get(task, hf.MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING)
+    torch.manual_seed(0)
+    return mapping[type(config)](config).eval()

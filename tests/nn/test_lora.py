@@ -12,7 +12,9 @@ from transformers.pytorch_utils import Conv1D
 
 import lightning_ft.nn.lora as lora_module
 from lightning_ft.functional.errors import Refusal
-from lightning_ft.nn.lora import LoRAConfig, inject_lora, merge_lora_, merged_copy
+from lightning_ft.nn.lora import LoRAConfig, bias_parameters, inject_lora
+from lightning_ft.nn.lora_layers import LoRALayer
+from lightning_ft.nn.merging import merge_injected_, merged_copy
 from lightning_ft.nn.registry import InjectedLayer, injected_layers
 from tests.tolerances import TOL
 
@@ -241,6 +243,42 @@ def test_only_factors_and_saved_modules_train():
     assert all(p.requires_grad for p in other.parameters())
 
 
+BIASES = {
+    "none": set(),
+    "lora_only": {"0.base.bias"},
+    "all": {"0.base.bias", "1.bias", "2.bias"},
+}
+
+
+@pytest.mark.parametrize("bias", BIASES)
+def test_biases_train_beside_the_factors(bias):
+    net = nn.Sequential(nn.Linear(4, 4), nn.LayerNorm(4), nn.Linear(4, 4), nn.Linear(4, 2))
+    config = LoRAConfig(target=("0",), modules_to_save=("3",), bias=bias)
+    inject_lora(net, config)
+    expected = {"0.lora_A", "0.lora_B", "3.weight", "3.bias"} | BIASES[bias]
+    assert {name for name, p in net.named_parameters() if p.requires_grad} == expected
+    assert {name.replace("0.", "0.base.") for name in bias_parameters(net, config)} == BIASES[bias]
+    inject_lora(net, LoRAConfig(target=("2",), adapter_name="second"))
+    assert {name.replace("2.base.", "2.") for name, p in net.named_parameters() if p.requires_grad} == (
+        expected | {"2.lora_A", "2.lora_B"}
+    )
+
+
+def test_biases_that_are_not_there_or_are_taken_are_refused():
+    net = nn.Sequential(nn.Linear(4, 4, bias=False), nn.Linear(4, 4))
+    with pytest.raises(Refusal, match="bias='lora_only' trains nothing"):
+        inject_lora(net, LoRAConfig(target=("0",), bias="lora_only"))
+    inject_lora(net, LoRAConfig(target=("1",), bias="lora_only", adapter_name="first"))
+    with pytest.raises(Refusal, match="'first' and 'default' both train the model's own biases"):
+        inject_lora(net, LoRAConfig(target=("0",), bias="all"))
+    assert len(injected_layers(net)) == 1
+
+
+def test_the_layer_that_all_kinds_share_is_abstract():
+    with pytest.raises(TypeError, match="abstract"):
+        LoRALayer(nn.Linear(2, 2), r=1, alpha=1.0)
+
+
 def test_saved_modules_and_what_lies_inside_excluded_ones_are_not_wrapped():
     model = LlamaForCausalLM(LlamaConfig(**SMALL))
     config = LoRAConfig(modules_to_save=("layers.1.mlp",), exclude=("layers.0.self_attn",), layers="0,1")
@@ -283,7 +321,7 @@ def test_merging_a_tied_weight_is_refused_and_training_it_in_full_too():
     assert not injected_layers(model)
     inject_lora(model, LoRAConfig(target=("embed_tokens", "q_proj")))
     with pytest.raises(Refusal, match="'model.embed_tokens' cannot be merged: its weight is tied"):
-        merge_lora_(model)
+        merge_injected_(model)
     assert len(injected_layers(model)) == 3
 
 
@@ -339,6 +377,9 @@ def test_merged_copy_refuses_other_adapters():
         (dict(rank_pattern={"q": 0}), r"LoRAConfig.rank_pattern\['q'\] must be"),
         (dict(alpha_pattern={"(": 1.0}), "not a regular expression"),
         (dict(adapter_name="a.b"), "without dots"),
+        (dict(bias="some"), "LoRAConfig.bias must be none, all or lora_only, got 'some'"),
+        (dict(trainable_tokens=(1, 1)), "LoRAConfig.trainable_tokens must name each token once"),
+        (dict(trainable_tokens={"e": (-1,)}), r"LoRAConfig.trainable_tokens\['e'\] must be token ids"),
     ],
 )
 def test_meaningless_configurations_are_refused(options, message):
