@@ -18,7 +18,7 @@ from lightning_ft.engine.technique import Technique
 from lightning_ft.engine.traits import Traits
 from lightning_ft.formats.peft import load_peft_
 from lightning_ft.functional.errors import Refusal
-from lightning_ft.nn.lora import LoRAConfig, inject_lora
+from lightning_ft.nn.lora import Biases, LoRAConfig, inject_lora
 from lightning_ft.nn.registry import injected_layers
 
 
@@ -39,6 +39,11 @@ class LoRA(Technique):
         rank_pattern: other ranks for some modules, by a regular expression for the end of their name; None: none.
         alpha_pattern: other alphas, likewise.
         modules_to_save: names of modules trained in full beside the factors and stored with them (a new head); None: none.
+        bias: which of the model's own biases train too: ``none`` (most models have few), ``all``, or ``lora_only``, those of the
+            modules with factors.
+        trainable_tokens: tokens whose rows of the input embedding, and of a head tied to it, train and are stored, the rest of
+            the table staying frozen: ids, or texts that are one token each, or ids by the name of an embedding or head
+            (``{lm_head: [1, 2]}``). For markers of a chat format that the base never saw. None trains no row.
         rslora: scale by ``alpha / sqrt(r)``, which keeps the update's size when r grows (Kalajdzievski, 2023).
         dora: also train the length of each output's weight (Liu et al., 2024): better at small r, slower: norms each step.
         init_from: start from an adapter: a PEFT folder, or a checkpoint of this library; its rank, alpha and targets hold.
@@ -77,6 +82,8 @@ class LoRA(Technique):
         rank_pattern: dict[str, int] | None = None,
         alpha_pattern: dict[str, float] | None = None,
         modules_to_save: list[str] | None = None,
+        bias: Biases = "none",
+        trainable_tokens: list[int] | list[str] | dict[str, list[int]] | None = None,
         rslora: bool = False,
         dora: bool = False,
         init_from: str | None = None,
@@ -91,11 +98,14 @@ class LoRA(Technique):
         self.rank_pattern = rank_pattern
         self.alpha_pattern = alpha_pattern
         self.modules_to_save = modules_to_save
+        self.bias = bias
+        self.trainable_tokens = trainable_tokens
         self.rslora = rslora
         self.dora = dora
         self.init_from = init_from
         self.name = name
         self._stored: LoRAConfig | None = None
+        self._token_ids: list[int] | None = None
         self.check()
         self.config()
         if init_from is not None and not Path(init_from).expanduser().exists():
@@ -104,11 +114,14 @@ class LoRA(Technique):
             )
 
     def config(self) -> LoRAConfig:
-        """The same as a plain configuration, for `inject_lora`.
+        """The same as a plain configuration, for `inject_lora`; tokens given as texts are there once their ids are known.
 
         Raises:
             Refusal: for values that mean nothing.
         """
+        tokens: Any = self.trainable_tokens if self._token_ids is None else self._token_ids
+        if isinstance(tokens, list) and any(isinstance(token, str) for token in tokens):
+            tokens = ()
         return LoRAConfig(
             r=self.r,
             alpha=self.alpha,
@@ -121,12 +134,16 @@ class LoRA(Technique):
             rslora=self.rslora,
             dora=self.dora,
             modules_to_save=tuple(self.modules_to_save or ()),
+            bias=self.bias,
+            trainable_tokens=tokens or (),
             adapter_name=self.name,
         )
 
     def resolved_arguments(self) -> dict[str, Any]:
-        """As stored by the adapter that ``init_from`` named, and without that name."""
+        """As stored by the adapter that ``init_from`` named, and without that name; tokens as ids."""
         arguments = {**arguments_of(self), "init_from": None}
+        if self._token_ids is not None:
+            arguments["trainable_tokens"] = self._token_ids
         if self._stored is not None:
             stored = {f.name: getattr(self._stored, f.name) for f in fields(self._stored)}
             stored["name"] = stored.pop("adapter_name")
@@ -143,6 +160,7 @@ class LoRA(Technique):
 
     def _inject(self, module: pl.LightningModule, seed: int) -> None:
         path, root = model_root(module)
+        self._look_up_tokens(module)
         if self.init_from is None:
             inject_lora(root, self.config(), seed=seed, freeze_base=False)
             return
@@ -152,6 +170,24 @@ class LoRA(Technique):
             self._agree(next(iter(layers.values())).config, source)
         else:
             self._inject_from_checkpoint(root, f"{path}." if path else "", source, seed)
+
+    def _look_up_tokens(self, module: pl.LightningModule) -> None:
+        texts = [t for t in self.trainable_tokens or () if isinstance(t, str)]
+        if not texts or isinstance(self.trainable_tokens, dict):
+            return
+        tokenizer = getattr(module, "tokenizer", None)
+        if tokenizer is None:
+            raise Refusal(
+                f"LoRA.trainable_tokens gives tokens as texts, but {type(module).__name__} has no tokenizer; give their ids."
+            )
+        vocabulary = tokenizer.get_vocab()
+        unknown = [text for text in texts if text not in vocabulary]
+        if unknown:
+            raise Refusal(
+                f"LoRA.trainable_tokens names {unknown[0]!r}, which is no token of this model's vocabulary; name tokens as the "
+                "vocabulary spells them, or by their ids."
+            )
+        self._token_ids = [int(vocabulary[text]) for text in texts]
 
     def _inject_from_checkpoint(self, root: torch.nn.Module, prefix: str, source: Path, seed: int) -> None:
         try:
@@ -170,12 +206,8 @@ class LoRA(Technique):
         state = checkpoint["state_dict"]
         named = {f"{prefix}{n}": p for n, p in root.named_parameters() if p.requires_grad}
         ours = {n: p for n, p in named.items() if n in state}
-        factors = {
-            f"{prefix}{where}.{key}"
-            for where, layer in injected_layers(root, self.name).items()
-            for key in layer.injected_parameters()
-        }
-        missing = sorted(factors - set(state))
+        added = {p for layer in injected_layers(root, self.name).values() for p in layer.injected_parameters().values()}
+        missing = sorted({name for name, parameter in named.items() if parameter in added} - set(state))
         if missing:
             raise Refusal(
                 f"{source} lacks {missing[0]} and {len(missing) - 1} more factors of this model; it was trained on another."
@@ -194,7 +226,7 @@ class LoRA(Technique):
         """An argument that was given beside ``init_from`` may not contradict what is stored."""
         asked, default = self.config(), LoRAConfig()
         self._stored = stored
-        for key in ("r", "alpha", "rslora", "dora", "target"):
+        for key in ("r", "alpha", "rslora", "dora", "target", "bias", "trainable_tokens"):
             if getattr(asked, key) not in (getattr(default, key), getattr(stored, key)):
                 raise Refusal(
                     f"LoRA.{key} is {getattr(asked, key)!r}, but the adapter in {source} has {getattr(stored, key)!r}; leave "

@@ -94,7 +94,8 @@ class SampleGenerations(Technique):
         tokenizer = module.tokenizer
         chat = self.chat and bool(getattr(tokenizer, "chat_template", None))
         prompts = [[{"role": "user", "content": p}] if chat else p for p in self.prompts]
-        answers = module.generate(prompts, max_new_tokens=self.max_new_tokens, temperature=self.temperature)
+        with Attachment.of(pl_module).evaluated():
+            answers = module.generate(prompts, max_new_tokens=self.max_new_tokens, temperature=self.temperature)
         file.parent.mkdir(parents=True, exist_ok=True)
         with open(file, "a", encoding="utf-8") as out:
             for prompt, answer in zip(self.prompts, answers, strict=True):

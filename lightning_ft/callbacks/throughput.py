@@ -59,6 +59,7 @@ class Throughput(Callback):
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Writes the figures of the fit."""
+        folder = Path(trainer.log_dir or trainer.default_root_dir)  # log_dir broadcasts: all ranks ask
         if not trainer.is_global_zero or trainer.fast_dev_run:  # type: ignore[attr-defined]
             return
         trained, total = trained_counts(pl_module)
@@ -70,7 +71,7 @@ class Throughput(Callback):
             "parameters": total,
             "optimizer_steps": trainer.global_step,
         }
-        file = Path(trainer.log_dir or trainer.default_root_dir) / "throughput.json"
+        file = folder / "throughput.json"
         file.parent.mkdir(parents=True, exist_ok=True)
         file.write_text(json.dumps(figures, indent=2) + "\n", encoding="utf-8")
 

@@ -78,7 +78,7 @@ def _problem(hint: Any, value: Any) -> str | None:
         choices = get_args(hint)
         return None if value in choices else "one of " + ", ".join(repr(choice) for choice in choices)
     if origin in (Union, types.UnionType):
-        problems = [_problem(choice, value) for choice in get_args(hint)]
+        problems = [_problem(choice, value) for choice in get_args(hint) if choice is not type(None) or value is None]
         return None if None in problems else " or ".join(str(p) for p in problems)
     if hint is type(None):
         return None if value is None else "None"

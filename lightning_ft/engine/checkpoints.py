@@ -30,18 +30,22 @@ if TYPE_CHECKING:
     from lightning_ft.engine.attachment import Attachment
 
 KEY = "lightning_ft"
+ATTACHMENT = "_lightning_ft_attachment"
+"""Where a LightningModule keeps its attachment."""
 FORMAT = 1
 _SAMPLES = 4096
 
 
 def kept_keys(module: nn.Module) -> set[str]:
-    """Names that a checkpoint of ``module`` holds: trained and injected parameters, and persistent buffers."""
+    """Names that a checkpoint of ``module`` holds: injected parameters, those that train now or later, persistent buffers."""
     injected = {
         f"{path}.{name}" if path else name
         for path, layer in injected_layers(module).items()
         for name in layer.injected_parameters()
     }
-    keys = {name for name, p in module.named_parameters() if p.requires_grad or name in injected}
+    attachment = module.__dict__.get(ATTACHMENT)
+    late: set[str] = attachment.late if attachment is not None else set()
+    keys = {name for name, p in module.named_parameters() if p.requires_grad or name in injected or name in late}
     for prefix, child in module.named_modules():
         for name, buffer in child._buffers.items():
             if buffer is not None and name not in child._non_persistent_buffers_set:
@@ -137,8 +141,8 @@ def _partial(attachment: Attachment, trainer: pl.Trainer) -> dict[str, Any] | No
         "ranks": 1,
         "grads": grads,
         "rows": rows,
-        "counted": attachment.window.counted,
-        "logged": {name: (float(value), count) for name, (value, count) in attachment.logged.items()},
+        "counted": attachment.step.window.counted,
+        "logged": {name: (float(value), count) for name, (value, count) in attachment.step.logged.items()},
     }
 
 
@@ -151,9 +155,9 @@ def restore_partial_gradients(attachment: Attachment, partial: dict[str, Any] | 
         parameters[name].grad = grad.to(parameters[name].device)
     if partial["rows"] is not None and attachment.term_gradients is not None:
         attachment.term_gradients.load(partial["rows"], attachment.module.device)
-    attachment.window.count(partial["counted"])
+    attachment.step.window.count(partial["counted"])
     for name, (value, count) in partial["logged"].items():
-        attachment.logged[name] = (torch.tensor(value, device=attachment.module.device), count)
+        attachment.step.logged[name] = (torch.tensor(value, device=attachment.module.device), count)
 
 
 def check(attachment: Attachment, checkpoint: dict[str, Any]) -> dict[str, Any]:
@@ -197,6 +201,14 @@ def check(attachment: Attachment, checkpoint: dict[str, Any]) -> dict[str, Any]:
                 "The checkpoint was saved with save_weights_only=True: it can be validated and exported, but fit cannot resume "
                 "from it; start anew from its weights with --lora.init_from, or resume from a full checkpoint."
             )
+        kinds = {technique["class_path"].rpartition(".")[2] for technique in record["techniques"]}
+        present = {technique.state_key for technique in attachment.techniques}
+        for key, state in checkpoint.get("callbacks", {}).items():
+            if state and key.partition("[")[0] in kinds and key not in present:
+                raise Refusal(
+                    f"The checkpoint holds the state of {key}, which this run does not have and would lose; add the technique "
+                    "again, or start a new fit from the weights."
+                )
         partial = record.get("partial")
         if partial and partial["ranks"] == 0:
             raise Refusal(

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import lightning.pytorch as pl
-from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.callbacks import ModelCheckpoint, StochasticWeightAveraging, WeightAveraging
 from lightning.pytorch.plugins.precision import HalfPrecision, MixedPrecision
 from lightning.pytorch.strategies import (
     DDPStrategy,
@@ -18,6 +18,7 @@ from lightning.pytorch.strategies import (
 )
 from torch import Tensor, nn
 
+from lightning_ft.engine.checkpoints import kept_keys
 from lightning_ft.functional.errors import Refusal
 from lightning_ft.nn.registry import injected_layers
 
@@ -59,6 +60,7 @@ WORDS = {
     "manual_optimization": "manual optimization",
     "dataloader_iter": "a training_step that takes dataloader_iter",
     "several_ranks": "several ranks",
+    "weight_averaging": "Lightning's weight averaging",
     "time_saves_in_window": "ModelCheckpoint.train_time_interval with accumulation on several ranks",
 }
 """Every word of a situation, and how a message says it."""
@@ -83,6 +85,12 @@ RULES = (
         frozenset(),
         "it could not resume from a file that holds trained parts only",
         "use lightning_ft.engine.strategies.FSDP2Strategy, or save_distributed_checkpoint=False",
+    ),
+    Rule(
+        frozenset({"weight_averaging"}),
+        frozenset(),
+        "it copies the whole model, frozen weights too, into memory and into every checkpoint",
+        "use lightning_ft.WeightEMA, which averages what is trained (--ema.decay 0.999)",
     ),
     Rule(
         frozenset({"manual_optimization"}),
@@ -123,6 +131,9 @@ def situation(trainer: pl.Trainer, module: pl.LightningModule) -> Situation:
             words.add("tensor_parallel")
         if strategy._save_distributed_checkpoint and type(strategy) is ModelParallelStrategy:
             words.add("stock_fsdp2_files")
+    callbacks: list[pl.Callback] = trainer.callbacks  # type: ignore[attr-defined]
+    if any(isinstance(c, (WeightAveraging, StochasticWeightAveraging)) for c in callbacks):
+        words.add("weight_averaging")
     precision = strategy.precision_plugin
     if isinstance(precision, MixedPrecision) and precision.scaler is not None:
         words.add("fp16")
@@ -164,12 +175,29 @@ def check(techniques: Iterable[Technique], where: Situation) -> None:
                 )
     names: dict[str, Any] = {}
     for technique in chosen:
+        if technique.traits.alone and sum(type(other) is type(technique) for other in chosen) > 1:
+            raise Refusal(f"A run can hold only one {type(technique).__name__}; leave one of them out.")
         if technique.state_key in names:
             raise Refusal(
                 f"Two {type(technique).__name__} callbacks are both named {technique.instance_name!r}; "
                 "give one of them another name."
             )
         names[technique.state_key] = technique
+
+
+def check_surgery(where: Situation) -> None:
+    """Refuses gradient surgery where the terms' gradients cannot be had one by one.
+
+    Raises:
+        Refusal: ``Gradient surgery cannot work with FSDP2, because ...; use ddp.``
+    """
+    for word, why, fix in (
+        ("fsdp2", "it needs each term's whole gradient, and FSDP2 reduces their sum", "use ddp"),
+        ("fp16", "its gradients never pass the scaler", "use bf16-mixed or 32-true"),
+        ("manual_optimization", "it takes the place of backward", "use automatic optimization"),
+    ):
+        if word in where.words:
+            raise Refusal(f"Gradient surgery cannot work with {WORDS[word]}, because {why}; {fix}.")
 
 
 def table(techniques: Iterable[type[Technique]]) -> list[tuple[str, str, str, str]]:
@@ -203,7 +231,8 @@ def keep_factors_in_fp32(strategy: Strategy, on_leave: Callable[[Callable[[], No
         for layer in injected_layers(module).values():
             kept += [(p, p.data) for p in layer.injected_parameters().values()]
         if ours:
-            kept += [(p, p.data) for p in module.parameters() if p.requires_grad]
+            named = kept_keys(inner)  # what trains now or later
+            kept += [(p, p.data) for n, p in inner.named_parameters() if n in named]
         converted = original(module)
         for parameter, data in kept:
             parameter.data = data

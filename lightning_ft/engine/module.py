@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, Literal
@@ -13,14 +14,19 @@ from torch.optim import Optimizer
 from lightning_ft.engine import summary
 from lightning_ft.engine.arguments import check_arguments, describe
 from lightning_ft.engine.attachment import Attachment
+from lightning_ft.engine.freezing import THAW
 from lightning_ft.engine.generation import Prompt, generate
 from lightning_ft.engine.optimizer import FULL_LR, Schedule, build_optimizer, build_scheduler, parameter_groups
 from lightning_ft.engine.technique import Attached
 from lightning_ft.functional.errors import Refusal
-from lightning_ft.models.admission import Admission, admit
+from lightning_ft.models.admission import Admission
+from lightning_ft.models.admission_tasks import admit_task
 from lightning_ft.models.causal import CausalLM
+from lightning_ft.models.classifier import CLASSIFIES, Classifier
 from lightning_ft.models.dtype import apply_dtype_policy, compute_dtype
-from lightning_ft.models.load import load_causal, load_tokenizer
+from lightning_ft.models.load import load_tokenizer
+from lightning_ft.models.load_task import Task, load_for_task
+from lightning_ft.models.seq2seq import Seq2SeqLM
 
 DtypePolicy = Literal["auto", "float32", "bfloat16", "pure_bfloat16"]
 OptimizerFactory = Callable[[Iterable[Any]], Optimizer]
@@ -33,6 +39,10 @@ class FineTuningModule(pl.LightningModule):
     """
 
     lightning_ft_module = True
+    task: Task = "causal_lm"
+    """What the base predicts; a subclass may make it an argument, with ``labels`` and ``multi_label`` beside it."""
+    labels: list[str] | None = None
+    multi_label: bool = False
 
     def __init__(
         self,
@@ -64,7 +74,8 @@ class FineTuningModule(pl.LightningModule):
         self.model: Any = None
         self.admission: Admission | None = None
         self._tokenizer: Any = None
-        self._view: CausalLM | None = None
+        self._view: Any = None
+        self.new_names: frozenset[str] = frozenset()
 
     # -- loading and edits ------------------------------------------------------------------------------------------
 
@@ -75,32 +86,65 @@ class FineTuningModule(pl.LightningModule):
     def configure_model(self) -> None:
         """Loads the base, once; techniques edit it right after."""
         if self.model is None:
-            self.model, self._tokenizer = load_causal(
+            labels, multi_label = self._classes()
+            self.model, self._tokenizer, self.new_names = load_for_task(
+                self.task,
                 self.base,
+                labels=labels,
+                multi_label=multi_label,
                 dtype_policy=self.base_dtype,
                 attention=self.attention,
                 trust_remote_code=self.trust_remote_code,
                 revision=self.revision,
+                seed=Attachment.of(self).seed,
             )
             self.model.train()  # Hugging Face returns eval mode and Lightning leaves it so: no dropout, silently
         if self.admission is None:
-            self.admission = admit(self.model, packing=True)
-        datamodule = getattr(self._trainer, "datamodule", None) if self._trainer is not None else None
-        if getattr(datamodule, "packing", False) and not self.admission.packing:
+            self.admission = admit_task(self.model, self.task, packing=True)
+        if getattr(self.datamodule, "packing", False) and not self.admission.packing:
             raise Refusal(
                 f"{self.base} cannot take packed rows, because {self.admission.packing_reason}; set --data.packing false."
             )
 
+    @property
+    def datamodule(self) -> Any:
+        """The data module of the present run, or None."""
+        return getattr(self._trainer, "datamodule", None) if self._trainer is not None else None
+
+    def _classes(self) -> tuple[list[str] | None, bool]:
+        """Names of the classes and whether several may hold: as given, else as the data say."""
+        asked = getattr(self.datamodule, "label_names", None)
+        if self.task not in CLASSIFIES or not callable(asked):
+            return self.labels, self.multi_label
+        theirs = asked()
+        if self.labels is not None and theirs is not None and list(theirs) != list(self.labels):
+            raise Refusal(
+                f"The module's labels {self.labels} are not the data's {theirs}, so class numbers would mean something else; "
+                "give the data the same labels (data.labels), or leave the module's out."
+            )
+        return theirs, self.multi_label or self.datamodule.multi_label()
+
     def register(self, attachment: Attachment) -> None:
-        """The base's own edits: dtypes once it is known what is trained, and activation checkpointing."""
+        """The base's own edits: a head that trains, dtypes once it is known what is trained, activation checkpointing."""
+        if self.task in CLASSIFIES:
+            attachment.edit("freeze", "train the head", self._train_head, order=THAW)
         attachment.edit("dtype", "dtype", self._apply_dtype)
         if self.gradient_checkpointing:
             attachment.edit("checkpointing", "gradient_checkpointing", self._checkpoint_activations)
 
+    def _train_head(self, module: pl.LightningModule) -> None:
+        """A new task's head is trained whatever else is: unless it is frozen by name, which comes later."""
+        parameters = dict(self.model.named_parameters())
+        for name in self.view.head_parameter_names():
+            parameters[name].requires_grad_(True)
+
     def _apply_dtype(self, module: pl.LightningModule) -> None:
         root = self._trainer.strategy.root_device if self._trainer is not None else torch.device("cpu")
         apply_dtype_policy(
-            self.model, compute_dtype(self.base_dtype, root), frozen_only=self.base_dtype != "pure_bfloat16"
+            self.model,
+            compute_dtype(self.base_dtype, root),
+            frozen_only=self.base_dtype != "pure_bfloat16",
+            trainable={name.removeprefix("model.") for name in Attachment.of(self).late},
         )
 
     def _checkpoint_activations(self, module: pl.LightningModule) -> None:
@@ -116,10 +160,13 @@ class FineTuningModule(pl.LightningModule):
         return self._tokenizer
 
     @property
-    def view(self) -> CausalLM:
-        """The base as backbone and head."""
+    def view(self) -> Any:
+        """The base as its parts: a `CausalLM`, `Seq2SeqLM` or `Classifier`, by the task."""
         if self._view is None or self._view.model is not self.model:
-            self._view = CausalLM(self.model)
+            if self.task in CLASSIFIES:
+                self._view = Classifier(self.model, self.task, self.new_names)
+            else:
+                self._view = Seq2SeqLM(self.model) if self.task == "seq2seq_lm" else CausalLM(self.model)
         return self._view
 
     # -- optimisation -----------------------------------------------------------------------------------------------
@@ -131,11 +178,26 @@ class FineTuningModule(pl.LightningModule):
         suggested = [t.traits.suggested_lr for t in Attachment.of(self).techniques if t.traits.suggested_lr is not None]
         return min(suggested, default=FULL_LR)
 
+    def own_rates(self) -> dict[str, float]:
+        """Factors of the rate that the module itself asks for, by parameter name; techniques' come on top."""
+        return {}
+
     def configure_optimizers(self) -> Any:
         """AdamW (or ``optimizer``) over what is trainable after all edits, warmed up and decayed."""
-        groups = parameter_groups(self, lr=self.resolved_lr(), weight_decay=self.weight_decay)
+        attachment, rates = Attachment.of(self), self.own_rates()
+        for name, factor in attachment.rates.items():
+            rates[name] = rates.get(name, 1.0) * factor
+        groups = parameter_groups(
+            self, lr=self.resolved_lr(), weight_decay=self.weight_decay, rates=rates, late=attachment.late
+        )
         optimizer = build_optimizer(groups, self.optimizer)
-        total = int(self.trainer.estimated_stepping_batches)
+        steps = self.trainer.estimated_stepping_batches
+        if math.isinf(steps):
+            raise Refusal(
+                "The length of this run is not known beforehand, so its learning rate cannot be planned; give trainer.max_epochs "
+                "or trainer.max_steps (beside max_time, which may end it sooner)."
+            )
+        total = int(steps)
         warmup = self.warmup_steps if self.warmup_steps is not None else max(1, round(0.03 * total))
         scheduler = build_scheduler(optimizer, total=total, warmup=warmup, schedule=self.schedule)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
@@ -154,7 +216,13 @@ class FineTuningModule(pl.LightningModule):
     def generate(
         self, prompts: Sequence[Prompt], *, max_new_tokens: int = 64, temperature: float = 0.0, top_p: float = 1.0
     ) -> list[str]:
-        """Answers to prompts (strings or chats) by the model as it is; see `lightning_ft.engine.generation.generate`."""
+        """Answers to prompts (strings or chats) by the model as it is; see `lightning_ft.engine.generation.generate`.
+
+        Raises:
+            Refusal: for a task that writes no text.
+        """
+        if self.task in CLASSIFIES:
+            raise Refusal(f"The task {self.task} gives classes or numbers and writes no text; use predict.")
         return generate(
             self.model, self.tokenizer, prompts, max_new_tokens=max_new_tokens, temperature=temperature, top_p=top_p
         )

@@ -7,13 +7,14 @@ practice). Schedules are pure functions of the step.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection, Iterable, Mapping
 from typing import Any, Literal
 
 from torch import nn
 from torch.optim import AdamW, Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
+from lightning_ft.engine.checkpoints import kept_keys
 from lightning_ft.functional.errors import Refusal
 from lightning_ft.nn.registry import injected_layers
 
@@ -23,12 +24,18 @@ FULL_LR = 2e-5
 
 
 def parameter_groups(
-    module: nn.Module, *, lr: float, weight_decay: float, rates: dict[str, float] | None = None
+    module: nn.Module,
+    *,
+    lr: float,
+    weight_decay: float,
+    rates: Mapping[str, float] | None = None,
+    late: Collection[str] = (),
 ) -> list[dict[str, Any]]:
     """Groups of the trainable parameters by (rate, decay), each with the ``names`` of what it holds.
 
     Args:
         module: everything in it that requires a gradient is trained.
+        late: names of frozen parameters that will be trained later; they have their place from the first step.
         lr: rate of every group that ``rates`` does not change.
         weight_decay: of matrices that are not embeddings; 0 for all else.
         rates: name of a parameter -> factor of ``lr`` (LoRA+, layer-wise decay, a head of its own).
@@ -37,12 +44,12 @@ def parameter_groups(
         Refusal: when nothing is trainable.
     """
     embeddings = {id(m.weight) for m in module.modules() if isinstance(m, nn.Embedding)}
-    factors = {
-        f"{path}.{name}" for path, layer in injected_layers(module).items() for name in layer.injected_parameters()
-    }
+    layers = injected_layers(module).items()
+    factors = {f"{path}.{name}" for path, layer in layers if layer.decays for name in layer.injected_parameters()}
+    embeddings |= {id(p) for _, layer in layers if not layer.decays for p in layer.injected_parameters().values()}
     groups: dict[tuple[float, float], dict[str, Any]] = {}
     for name, parameter in module.named_parameters():
-        if not parameter.requires_grad:
+        if not parameter.requires_grad and name not in late:
             continue
         matrix = parameter.ndim >= 2 and (id(parameter) not in embeddings or name in factors)
         rate = lr * (rates or {}).get(name, 1.0)
@@ -103,8 +110,9 @@ def build_scheduler(
 
 
 def state_bytes(module: nn.Module) -> int:
-    """Bytes that a checkpoint with AdamW's two moments will take: three fp32 copies of what is trained."""
-    return sum(3 * 4 * p.numel() for p in module.parameters() if p.requires_grad)
+    """Bytes that a checkpoint with AdamW's two moments will take: three fp32 copies of what is trained, now or later."""
+    kept = kept_keys(module)
+    return sum(3 * 4 * p.numel() for name, p in module.named_parameters() if name in kept)
 
 
 __all__ = [

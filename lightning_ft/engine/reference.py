@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
+from lightning_ft.engine.checkpoints import ATTACHMENT
 from lightning_ft.engine.gradients import like
 from lightning_ft.functional.errors import Refusal
 from lightning_ft.nn.lora_layers import LoRAEmbedding, LoRALayer
@@ -51,8 +52,9 @@ class References:
             if is_identity(layer):
                 snapshot.off.add(path)
                 owned |= names
+        later: set[str] = getattr(self.module.__dict__.get(ATTACHMENT), "late", set())  # frozen now, trained in time
         for name_, parameter in self.module.named_parameters():
-            if not parameter.requires_grad or name_ in owned:
+            if not (parameter.requires_grad or name_ in later) or name_ in owned:
                 continue
             snapshot.tensors[name_] = parameter.detach().clone()  # each rank its own rows where FSDP2 has sharded
         self.snapshots[name] = snapshot
@@ -86,7 +88,7 @@ class References:
             for path in snapshot.off:
                 layers[path].enabled = False
             for name_, tensor in snapshot.tensors.items():
-                undo.append(_swap(parameters[name_], tensor))
+                undo.append(swap(parameters[name_], tensor))
             with torch.no_grad():
                 yield
         finally:
@@ -122,7 +124,7 @@ def _all(flags: Tensor) -> bool:
     return bool((flags.full_tensor() if isinstance(flags, DTensor) else flags).all())
 
 
-def _swap(parameter: nn.Parameter, tensor: Tensor) -> Callable[[], None]:
+def swap(parameter: nn.Parameter, tensor: Tensor) -> Callable[[], None]:
     """Lets the parameter hold ``tensor``'s values, and returns what puts its own back.
 
     FSDP2 gathers from the shard's own memory, so a sharded parameter is overwritten in place; a parameter that is

@@ -125,7 +125,7 @@ class FSDP2Strategy(ModelParallelStrategy):
         own = ("state_dict", "optimizer_states")
         checkpoint = {key: value if key in own else _gathered(value) for key, value in checkpoint.items()}
         if not self._save_distributed_checkpoint:
-            super().save_checkpoint(checkpoint, filepath, storage_options)
+            self._save_file(checkpoint, Path(self.broadcast(filepath)), storage_options)
             return
         if storage_options is not None:
             raise Refusal("FSDP2Strategy writes checkpoints itself and takes no storage_options; leave them out.")
@@ -149,6 +149,23 @@ class FSDP2Strategy(ModelParallelStrategy):
                 os.fsync(file.fileno())
             _replace(partial, path)
         self.barrier()
+
+    def _save_file(self, checkpoint: dict[str, Any], path: Path, storage_options: Any) -> None:
+        """One file, where a sharded checkpoint may lie: rank 0 alone moves that aside, and removes it after the write."""
+        old = path.with_name(f".{path.name}.old")
+        folder = self.broadcast(path.is_dir())
+        if folder and not self.broadcast((path / _METADATA_FILENAME).is_file()):
+            raise Refusal(
+                f"{path} is a folder that holds no checkpoint, so none is written over it; name another file."
+            )
+        if folder and self.global_rank == 0:
+            shutil.rmtree(old, ignore_errors=True)
+            path.rename(old)
+        self.barrier()
+        super().save_checkpoint(checkpoint, path, storage_options)
+        self.barrier()
+        if folder and self.global_rank == 0:
+            shutil.rmtree(old, ignore_errors=True)
 
     def load_checkpoint(self, checkpoint_path: str | Path, weights_only: bool | None = None) -> dict[str, Any]:
         """Loads model and optimizer state, after comparing the keys of the file with those of the model.

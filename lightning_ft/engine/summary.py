@@ -30,9 +30,16 @@ def announce(module: Any, trainer: pl.Trainer) -> None:
     techniques = ", ".join(repr(t) for t in Attachment.of(module).techniques) or "none: everything is trained"
     console.print(f"[bold]base[/bold]        {module.base}")
     console.print(Text.assemble(("techniques  ", "bold"), techniques))
+    if module.new_names:
+        console.print(
+            Text.assemble(("new         ", "bold"), ", ".join(sorted(module.new_names)), ", drawn by the seed")
+        )
     console.print(
         f"[bold]trained[/bold]     {trained:,} of {total:,} parameters ({100 * trained / max(total, 1):.2f} %)"
     )
+    late = sum(p.numel() for name, p in module.named_parameters() if name in Attachment.of(module).late)
+    if late:
+        console.print(f"[bold]later[/bold]       {late:,} more parameters are thawed during the run")
     console.print(
         f"[bold]memory[/bold]      frozen {frozen_bytes / 1e6:,.0f} MB, trained with AdamW {4 * 4 * trained / 1e6:,.0f} MB, "
         f"a checkpoint {state_bytes(module) / 1e6:,.0f} MB"

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Literal
 
-Edits = Literal["model", "loss", "gradients", "data", "nothing"]
+Edits = Literal["model", "loss", "gradients", "data", "weights", "nothing"]
 
 
 @dataclass(frozen=True)
@@ -30,12 +30,14 @@ class Traits:
 
     Attributes:
         slot: the command line's named slot, e.g. ``lora`` for ``--lora.r 8``.
-        edits: what it changes.
-        needs: what it must find: ``"reference"``, ``"generator"`` (a module with ``generate``).
+        edits: what it changes: the model's parts, loss terms, gradients, what the model reads, the weights that are left.
+        needs: what it must find: ``"reference"``, ``"generator"`` (a module with ``generate``), ``"embedding"``,
+            ``"adapter"`` (one to export).
         keeps: one sentence on what stays in the model after training.
         suggested_lr: the rate that ``lr: null`` takes when this technique is the one that trains; None has no say.
         starts_as_identity: whether the first forward equals the model without it.
         conditional_gradients: whether its parameters may lack a gradient in a window (a head of an absent task).
+        alone: whether a run can hold only one of its kind.
         cannot: what it cannot meet, why, and the way out.
     """
 
@@ -46,4 +48,5 @@ class Traits:
     suggested_lr: float | None = None
     starts_as_identity: bool = True
     conditional_gradients: bool = False
+    alone: bool = False
     cannot: tuple[Cannot, ...] = field(default=())

@@ -1,29 +1,51 @@
-"""Supervised fine-tuning of a language model on conversations, completions or plain text."""
+"""Supervised fine-tuning: language models on answers, any base on classes, tags or numbers."""
 
 from typing import Annotated, Any, Literal
 
+import torch
 from annotated_types import Ge, Gt
 from torch import Tensor
-from torchmetrics import MeanMetric
 
+from lightning_ft.engine.arguments import arguments_of
 from lightning_ft.engine.attachment import Attachment
 from lightning_ft.engine.batch import Batch
+from lightning_ft.engine.evaluation import (
+    ClassEvaluation,
+    Evaluation,
+    LanguageEvaluation,
+    MultilabelEvaluation,
+    ValueEvaluation,
+)
 from lightning_ft.engine.module import DtypePolicy, FineTuningModule, OptimizerFactory
 from lightning_ft.engine.optimizer import Schedule
-from lightning_ft.objectives.causal_lm import causal_lm, scores
+from lightning_ft.engine.terms import Term
+from lightning_ft.functional.errors import Refusal
+from lightning_ft.models.classifier import CLASSIFIES
+from lightning_ft.models.load_task import Task
+from lightning_ft.objectives import causal_lm, classification, seq2seq_lm
 
 
 class SFT(FineTuningModule):
-    """Teaches a chat model to give the answers in your data, token by token.
+    """Teaches a model to give the answers in your data: texts, classes of texts or words, or numbers.
 
-    Minimises ``- sum_i log p(y_i | x_<i) / n`` over the n scored tokens of each accumulation window on all ranks, in nats:
-    exact for any batch size, accumulation, packing and number of ranks. What is trained is decided by callbacks (all
-    parameters when there is none); the base is loaded when a run begins, not by the constructor.
+    Minimises ``- sum_i log p(y_i | x_i) / n`` over the n scored tokens (or rows, see ``task``) of each accumulation window on
+    all ranks, in nats: exact for any batch size, accumulation, packing and number of ranks. What is trained is decided by
+    callbacks (all parameters when there is none); the base is loaded when a run begins, not by the constructor.
 
     Args:
         base: the model to start from: ``starter:smollm2-135m``, a local folder, or a Hugging Face id.
-        task: what is predicted: ``causal_lm``, the next token.
+        task: what is predicted. ``causal_lm``: the next token, by a decoder; with `SFTData`. ``seq2seq_lm``: an answer, by an
+            encoder-decoder; with `Seq2SeqData`. With `ClassificationData`, by an encoder or decoder whose head is new unless
+            the base brings one for these labels, and is always trained: ``sequence_classification`` (one class a row, or
+            several), ``token_classification`` (one a word), ``regression`` (a number a row, by its squared error).
         lr: peak learning rate; None takes what the technique suggests (LoRA 2e-4), or 2e-5 for full training, TRL's default.
+        head_lr: peak rate of the head of a classification or regression; None: ``lr``. A new head learns from nothing, so that
+            many recipes give it ten times the rate of the model below it.
+        labels: names of the classes in order; None takes those of the data.
+        multi_label: whether a row may have several classes or none; data whose labels are lists say so themselves.
+        class_weights: weight of each class's loss in the order of the labels (of several: of its positives), or ``balanced``:
+            n / (C n_c) from the training rows, so that rare classes count as much as common ones. The sum is divided by the
+            number of rows, not of weights. None: all 1.
         weight_decay: AdamW's decay of trained matrices; 0, since a short fine-tuning gains nothing from shrinking weights.
         warmup_steps: optimizer steps over which the rate rises from zero; None takes 3 % of all steps, as most recipes do.
         schedule: how the rate falls after the warm-up: along a cosine to zero, linearly to zero, or not at all.
@@ -36,8 +58,10 @@ class SFT(FineTuningModule):
         revision: branch, tag or commit of a Hugging Face id; None is its main branch.
 
     Logs:
-        ``train/loss`` (mean over the window), ``val/loss``, ``val/perplexity``, ``val/accuracy`` (share of scored tokens that
-        are the most likely one).
+        ``train/loss`` (mean over the window) and ``val/loss``; of language models ``val/perplexity`` and ``val/accuracy`` (share
+        of scored tokens that are the most likely one); of classes ``val/accuracy`` and ``val/f1`` (macro; of several classes a
+        row also ``val/f1_micro``, of BIO tags ``val/entity_f1``); of numbers ``val/mae``, ``val/r2``, ``val/pearson``,
+        ``val/spearman``.
 
     Raises:
         Refusal: for arguments out of bounds here, for a missing base when the run begins.
@@ -47,15 +71,20 @@ class SFT(FineTuningModule):
         0.0002
 
     References:
-        Ouyang et al., 2022, section 3.1. Proven against TRL's SFTTrainer in tests/oracles.
+        Ouyang et al., 2022, section 3.1; Devlin et al., 2019, section 4.1; Raffel et al., 2020, section 2.4. Proven against TRL's
+        SFTTrainer and transformers' own heads in tests/oracles and tests/models.
     """
 
     def __init__(
         self,
         base: str,
         *,
-        task: Literal["causal_lm"] = "causal_lm",
+        task: Task = "causal_lm",
         lr: Annotated[float, Gt(0)] | None = None,
+        head_lr: Annotated[float, Gt(0)] | None = None,
+        labels: list[str] | None = None,
+        multi_label: bool = False,
+        class_weights: list[float] | Literal["balanced"] | None = None,
         weight_decay: Annotated[float, Ge(0)] = 0.0,
         warmup_steps: Annotated[int, Ge(0)] | None = None,
         schedule: Schedule = "cosine",
@@ -80,37 +109,157 @@ class SFT(FineTuningModule):
             revision=revision,
         )
         self.task = task
+        self.head_lr = head_lr
+        self.labels = labels
+        self.multi_label = multi_label
+        self.class_weights = class_weights
         self.check()
-        self.evaluation_loss = MeanMetric()
-        self.evaluation_accuracy = MeanMetric()
+        if task not in CLASSIFIES:
+            self._refuse_classes()
+        if isinstance(class_weights, list) and min(class_weights, default=0.0) < 0:
+            raise Refusal(f"SFT.class_weights must be at least 0, got {class_weights}.")
+        self.evaluation: Evaluation | None = None
+        self._weights: list[float] | None = None
+
+    def _refuse_classes(self) -> None:
+        for name in ("head_lr", "labels", "multi_label", "class_weights"):
+            if getattr(self, name):
+                raise Refusal(f"SFT.{name} belongs to classification, and the task is {self.task}; leave it out.")
+
+    def resolved_arguments(self) -> dict[str, Any]:
+        """With the classes that were taken from the data, which need not be there when a checkpoint is loaded."""
+        arguments = arguments_of(self)
+        if self.model is not None and self.task in ("sequence_classification", "token_classification"):
+            arguments |= {"labels": self.view.labels, "multi_label": self._several, "class_weights": self._weights}
+        return arguments
+
+    # -- loading ------------------------------------------------------------------------------------------------------
+
+    def configure_model(self) -> None:
+        """Loads the base, and prepares what its task is measured by."""
+        super().configure_model()
+        if self.evaluation is not None:
+            return
+        self._weights = self._resolved_weights()
+        if self.task == "regression":
+            self.evaluation = ValueEvaluation()
+        elif self.task not in CLASSIFIES:
+            self.evaluation = LanguageEvaluation()
+        elif self._several:
+            self.evaluation = MultilabelEvaluation(len(self.view.labels))
+        else:
+            self.evaluation = ClassEvaluation(self.view.labels)
+
+    @property
+    def _several(self) -> bool:
+        return bool(self.model.config.problem_type == "multi_label_classification")
+
+    def _resolved_weights(self) -> list[float] | None:
+        """The weight of each class as numbers.
+
+        Raises:
+            Refusal: not one for each class; balanced without data that count their classes, or with a class that is absent.
+        """
+        if self.class_weights is None:
+            return None
+        if self.task == "regression":
+            raise Refusal("SFT.class_weights has no meaning for a regression, which has no classes; leave it out.")
+        names = self.view.labels
+        if self.class_weights != "balanced":
+            if len(self.class_weights) != len(names):
+                raise Refusal(
+                    f"SFT.class_weights has {len(self.class_weights)} numbers for {len(names)} labels {names}."
+                )
+            return list(self.class_weights)
+        counted = getattr(self.datamodule, "class_counts", None)
+        if not callable(counted) or self._several:
+            raise Refusal(
+                "SFT.class_weights balanced needs ClassificationData with one class a row, which counts them; give a list of "
+                "numbers."
+            )
+        counts = counted()
+        if not all(counts):
+            absent = [name for name, count in zip(names, counts, strict=True) if not count]
+            raise Refusal(
+                f"SFT.class_weights balanced: no training row has the class {', '.join(absent)}; give numbers."
+            )
+        return [sum(counts) / (len(counts) * count) for count in counts]
+
+    def own_rates(self) -> dict[str, float]:
+        """The head's rate as a factor of the others'."""
+        if self.head_lr is None:
+            return {}
+        factor = self.head_lr / self.resolved_lr()
+        return {f"model.{name}": factor for name in self.view.head_parameter_names()}
+
+    # -- steps ----------------------------------------------------------------------------------------------------------
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         """Hands the term to the attachment, which divides it by its window's count."""
-        term = causal_lm(self.view, batch)
+        term = self._term(batch)
         Attachment.of(self).terms([term])
         return term.sum
 
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
-        """Token-weighted loss and accuracy."""
-        self._evaluate(batch, "val")
+        """Adds a batch to the loss and the metrics of the task."""
+        self._evaluate(batch)
 
     def test_step(self, batch: Batch, batch_idx: int) -> None:
         """As validation, under ``test/``."""
-        self._evaluate(batch, "test")
+        self._evaluate(batch)
 
     def predict_step(self, batch: Batch, batch_idx: int) -> dict[str, Any]:
-        """Log-probability of each row's scored tokens, summed: {"rows": (S,), "logprob": (S,)}."""
-        logprob = scores(self.view, batch)["logprob"]
+        """What the model says of each row, ``rows`` (S,) naming them.
+
+        Returns:
+            ``logprob`` (S,), of each row's scored tokens, summed, from a language model; ``probabilities`` (S, C); ``value``
+            (S,) from a regression; from words ``probabilities`` (N, C) and ``segment`` (N,), the row of the batch that each
+            belongs to.
+        """
+        if self.task == "token_classification":
+            probabilities = classification.token_logits(self.view, batch).softmax(-1)
+            return {"rows": batch.rows, "segment": batch.segment_of_scored, "probabilities": probabilities}
+        if self.task in CLASSIFIES:
+            logits = classification.row_logits(self.view, batch)
+            if self.task == "regression":
+                return {"rows": batch.rows, "value": logits[:, 0]}
+            return {"rows": batch.rows, "probabilities": logits.sigmoid() if self._several else logits.softmax(-1)}
+        logprob = self._scores(batch, ("logprob",))["logprob"]
         total = logprob.new_zeros(len(batch.rows)).index_add_(0, batch.segment_of_scored, logprob)
         return {"rows": batch.rows, "logprob": total}
 
-    def _evaluate(self, batch: Batch, stage: str) -> None:
-        if not batch.counts["token"]:
-            return
-        scored = scores(self.view, batch, ("logprob", "correct"))
-        count = len(batch.labels)
-        self.evaluation_loss.update(-scored["logprob"].mean(), weight=count)
-        self.evaluation_accuracy.update(scored["correct"].float().mean(), weight=count)
+    def _term(self, batch: Batch) -> Term:
+        if self.task == "causal_lm":
+            return causal_lm.causal_lm(self.view, batch)
+        if self.task == "seq2seq_lm":
+            return seq2seq_lm.seq2seq_lm(self.view, batch)
+        of = classification.token_term if self.task == "token_classification" else classification.row_term
+        return of(self.view, batch, self._weight_tensor())
+
+    def _weight_tensor(self) -> Tensor | None:
+        return None if self._weights is None else torch.tensor(self._weights, device=self.device)
+
+    def _scores(self, batch: Batch, outputs: tuple[str, ...]) -> dict[str, Tensor]:
+        of = seq2seq_lm.scores if self.task == "seq2seq_lm" else causal_lm.scores
+        return of(self.view, batch, outputs)
+
+    def _evaluate(self, batch: Batch) -> None:
+        evaluation, weights = self.evaluation, self._weight_tensor()
+        if isinstance(evaluation, LanguageEvaluation):
+            if batch.counts["token"]:
+                evaluation.update(self._scores(batch, ("logprob", "correct")))
+        elif self.task == "token_classification":
+            assert isinstance(evaluation, ClassEvaluation)
+            logits = classification.token_logits(self.view, batch)
+            losses = classification.row_losses(logits, batch.labels, weights)
+            evaluation.update(losses, logits, batch.labels, batch.segment_of_scored)
+        else:
+            real = batch.rows >= 0
+            logits = classification.row_logits(self.view, batch)[real]
+            targets = classification.targets_of(batch)[real]
+            losses = classification.row_losses(logits, targets, weights)
+            assert isinstance(evaluation, (ClassEvaluation, MultilabelEvaluation, ValueEvaluation))
+            evaluation.update(losses, logits[:, 0] if self.task == "regression" else logits, targets)
 
     def on_validation_epoch_end(self) -> None:
         """Computes and forgets the metrics of a validation."""
@@ -121,10 +270,7 @@ class SFT(FineTuningModule):
         self._log_evaluation("test")
 
     def _log_evaluation(self, stage: str) -> None:
-        loss = self.evaluation_loss.compute()
-        # compute() has summed over ranks already
-        self.log(f"{stage}/loss", loss, prog_bar=True, rank_zero_only=False)
-        self.log(f"{stage}/perplexity", loss.exp())
-        self.log(f"{stage}/accuracy", self.evaluation_accuracy.compute(), prog_bar=True)
-        self.evaluation_loss.reset()
-        self.evaluation_accuracy.reset()
+        assert self.evaluation is not None
+        for name, value in self.evaluation.compute().items():
+            # compute() has summed over ranks already
+            self.log(f"{stage}/{name}", value, prog_bar=name in ("loss", "accuracy"), rank_zero_only=False)

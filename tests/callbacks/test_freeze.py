@@ -8,7 +8,7 @@ from lightning_ft import Attachment, LoRA, Refusal
 from lightning_ft.callbacks.freeze import Freeze
 from tests.contract import Case, checks_for
 from tests.contract.subjects import PlainNet, fit
-from tests.models.architectures import build
+from tests.models.architectures import build, build_for
 
 CASE = Case(Freeze, small={"train": ["*.weight"]}, idle={"train": ["*"]})
 
@@ -46,6 +46,15 @@ NORMS = {name for name in ALL if name.endswith("norm.weight")}
         ({"freeze": ["model.embed_tokens"]}, ALL - {"model.embed_tokens.weight"}),
         ({"freeze": ["*.layers.*"], "layers": "1"}, ALL - BLOCK_1),
         ({"train": ["*.layers.*"], "layers": "1", "freeze": ["mlp"]}, {n for n in BLOCK_1 if ".mlp." not in n}),
+        ({"train": ["norms"]}, NORMS),
+        ({"train": ["head"]}, {"lm_head.weight"}),
+        ({"train": ["norms"], "layers": "-1:"}, NORMS & BLOCK_1),
+        ({"top": 0.5}, BLOCK_1),
+        ({"top": 0.1}, BLOCK_1),
+        ({"top": 1.0}, {name for name in ALL if ".layers." in name}),
+        ({"train": ["head"], "top": 0.5}, BLOCK_1 | {"lm_head.weight"}),
+        ({"top": 0.5, "freeze": ["norms"]}, BLOCK_1 - NORMS),
+        ({"freeze": ["embeddings"]}, ALL - {"model.embed_tokens.weight"}),
     ],
     ids=lambda value: str(value) if isinstance(value, dict) else "",  # a set has no order
 )
@@ -94,6 +103,28 @@ def test_values_that_mean_nothing(arguments, words):
 def test_a_name_without_a_match_names_the_nearest(arguments):
     with pytest.raises(Refusal, match=r"lm_haed.*lm_head"):
         trained(Freeze(**arguments))
+
+
+def test_bitfit_trains_biases_and_the_head():
+    module = pl.LightningModule()
+    module.model = build_for("bert", "sequence_classification")
+    Attachment.of(module).rebuild([Freeze(["biases", "head"])], seed=0)
+    names = {name for name, p in module.model.named_parameters() if p.requires_grad}
+    everything = {name for name, _ in module.model.named_parameters()}
+    assert names == {name for name in everything if name.endswith("bias")} | {"classifier.weight"}
+
+
+def test_bitfit_on_a_model_without_biases():
+    with pytest.raises(Refusal, match="LlamaForCausalLM has no biases.*train 'norms' instead, or use LoRA"):
+        trained(Freeze(["biases"]))
+
+
+def test_a_tied_head_is_the_embedding():
+    module = pl.LightningModule()
+    module.model = build("llama_tied")
+    Attachment.of(module).rebuild([Freeze(["head"])], seed=0)
+    assert module.model.get_input_embeddings().weight.requires_grad
+    assert [n for n, p in module.model.named_parameters() if p.requires_grad] == ["model.embed_tokens.weight"]
 
 
 def test_all_frozen_is_refused(tmp_path):

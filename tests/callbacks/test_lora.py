@@ -1,18 +1,22 @@
 """LoRA as a callback: the contract, and what only it does."""
 
+from pathlib import Path
+
 import lightning.pytorch as pl
 import pytest
 import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
 from torch import nn
+from transformers import AutoModelForCausalLM
 
 import lightning_ft
 from lightning_ft import Attachment, Refusal
 from lightning_ft.callbacks.lora import LoRA
+from lightning_ft.engine.strategies import FSDP2Strategy
 from lightning_ft.formats.peft import export_peft
 from lightning_ft.nn.registry import injected_layers
 from tests.contract import Case, checks_for
-from tests.contract.subjects import QUIET, PlainNet, fit, rows, state
+from tests.contract.subjects import QUIET, PlainNet, chat_job, fit, rows, state, trainer
 from tests.tolerances import TOL
 
 CASE = Case(LoRA, small={"r": 2, "alpha": 8.0})
@@ -176,3 +180,62 @@ def test_the_first_values_depend_on_the_seed_alone():
         nets.setdefault(seed, []).append(state(net)["net.0.lora_A"])
     assert torch.equal(*nets[0])
     assert not torch.equal(nets[0][0], nets[1][0])
+
+
+def test_biases_of_the_layers_train_and_are_in_the_file(tmp_path):
+    net = PlainNet()
+    start = state(net)
+    keep = ModelCheckpoint(tmp_path, save_last=True, save_top_k=0)
+    fit(tmp_path, net, LoRA(2, target=["net.0"], bias="lora_only"), keep, enable_checkpointing=True)
+    expected = {"net.0.lora_A", "net.0.lora_B", "net.0.base.bias"}
+    assert trained_names(net) == set(torch.load(tmp_path / "last.ckpt", weights_only=True)["state_dict"]) == expected
+    assert not torch.equal(net.net[0].bias, start["net.0.bias"])
+    for again in (
+        lightning_ft.load(tmp_path / "last.ckpt", module=PlainNet()),
+        rebuilt(LoRA(init_from=str(tmp_path / "last.ckpt"))),
+    ):
+        assert all(torch.equal(value, state(again)[name]) for name, value in state(net).items())
+
+
+MARKS = ["<|im_end|>", "<|im_start|>"]
+
+
+def sharded_rows(chat, folder):
+    """The rows of the tiny chat model, tied, after three steps of two ranks."""
+    module, data = chat_job(Path(chat), Path(folder), data={"batch_size": 4})
+    options = {"devices": 2, "strategy": FSDP2Strategy(process_group_backend="gloo"), "use_distributed_sampler": False}
+    trainer(Path(folder), LoRA(2, target=["q_proj"], trainable_tokens=MARKS), **options).fit(module, data)
+    return dict(module.named_parameters())["model.model.embed_tokens.token_rows"].full_tensor().detach()
+
+
+def test_tokens_given_as_texts_learn_their_rows_on_one_device_and_sharded(chat, tmp_path, two_ranks):
+    keep = ModelCheckpoint(tmp_path, save_last=True, save_top_k=0)
+    technique = LoRA(2, target=["q_proj"], trainable_tokens=MARKS)
+    module, data = chat_job(chat, tmp_path)
+    table = AutoModelForCausalLM.from_pretrained(chat / "model").get_input_embeddings().weight.detach()
+    trainer(tmp_path, technique, keep, enable_checkpointing=True).fit(module, data)
+    rows_ = module.model.model.embed_tokens.token_rows
+    assert rows_ is module.model.lm_head.token_rows and rows_.requires_grad
+    assert (rows_ - table[:2]).abs().amax(1).min() > 1e-3, "both rows have learned"
+    assert torch.equal(module.model.model.embed_tokens.base.weight, table)
+    saved = torch.load(tmp_path / "last.ckpt", weights_only=True)
+    name = "model.model.embed_tokens.token_rows"
+    assert [key for key in saved["state_dict"] if "lora" not in key] == [name]
+    assert saved["lightning_ft"]["techniques"][0]["init_args"]["trainable_tokens"] == [1, 0]
+    assert torch.equal(lightning_ft.load(tmp_path / "last.ckpt").model.lm_head.token_rows, rows_)
+    started, data = chat_job(chat, tmp_path)
+    run = trainer(tmp_path, LoRA(init_from=str(tmp_path / "last.ckpt")), max_steps=0)
+    run.fit(started, data)
+    assert torch.equal(started.model.lm_head.token_rows, rows_)
+    for sharded in two_ranks.run("tests.callbacks.test_lora:sharded_rows", chat=str(chat), folder=str(tmp_path)):
+        torch.testing.assert_close(sharded, rows_.detach(), rtol=TOL[torch.float32], atol=TOL[torch.float32])
+
+
+def test_tokens_that_are_none_are_refused(chat, tmp_path):
+    module, data = chat_job(chat, tmp_path)
+    with pytest.raises(Refusal, match="names '<.tool.>', which is no token of this model's vocabulary"):
+        trainer(tmp_path, LoRA(2, trainable_tokens=["<|tool|>"])).fit(module, data)
+    with pytest.raises(Refusal, match="PlainNet has no tokenizer; give their ids"):
+        rebuilt(LoRA(2, trainable_tokens=["a"]))
+    with pytest.raises(Refusal, match=r"LoRAConfig.trainable_tokens must name each token once, got 3 2 times"):
+        LoRA(trainable_tokens=[3, 3])

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
-from lightning.pytorch.callbacks import EMAWeightAveraging, LearningRateFinder
+from lightning.pytorch.callbacks import LearningRateFinder
 from lightning.pytorch.tuner import Tuner
 from torch import nn
 from torch.nn.functional import cross_entropy
@@ -298,20 +298,6 @@ def test_a_copy_of_the_module_gets_an_attachment_of_its_own() -> None:
 
 
 # What is refused
-
-
-@pytest.mark.filterwarnings("ignore:You're using the WeightAveraging callback")  # it wants memory, we shard nothing
-def test_weight_averaging_ahead_of_edits_is_refused_and_after_them_works(tmp_path) -> None:
-    average = EMAWeightAveraging(decay=0.5)
-    with pytest.raises(Refusal, match="WeightAveraging stands before"):
-        toy.fit(Module(), Data(8), Shape(8), str(tmp_path), [average, LoRA(2, target=["first"])])
-    module = Module()
-    plain = toy.fit(Module(), Data(8), Shape(8), str(tmp_path), [LoRA(2, target=["first"])])
-    averaged = toy.fit(
-        module, Data(8), Shape(8), str(tmp_path), [LoRA(2, target=["first"]), EMAWeightAveraging(decay=0.5)]
-    )
-    assert not torch.equal(averaged.weights["net.first.lora_B"], plain.weights["net.first.lora_B"])
-    assert torch.equal(averaged.weights["net.embed.weight"], plain.weights["net.embed.weight"])
 
 
 def test_parameters_without_a_gradient_are_named() -> None:

@@ -123,7 +123,7 @@ def test_a_trainer_is_read(options: dict[str, Any], expected: set[str]) -> None:
 
 def test_fsdp1_is_read() -> None:
     strategy = FSDPStrategy(precision_plugin=FSDPPrecision("32-true"))  # a Trainer takes it on GPUs only
-    trainer: Any = SimpleNamespace(strategy=strategy, world_size=1)
+    trainer: Any = SimpleNamespace(strategy=strategy, world_size=1, callbacks=[])
     assert situation(trainer, Module()).words == {"fsdp1"}
 
 

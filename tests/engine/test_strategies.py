@@ -9,7 +9,7 @@ from typing import Any
 import jsonargparse
 import pytest
 import torch
-from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.strategies import ModelParallelStrategy, Strategy
 from torch import Tensor, nn
@@ -229,6 +229,51 @@ def test_a_path_that_holds_nothing_is_refused(two_ranks: TwoRanks, tmp_path: Pat
         "tests.engine.test_strategies:refused", folder=str(tmp_path), epochs=1, resume=str(tmp_path / "empty")
     ):
         assert "is no checkpoint" in sentence
+
+
+class Overwrite(Callback):
+    """Writes one path in turn as shards, as one file, as one file, as shards, and over somebody's folder."""
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        folder, strategy = Path(trainer.default_root_dir), trainer.strategy
+        assert isinstance(strategy, FSDP2Strategy)
+        self.left: list[list[str]] = []
+        for distributed in (True, False, False, True):
+            strategy._save_distributed_checkpoint = distributed
+            trainer.save_checkpoint(folder / "a.ckpt")
+            strategy.barrier()
+            kind = "folder" if (folder / "a.ckpt").is_dir() else "file"
+            self.left.append([kind, *sorted(path.name for path in folder.iterdir())])
+            strategy.barrier()
+        strategy._save_distributed_checkpoint = False
+        with pytest.raises(Refusal, match="is a folder that holds no checkpoint"):
+            trainer.save_checkpoint(folder / "mine")
+
+
+def overwrite(folder: str) -> list[list[str]]:
+    job = Overwrite()
+    options: dict[str, Any] = {"logger": False, "enable_progress_bar": False, "enable_model_summary": False}
+    options |= {"enable_checkpointing": False, "use_distributed_sampler": False, "callbacks": [job]}
+    strategy = FSDP2Strategy(process_group_backend="gloo")
+    trainer = Trainer(
+        accelerator="cpu",
+        devices=2,
+        strategy=strategy,
+        max_steps=1,
+        default_root_dir=folder,
+        limit_val_batches=0,
+        **options,
+    )
+    trainer.fit(Toy(), DataLoader(torch.ones(4, D), batch_size=1))
+    return job.left
+
+
+def test_one_file_and_shards_replace_one_another(two_ranks: TwoRanks, tmp_path: Path) -> None:
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "thesis.txt").write_text("years of work")
+    for left in two_ranks.run("tests.engine.test_strategies:overwrite", folder=str(tmp_path)):
+        assert left == [[kind, "a.ckpt", "mine"] for kind in ("folder", "file", "file", "folder")]
+    assert (tmp_path / "mine" / "thesis.txt").read_text() == "years of work"
 
 
 def test_it_is_built_from_a_class_path() -> None:

@@ -81,7 +81,7 @@ def test_metrics_weigh_tokens_not_batches(chat, tmp_path, command):
     assert measured[f"{stage}/loss"] == pytest.approx(loss, rel=TOL[torch.float32])
     assert measured[f"{stage}/perplexity"] == pytest.approx(math.exp(loss), rel=1e-4)
     assert measured[f"{stage}/accuracy"] == pytest.approx(float(torch.cat(correct).float().mean()), rel=1e-6)
-    assert module.evaluation_loss.update_count == 0, "the next validation would start from these numbers"
+    assert module.evaluation.loss.update_count == 0, "the next validation would start from these numbers"
 
 
 def test_predict_gives_each_rows_log_probability(chat, tmp_path):
@@ -223,10 +223,10 @@ def test_the_constructor_stores_and_loads_nothing(tmp_path):
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        ({"lr": 0.0}, r"SFT\.lr must be greater than 0 or None, got 0\.0\."),
-        ({"warmup_steps": -1}, r"SFT\.warmup_steps must be at least 0 or None, got -1\."),
+        ({"lr": 0.0}, r"SFT\.lr must be greater than 0, got 0\.0\."),
+        ({"warmup_steps": -1}, r"SFT\.warmup_steps must be at least 0, got -1\."),
         ({"schedule": "square"}, r"SFT\.schedule must be one of 'cosine', 'linear', 'constant', got 'square'\."),
-        ({"task": "regression"}, r"SFT\.task must be one of 'causal_lm', got 'regression'\."),
+        ({"task": "ranking"}, r"SFT\.task must be one of 'causal_lm', .*'regression', got 'ranking'\."),
     ],
 )
 def test_values_out_of_bounds(arguments, words):

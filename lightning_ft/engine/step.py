@@ -1,0 +1,110 @@
+"""One training step of a module: its own terms and those of techniques, divided by the window's counts, and logged."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING, Any
+
+import lightning.pytorch as pl
+import torch
+from torch import Tensor
+
+from lightning_ft.engine import in_backward
+from lightning_ft.engine.batch import Batch
+from lightning_ft.engine.terms import Term, Window
+from lightning_ft.functional.errors import Refusal
+
+if TYPE_CHECKING:
+    from lightning_ft.engine.attachment import Attachment
+
+LossTerm = Callable[[pl.LightningModule, Any, Any], Term | list[Term]]
+"""(module, batch, what the module's own training_step returned) -> one or more terms."""
+
+
+class Step:
+    """The terms of a run's steps.
+
+    Attributes:
+        extra: (name, function) of each term that techniques add.
+        own: the terms that a module of ours handed over from inside its step; None for a user's own step.
+        losses: of the present micro-batch, one for each term, as they are back-propagated.
+        logged: name -> (sum, count) of each term over the window so far.
+        window: what divides sums.
+    """
+
+    def __init__(self, attachment: Attachment) -> None:
+        """Args: attachment: whose module steps."""
+        self.attachment = attachment
+        self.extra: list[tuple[str, LossTerm]] = []
+        self.own: list[Term] | None = None
+        self.losses: list[Tensor] = []
+        self.logged: dict[str, tuple[Tensor, float]] = {}
+        self.window = Window()
+
+    def begin_window(self) -> None:
+        """Forgets what was counted, where an accumulation window begins."""
+        self.logged = {}
+        if self.attachment.term_gradients is not None:
+            self.attachment.term_gradients.forget()
+        self.window.begin()
+
+    def total(self, batch: Any, output: Any) -> Any:
+        """The module's own loss plus every registered term, divided by the window's counts."""
+        own = self.own
+        if own is None and not self.extra and self.attachment.term_gradients is None:
+            return output
+        loss = output["loss"] if isinstance(output, Mapping) else output
+        terms = list(own) if own is not None else ([] if loss is None else [Term("loss", loss, 1.0, unit="mean")])
+        for _, function in self.extra:
+            made = function(self.attachment.module, batch, output)
+            extra = made if isinstance(made, list) else [made]
+            if own is None:  # a user's own step keeps Lightning's mean, and so do the terms beside it
+                extra = [Term(t.name, t.sum / max(t.count, 1.0), 1.0, "mean", t.weight) for t in extra]
+            terms += extra
+        if not terms:
+            return output
+        totals = batch.window if isinstance(batch, Batch) else None
+        losses = [self.window.loss(term, totals) for term in terms]
+        if totals is None and terms[0].unit != "mean":
+            in_backward.refuse_uncounted(self.attachment.trainer)
+            counts = {term.count for term in terms}
+            if len(counts) > 1:
+                raise Refusal(
+                    "The loader does not count its windows and two loss terms count differently; use one of this "
+                    "library's data modules."
+                )
+            self.window.count(terms[0].count)
+        self.losses = losses
+        self._log(terms, totals, skip_own=own is None)
+        total = losses[0]
+        for loss in losses[1:]:
+            total = total + loss
+        return {**output, "loss": total} if isinstance(output, Mapping) else total
+
+    def _log(self, terms: list[Term], totals: dict[str, float] | None, *, skip_own: bool) -> None:
+        """Logs each term's exact mean over the window once it is complete, and for our modules their weighted sum."""
+        for term in terms:
+            before, count = self.logged.get(term.name, (0.0, 0.0))
+            self.logged[term.name] = (before + term.sum.detach().float(), count + term.count)  # type: ignore[assignment]
+        loop = self.attachment.trainer.fit_loop.epoch_loop
+        if loop._should_accumulate():
+            return
+        if totals is not None and not all(term.unit in totals for term in terms):
+            totals = None  # a user's own step: its loss is a mean already
+        means: dict[str, Tensor] = {}
+        for term in terms:
+            value, count = self.logged[term.name]
+            means[term.name] = value / max(totals[term.unit] if totals is not None else count, 1.0)
+        if skip_own:
+            means.pop("loss", None)
+        else:
+            means["loss"] = torch.stack([term.weight * means[term.name] for term in terms]).sum()
+            if len(terms) == 1:
+                means.pop(terms[0].name)
+        attachment = self.attachment
+        # Sums over ranks divided by counts over ranks: summing the shares is exact; without totals ranks are averaged.
+        reduce = "sum" if totals is not None else "mean"
+        for name, mean in means.items():
+            attachment.module.log(
+                f"train/{name}", mean, prog_bar=name == "loss", sync_dist=attachment.ranks > 1, reduce_fx=reduce
+            )

@@ -1,0 +1,28 @@
+"""Log-likelihood of an answer given what an encoder has read: supervised fine-tuning of sequence-to-sequence models.
+
+L = - sum_i log p(y_i | x, y_<i) over all tokens of the answer and its end, in nats, fp32; the window divides it by their
+number. Logits exist only for these tokens, a chunk at a time.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from torch import Tensor
+
+from lightning_ft.engine.batch import Batch
+from lightning_ft.engine.terms import Term
+from lightning_ft.models.seq2seq import Seq2SeqLM
+
+
+def scores(model: Seq2SeqLM, batch: Batch, outputs: Sequence[str] = ("logprob",)) -> dict[str, Tensor]:
+    """Scores of the batch's answer tokens, (N,) each; see `lightning_ft.objectives.causal_lm.scores`."""
+    assert batch.source is not None, "the data module gives rows without a source"
+    hidden = model.hidden(batch.source.ids, batch.source.mask, batch.ids, batch.mask)  # (B, T, D)
+    chosen = hidden.reshape(-1, hidden.shape[-1])[batch.scored]  # (N, D)
+    return model.score(chosen, batch.labels, outputs=outputs)
+
+
+def seq2seq_lm(model: Seq2SeqLM, batch: Batch) -> Term:
+    """The term ``sft``: the sum of negative log-probabilities over the answers' tokens, counted in tokens."""
+    return Term("sft", -scores(model, batch)["logprob"].sum(), batch.counts["token"], unit="token")
