@@ -153,8 +153,8 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.sft", description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--quick", action="store_true", help="three steps, two settings, one turn; keeps nothing")
-    parser.add_argument("--repeats", type=int, default=3, help="turns of the three sides")
-    parser.add_argument("--steps", type=int, default=10, help="optimizer steps of a run, warm-up included")
+    parser.add_argument("--repeats", type=int, default=5, help="turns of the three sides")
+    parser.add_argument("--steps", type=int, default=6, help="optimizer steps of a run, warm-up included")
     parser.add_argument("--warmup", type=int, default=2, help="first steps that are not timed")
     parser.add_argument("--workloads", default="long,short", help="which of long, short")
     parser.add_argument("--grid", default="", help="only these of TRL's settings, by name, comma-separated")
