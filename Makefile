@@ -13,10 +13,10 @@ STAMP := .venv/.installed
 ONE_THREAD := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false
 
 .DEFAULT_GOAL := help
-.PHONY: help install fetch quickstart test lint format matrix bench gpu clean
+.PHONY: help install fetch quickstart test lint format matrix bench reproduce-supervised gpu clean
 
 help:  ## list the targets
-	@awk -F':.*## ' '/^[a-z]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	@awk -F':.*## ' '/^[a-z-]+:.*## / { printf "  make %-20s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
 $(STAMP): pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(0 if sys.version_info >= (3, 10) else "lightning_ft needs Python 3.10 or newer and $(PYTHON) is %d.%d: name another one, as in make PYTHON=python3.12 install." % sys.version_info[:2])'
@@ -51,6 +51,9 @@ matrix: install fetch  ## every technique with every other, strategy and precisi
 
 bench: install fetch  ## measure against peers (run nothing else meanwhile)
 	$(BIN)/python -m benchmarks.sft
+
+reproduce-supervised: install fetch  ## full training against few parameters, on one encoder (an hour; goes on where it stopped)
+	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.supervised
 
 gpu: install  ## one offline script with random weights for a machine with a GPU
 	$(BIN)/python -m benchmarks.gpu

@@ -6,6 +6,8 @@ Lightning's ``load_from_checkpoint`` runs no callbacks, so it could not rebuild 
 from __future__ import annotations
 
 import importlib
+import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,16 +20,24 @@ from lightning_ft.engine.technique import Technique
 from lightning_ft.functional.errors import Refusal
 
 
-def load(path: str | Path, module: pl.LightningModule | None = None, *, base: str | None = None) -> Any:
+def load(
+    path: str | Path,
+    module: pl.LightningModule | None = None,
+    *,
+    base: str | None = None,
+    techniques: Sequence[type[Technique]] = (),
+) -> Any:
     """A LightningModule as a checkpoint left it: base loaded, parts injected, trained values in place, in eval mode.
 
     Args:
         path: a ``.ckpt`` file that a fit of this library wrote (weights-only files too). It is read without pickle.
         module: your own module, freshly constructed, for checkpoints of modules that are not ours.
         base: another place of the same base model (it has moved, say); its weights are compared by fingerprint.
+        techniques: classes of your own techniques that the run used, where they are not imported yet: a file may not
+            import code of its choice.
 
     Raises:
-        Refusal: for a missing, foreign or damaged file, another base, or an own module that was not given.
+        Refusal: for a missing, foreign or damaged file, another base, or an own module or technique that was not given.
 
     Example::
 
@@ -51,10 +61,9 @@ def load(path: str | Path, module: pl.LightningModule | None = None, *, base: st
             )
         recipe = record["module"]
         arguments = {**recipe["init_args"], **({"base": base} if base is not None else {})}
-        module = _class(recipe["class_path"], pl.LightningModule)(**arguments)
-    techniques = [_technique(recipe) for recipe in record["techniques"]]
+        module = _built(recipe["class_path"], arguments, pl.LightningModule, (), "construct it and pass module=it")
     attachment = Attachment.of(module)
-    attachment.rebuild(techniques, seed=record["seed"])
+    attachment.rebuild([_technique(recipe, techniques) for recipe in record["techniques"]], seed=record["seed"])
     problem = difference(set(record["keys"]), kept_keys(module))
     if problem:
         raise Refusal(
@@ -79,25 +88,66 @@ def load(path: str | Path, module: pl.LightningModule | None = None, *, base: st
                     f"{file}: {name} has shape {tuple(state[name].shape)}, the model's {tuple(own[name].shape)}."
                 )
             own[name].copy_(state[name])
+    for name in attachment.late:
+        own[name].requires_grad_(True)  # as at the end of the run, so that an export knows of them
     attachment.references.load(record["references"])
     module.eval()
     return module
 
 
-def _technique(recipe: dict[str, Any]) -> Technique:
+def _technique(recipe: dict[str, Any], own: Sequence[type[Technique]]) -> Technique:
     arguments = dict(recipe["init_args"])
     if "init_from" in arguments:
         arguments["init_from"] = None  # the trained values are in the checkpoint; the start is not needed
-    technique: Technique = _class(recipe["class_path"], Technique)(**arguments)
-    return technique
+    path, name = recipe["class_path"], recipe["class_path"].rpartition(".")[2]
+    advice = f"import {name} first, or pass techniques=[{name}]"
+    built: Technique = _built(path, arguments, Technique, [*_imported(path), *own], advice)
+    return built
 
 
-def _class(path: str, kind: type) -> Any:
-    """A class by its path, which must be one of ours or the user's own kind of it: a file may not import at will."""
+def _built(path: str, arguments: dict[str, Any], kind: type, own: Sequence[type], advice: str) -> Any:
+    """An object of the class at ``path``: one of ours, or of the user's."""
+    cls = _given(path, own) or _ours(path)
+    if cls is None and path.startswith("lightning_ft."):
+        raise Refusal(f"The checkpoint asks for {path}, which this version lacks; use the version that wrote it.")
+    if cls is None:
+        raise Refusal(
+            f"The checkpoint asks for {path}, which is not part of lightning_ft, and a file may not import it: {advice}."
+        )
+    if not (isinstance(cls, type) and issubclass(cls, kind)):
+        raise Refusal(f"The checkpoint asks for {path}, which is no {kind.__name__}; it was made by another version.")
+    try:
+        return cls(**arguments)
+    except TypeError as error:  # a constructor with other arguments than those that were recorded
+        raise Refusal(
+            f"{path} cannot be built as the checkpoint says: {error}; it was made by another version."
+        ) from error
+
+
+def _given(path: str, own: Sequence[type]) -> type | None:
+    by_path = {f"{cls.__module__}.{cls.__qualname__}": cls for cls in own}
+    by_name = {cls.__name__: cls for cls in own}  # a class that has moved to another file since
+    return by_path.get(path) or by_name.get(path.rpartition(".")[2])
+
+
+def _ours(path: str) -> Any:
+    """What this library has at ``path``, which a hostile file may choose: not always a class."""
     module, _, name = path.rpartition(".")
     if not module.startswith("lightning_ft."):
-        raise Refusal(f"The checkpoint asks for {path}, which is not part of lightning_ft; pass the module yourself.")
-    found = getattr(importlib.import_module(module), name, None)
-    if not (isinstance(found, type) and issubclass(found, kind)):
-        raise Refusal(f"The checkpoint asks for {path}, which is no {kind.__name__}; it was made by another version.")
-    return found
+        return None
+    try:
+        return getattr(importlib.import_module(module), name, None)
+    except ImportError:
+        return None
+
+
+def _imported(path: str) -> list[type[Technique]]:
+    """The technique that ``path`` names in a module that the user has imported already, if there is one."""
+    parts = path.split(".")
+    for end in range(len(parts) - 1, 0, -1):
+        found: Any = sys.modules.get(".".join(parts[:end]))
+        if found is not None:
+            for name in parts[end:]:
+                found = getattr(found, name, None)
+            return [found] if isinstance(found, type) and issubclass(found, Technique) else []
+    return []

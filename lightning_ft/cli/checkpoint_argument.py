@@ -4,13 +4,18 @@ from __future__ import annotations
 
 import zipfile
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from lightning_ft.cli.names import near_file
 from lightning_ft.cli.run_folder import newest_checkpoint
 from lightning_ft.functional.errors import Refusal
 
+if TYPE_CHECKING:
+    from lightning.pytorch import Callback
+
 WORDS = ("last", "best", "hpc")  # Lightning's names for files that it looks for itself
+SHAPING = ("r", "target", "exclude", "layers", "rank_pattern", "modules_to_save", "dora", "train", "freeze")
+"""Arguments of techniques that decide which parameters there are, and of what shape."""
 RESUMABLE = ("optimizer_states", "loops")  # what Lightning needs to go on; a weights-only file lacks them
 
 
@@ -73,3 +78,62 @@ def check(path: Path, *, resume: bool, ours: bool) -> dict[str, Any]:
             "or start a new run through --lora.init_from."
         )
     return checkpoint
+
+
+def _telling(cls: type, arguments: dict[str, Any]) -> dict[str, Any]:
+    """The arguments that shape what is trained, where they are not the defaults; the rank always."""
+    from lightning_ft.engine.arguments import signature_of
+
+    defaults = {name: parameter.default for name, parameter in signature_of(cls).items()}
+    found = {key: arguments[key] for key in SHAPING if key in arguments}
+    return {key: value for key, value in found.items() if key == "r" or value != defaults.get(key)}
+
+
+def compare(path: Path, checkpoint: dict[str, Any], config: Any, slots: dict[str, type[Callback]]) -> None:
+    """Refuses a checkpoint whose trained parts this run would not have, before minutes are spent on loading its base.
+
+    What can be told from names and arguments alone; shapes and the base's weights are compared once they are there.
+
+    Args:
+        path: the checkpoint, for the sentence.
+        checkpoint: what `check` gave.
+        config: of the run, not yet instantiated.
+        slots: slot -> technique.
+
+    Raises:
+        Refusal: another technique, or another value of one of its arguments, or another starter model.
+    """
+    record = checkpoint.get("lightning_ft")
+    if record is None:
+        return
+    given = (config.get("trainer") or {}).get("callbacks") or []
+    others = {
+        str(one.get("class_path")) for one in (given if isinstance(given, list) else [given]) if hasattr(one, "get")
+    }
+    for slot, cls in slots.items():
+        class_path = f"{cls.__module__}.{cls.__qualname__}"
+        if cls.traits.keeps == "nothing" or class_path in others:  # type: ignore[attr-defined]
+            continue
+        written = [one["init_args"] for one in record["techniques"] if one["class_path"] == class_path]
+        here = config.get(slot)
+        if len(written) > 1 or (not written and here is None):
+            continue
+        if here is None:
+            flags = " ".join(f"--{slot}.{key} {value}" for key, value in _telling(cls, written[0]).items())
+            raise Refusal(f"{path} was trained with {cls.__name__}, and this run has none: add {flags}, as it had.")
+        if not written:
+            raise Refusal(
+                f"{path} was trained without {cls.__name__}: leave --{slot} out, or start a new run from its weights."
+            )
+        for key in SHAPING:
+            asked = here.get("init_args", {}).get(key)
+            if key in written[0] and written[0][key] != asked and here.get("init_args", {}).get("init_from") is None:
+                raise Refusal(
+                    f"{path} was trained with {slot}.{key} {written[0][key]}, and this run has {asked}; use the same."
+                )
+    bases = [
+        (record["module"] or {}).get("init_args", {}).get("base"),
+        config["model"].get("init_args", {}).get("base"),
+    ]
+    if bases[0] != bases[1] and all(str(base).startswith("starter:") for base in bases):
+        raise Refusal(f"{path} was trained on {bases[0]}, and model.base is {bases[1]}; use the same.")

@@ -16,15 +16,30 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol
 
-from lightning_ft.cli.names import class_at, describe_type, keys_of, nearest, type_of
+from lightning_ft.cli.names import (
+    class_at,
+    describe_type,
+    keys_of,
+    nearest,
+    takes_list_of_text,
+    type_of,
+    written_as_list,
+)
 from lightning_ft.functional.errors import Refusal
 
 if TYPE_CHECKING:
     from jsonargparse import ArgumentParser
 
 DEBUG = "LIGHTNING_FT_DEBUG"
+
+
+class Where(Protocol):
+    """Gives the file and line in which a key was set, as ``" (a.yaml, line 3)"``, or nothing."""
+
+    def __call__(self, key: str, value: str | None = None) -> str:
+        """The place of the key; where several files set it, of the one that gives it this value."""
 
 
 @dataclass
@@ -47,13 +62,13 @@ class _Node:
         return "\n".join([self.text, *(child.everything() for child in self.children)])
 
 
-def explain(message: str, parser: ArgumentParser, where: Callable[[str], str] = lambda key: "") -> str:
+def explain(message: str, parser: ArgumentParser, where: Where = lambda key, value=None: "") -> str:
     """One sentence for a message of jsonargparse.
 
     Args:
         message: what the parser said, noise included.
         parser: the parser of the subcommand; it knows the keys and their types.
-        where: gives the file and line in which a key was set, as ``" (a.yaml, line 3)"``, or nothing.
+        where: gives the place of a key.
     """
     unrecognised = re.match(r"unrecognized arguments: (.*)", message, re.S)
     if unrecognised:
@@ -72,7 +87,7 @@ def explain(message: str, parser: ArgumentParser, where: Callable[[str], str] = 
     return _sentence(worst, parser, where)
 
 
-def _sentence(problem: Problem, parser: ArgumentParser, where: Callable[[str], str]) -> str:
+def _sentence(problem: Problem, parser: ArgumentParser, where: Where) -> str:
     key = problem.key
     if problem.kind == "unknown":
         parent, _, name = key.rpartition(".")
@@ -83,13 +98,20 @@ def _sentence(problem: Problem, parser: ArgumentParser, where: Callable[[str], s
     if problem.kind == "missing":
         return f"{key} is missing: give it as --{key} or in a --config file."
     hint = type_of(problem.owner or parser, key if problem.owner is None else key.rpartition(".")[2])
-    got = "" if problem.value is None else f", got {problem.value}"
+    got, place = "" if problem.value is None else f", got {problem.value}", where(key, problem.value)
     base = class_at(hint)
     if base is not None:
-        return _no_such_class(key, base, problem, where(key))
+        return _no_such_class(key, base, problem, place)
     if hint is not None:
-        return f"{key}{where(key)} must be {describe_type(hint)}{got}."
-    return f"{key}{where(key)}: {_one_line(problem.text)}"
+        return f"{key}{place} must be {describe_type(hint)}{got}{_as_list(hint, problem.value)}."
+    return f"{key}{place}: {_one_line(problem.text)}" if key else _one_line(problem.text)
+
+
+def _as_list(hint: object, value: str | None) -> str:
+    """How the value is written where a list was expected and a text came."""
+    if value is None or value[:1] in "[{" or not takes_list_of_text(hint):
+        return ""
+    return f"; a list is written {written_as_list(value)}"
 
 
 def _no_such_class(key: str, base: type, problem: Problem, where: str) -> str:
@@ -98,12 +120,13 @@ def _no_such_class(key: str, base: type, problem: Problem, where: str) -> str:
         return f"{key}{where} takes {_listed([f'{key}.{name}' for name in keys_of(base)])}, or null for off{got}."
     import lightning_ft
 
+    key = key if where else f"--{key}"  # no file says it, so a flag does
     ours: list[type] = [cls for cls in _subclasses(base) if cls.__module__.startswith("lightning_ft")]
     ours = [cls for cls in ours if cls.__name__ in lightning_ft.__all__]
     known = sorted({cls.__name__ for cls in ours})
     more = _hint(str(problem.value), known, "") if known else "."
     first = next((keys_of(cls)[0] for cls in ours), None)  # of --data my.jsonl: it was meant for --data.path
-    value = f" A class is expected here; {problem.value} may be meant for --{key}.{first}." if first else ""
+    value = f" A class is expected here; {problem.value} may be meant for --{key.lstrip('-')}.{first}." if first else ""
     return (
         f"{key}{where}: no {base.__name__} is called {problem.value}{more}{value} Your own is given as package.Class."
     )

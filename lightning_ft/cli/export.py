@@ -31,10 +31,15 @@ def export_command(argv: list[str]) -> None:
     flags.add_argument("--adapter", type=str, default="default", help="Which adapter, where a run trained several.")
     config = flags.parse_args(argv)
     module, output = _loaded(config)
+    from lightning_ft.formats.heads import auto_class, trained_head
     from lightning_ft.formats.peft import export_peft
 
     export_peft(module.model, output, adapter_name=config.adapter, base_model_name=module.base)
-    print(f"{output}: a PEFT adapter; PeftModel.from_pretrained(model, {str(output)!r}) loads it.")
+    labels = f", num_labels={module.model.config.num_labels}" if trained_head(module.model) else ""
+    print(
+        f"{output}: a PEFT adapter; PeftModel.from_pretrained(model, {str(output)!r}) loads it onto a model of "
+        f"{auto_class(module.model)}.from_pretrained(BASE{labels})."
+    )
 
 
 def merge_command(argv: list[str]) -> None:
@@ -54,11 +59,12 @@ def merge_command(argv: list[str]) -> None:
     module, output = _loaded(config)
     import torch
 
+    from lightning_ft.formats.heads import auto_class
     from lightning_ft.formats.merged import export_merged
 
     dtype = getattr(torch, config.dtype) if config.dtype is not None else None
     export_merged(module.model, module.tokenizer, output, dtype)
-    print(f"{output}: a Hugging Face folder; AutoModelForCausalLM.from_pretrained({str(output)!r}) loads it.")
+    print(f"{output}: a Hugging Face folder; {auto_class(module.model)}.from_pretrained({str(output)!r}) loads it.")
 
 
 def _loaded(config: Any) -> tuple[Any, Path]:

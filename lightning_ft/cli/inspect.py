@@ -15,25 +15,17 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from lightning_ft.cli.training import FineTuningCLI
+from lightning_ft.cli.configured import ConfiguredCLI
 from lightning_ft.functional.errors import Refusal
 
 SCORED = "bold green"
 
 
-class InspectCLI(FineTuningCLI):
-    """The configuration of a fit, of which the data alone are set up.
-
-    Args:
-        argv: the words after ``inspect``.
-        more: default classes, as of `FineTuningCLI`.
-    """
-
-    def __init__(self, argv: list[str], **more: Any) -> None:
-        super().__init__("inspect", argv, run=False, **more)
+class InspectCLI(ConfiguredCLI):
+    """The configuration of a fit, of which the data alone are set up."""
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
-        """What to show; and the keys of fit that a saved configuration holds."""
+        """What to show."""
         super().add_arguments_to_parser(parser)
         parser.add_argument("--rows", type=Annotated[int, Ge(0)], default=3, help="How many rows to show.")
         parser.add_argument(
@@ -42,11 +34,6 @@ class InspectCLI(FineTuningCLI):
             default="train",
             help="Which rows to show.",
         )
-        for unused in ("ckpt_path", "weights_only"):
-            parser.add_argument(f"--{unused}", default=None, help="Of fit; not used here.")
-
-    def _parse_ckpt_path(self) -> None:
-        """No checkpoint is read: one only brings the configuration of its run."""
 
     def _set_seed(self) -> None:
         """As fit does, but without a word about it."""
@@ -55,11 +42,6 @@ class InspectCLI(FineTuningCLI):
         seed = self.config["seed_everything"]
         seed_everything(0 if isinstance(seed, bool) else seed, workers=True, verbose=False)
 
-    def instantiate_classes(self) -> None:
-        """Model and data, whose constructors load nothing; no trainer."""
-        self.config_init = self.parser.instantiate_classes(self.config)
-        self.datamodule, self.model = self.config_init["data"], self.config_init["model"]
-
 
 def inspect_command(argv: list[str]) -> None:
     """Shows rows, lengths, what was dropped, and how full the batches are.
@@ -67,7 +49,7 @@ def inspect_command(argv: list[str]) -> None:
     Raises:
         Refusal: whatever is wrong with the configuration or the data; or data of another kind than ours.
     """
-    cli = InspectCLI(argv)
+    cli = InspectCLI("inspect", argv)
     data = cli.datamodule
     if not (hasattr(data, "preview") and hasattr(data, "reports")):
         raise Refusal(f"{type(data).__name__} cannot be inspected: it has no preview(n) and reports(), as SFTData has.")
@@ -86,7 +68,8 @@ def show(data: Any, rows: int, split: str, console: Console) -> None:
         console: where to; whether it is a terminal decides between colours and brackets.
     """
     for row in data.preview(rows, split):
-        console.print(Text(f"── {row.where}: {row.tokens} tokens, {row.scored} scored", style="dim"))
+        scored = f", {row.scored} scored" if row.scored else ""  # none where rows are learned as a whole
+        console.print(Text(f"── {row.where}: {row.tokens} tokens{scored}", style="dim"))
         text = Text()
         for piece in row.pieces:
             if not piece.scored:
@@ -98,10 +81,18 @@ def show(data: Any, rows: int, split: str, console: Console) -> None:
         console.print(text, end="\n\n")
     console.print(_table(data))
     for name, report in data.reports().items():
+        if name == "train" and getattr(data, "streaming", False):
+            console.print(f"{name}: these are the numbers of {report.name}; the rows of a stream are not counted.")
+        for part in report.parts:
+            console.print(f"{name}: {part}")
+        if report.epoch_rows is not None:
+            console.print(f"{name}: an epoch takes {report.epoch_rows:,} rows.")
         if report.truncated:
-            console.print(f"{name}: {report.truncated:,} rows are cut at max_length {data.max_length}.")
+            console.print(f"{name}: {report.truncated:,} rows are cut (truncation {data.truncation}).")
         for reason, count in report.dropped.items():
             console.print(f"{name}: {count:,} rows are left out: {reason}.")
+        for fact, value in report.facts.items():
+            console.print(f"{name}: {fact}: {value}.")
 
 
 def _table(data: Any) -> Table:
@@ -109,13 +100,13 @@ def _table(data: Any) -> Table:
     reports = data.reports()
     lines: dict[str, list[str]] = {}
     for name, report in reports.items():
-        lengths = data._rows[name].lengths
+        lengths = data._get(name).lengths
         shortest, median, most, longest = np.percentile(lengths, [0, 50, 95, 100], method="lower")
         facts = {
             "rows used": f"{report.kept:,}",
             "rows in the file": f"{report.rows:,}",
             "tokens": f"{report.tokens:,}",
-            "tokens scored": f"{report.scored:,} ({report.scored / report.tokens:.0%})",
+            "tokens scored": f"{report.scored:,} ({report.scored / report.tokens:.0%})" if report.scored else "-",
             "shortest row": f"{shortest:,}",
             "median row": f"{median:,}",
             "95 % of rows up to": f"{most:,}",

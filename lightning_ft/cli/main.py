@@ -20,6 +20,9 @@ OTHERS = {
     "generate": ("Answer a prompt with a trained checkpoint or a base model.", "generate"),
     "export": ("Write a checkpoint's adapter as a PEFT folder.", "export"),
     "merge": ("Write a checkpoint as a plain Hugging Face folder, the adapter merged in.", "export"),
+    "report": ("Draw a run as one HTML page: curves, speed, a row, answers before and after.", "report"),
+    "compare": ("Run several configurations on one budget and print a table of what came out.", "compare"),
+    "schedule": ("Write what gradual unfreezing thaws when, as a file to edit.", "schedule"),
     "fetch": ("List the starter models and data, or fetch them into the cache.", "fetch_command"),
 }
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import inspect
+import json
 import types
 import typing
 from importlib import import_module
@@ -111,6 +112,19 @@ def type_of(owner: type | ArgumentParser, key: str) -> Any:
     return next((getattr(action, "_typehint", None) for action in owner._actions if action.dest == key), None)
 
 
+def takes_list_of_text(hint: Any) -> bool:
+    """Whether a type hint is, or has as a choice, a list of strings."""
+    if get_origin(hint) in (Union, types.UnionType, Annotated):
+        return any(takes_list_of_text(choice) for choice in get_args(hint))
+    return get_origin(hint) is list and get_args(hint) == (str,)
+
+
+def written_as_list(value: str) -> str:
+    """``q_proj,v_proj`` as a list on a command line: ``'["q_proj","v_proj"]'``."""
+    parts = [part.strip() for part in value.split(",") if part.strip()] if " " not in value.strip() else [value]
+    return f"'{json.dumps(parts, ensure_ascii=False, separators=(',', ':'))}'"
+
+
 def describe_type(hint: Any) -> str:
     """A type hint in words: ``Annotated[int, Ge(1)] | None`` is *a whole number, at least 1, or null*."""
     origin = get_origin(hint)
@@ -126,7 +140,10 @@ def describe_type(hint: Any) -> str:
         return "one of " + ", ".join(str(choice) for choice in get_args(hint))
     if origin in (Union, types.UnionType):
         words = list(dict.fromkeys(describe_type(choice) for choice in get_args(hint)))
-        return words[0] if len(words) == 1 else f"{', '.join(words[:-1])} or {words[-1]}"
+        if len(words) == 1:
+            return words[0]
+        comma = "," if ", " in words[-2] else ""  # a number, at least 1, or null
+        return f"{', '.join(words[:-1])}{comma} or {words[-1]}"
     if origin in (list, tuple):
         inside = [describe_type(choice) for choice in get_args(hint) if choice is not Ellipsis]
         return f"a list of {inside[0]}" if inside and inside[0] != "text" else "a list"

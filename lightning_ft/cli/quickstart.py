@@ -61,6 +61,8 @@ def run(config: Path, overrides: list[str]) -> dict[str, Any]:
 def summarise(module: Any, data: Any, folder: Path, checkpoint: Path) -> dict[str, Any]:
     """Measures before and after, exports the adapter, draws the curves and prints the table."""
     from lightning_ft.cli.console import progress
+    from lightning_ft.cli.run_folder import SUMMARY
+    from lightning_ft.cli.run_summary import write_json
     from lightning_ft.formats.peft import export_peft
 
     chats = [[{"role": "user", "content": QUESTION.format(s)}] for s in SENTENCES]
@@ -86,7 +88,8 @@ def summarise(module: Any, data: Any, folder: Path, checkpoint: Path) -> dict[st
             for s, b, a in zip(SENTENCES, answers_before, answers_after, strict=True)
         ],
     }
-    (folder / "summary.json").write_text(json.dumps(summary, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    of_fit = json.loads((folder / SUMMARY).read_text(encoding="utf-8")) if (folder / SUMMARY).exists() else {}
+    write_json(folder / SUMMARY, {**of_fit, **summary})
     show(summary, folder, checkpoint, adapter, plot)
     return summary
 

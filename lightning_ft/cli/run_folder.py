@@ -19,6 +19,8 @@ from lightning_ft.functional.errors import Refusal
 
 CONFIG = "config.yaml"
 METRICS = "metrics.csv"
+SUMMARY = "summary.json"
+ROW = "row.json"
 CHECKPOINTS = "checkpoints"
 LAST = "last.ckpt"
 

@@ -13,6 +13,8 @@ from types import ModuleType
 from typing import TYPE_CHECKING, Any, Optional
 
 import lightning_ft.callbacks
+from lightning_ft.cli.names import hints_of, takes_list_of_text, written_as_list
+from lightning_ft.functional.errors import Refusal
 
 if TYPE_CHECKING:
     from jsonargparse import ArgumentParser
@@ -43,6 +45,23 @@ def add_slots(parser: ArgumentParser, classes: dict[str, type[Callback]]) -> Non
     for slot, cls in classes.items():
         # Optional[...] is spelled out: the type is made at run time.
         parser.add_argument(f"--{slot}", type=Optional[cls], default=None, help=first_sentence(cls))  # noqa: UP045
+
+
+def refuse_joined_names(config: Any, classes: dict[str, type[Callback]]) -> None:
+    """Refuses ``--lora.target q_proj,v_proj``: one name with a comma, which no module has, is meant as a list.
+
+    Raises:
+        Refusal: with the list as it is written.
+    """
+    for slot, cls in classes.items():
+        given = config.get(slot)
+        arguments = given.get("init_args", {}) if given is not None and hasattr(given, "get") else {}
+        for key, hint in hints_of(cls).items():
+            value = arguments.get(key)
+            if isinstance(value, str) and "," in value and not value.startswith("re:") and takes_list_of_text(hint):
+                raise Refusal(
+                    f"{slot}.{key} is one name with a comma, {value!r}; a list is written {written_as_list(value)}."
+                )
 
 
 def filled(config: Any, classes: dict[str, type[Callback]]) -> list[Callback]:

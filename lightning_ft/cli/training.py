@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import os
+from importlib import import_module
 from pathlib import Path
 from typing import Any, NoReturn
 
+from jsonargparse import Namespace
 from lightning.pytorch import Callback, LightningDataModule, LightningModule, Trainer
 from lightning.pytorch.callbacks import Checkpoint, ModelCheckpoint
 from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI
@@ -15,6 +17,7 @@ from lightning_ft.cli import checkpoint_argument
 from lightning_ft.cli.config_files import ConfigFiles, config_arguments
 from lightning_ft.cli.console import quiet
 from lightning_ft.cli.errors import explain, rank, reported, say
+from lightning_ft.cli.flag_values import join_negative_values, register_mode
 from lightning_ft.cli.names import near_file
 from lightning_ft.cli.run_folder import (
     CHECKPOINTS,
@@ -23,8 +26,10 @@ from lightning_ft.cli.run_folder import (
     folder_of,
     newest_checkpoint,
 )
+from lightning_ft.cli.run_summary import RunSummary
 from lightning_ft.cli.run_writers import DiskCheck, MetricsLogger, SaveConfig
-from lightning_ft.cli.slots import add_slots, filled, techniques
+from lightning_ft.cli.slots import add_slots, filled, refuse_joined_names, techniques
+from lightning_ft.cli.step_log import StepLog
 from lightning_ft.functional.errors import Refusal
 
 # Arguments of Trainer's methods that LightningCLI fills in itself.
@@ -67,14 +72,21 @@ class FineTuningCLI(LightningCLI):
         data: type[LightningDataModule] | None = None,
         run: bool = True,
     ) -> None:
-        argv = with_config_of_checkpoint(argv)
+        argv = with_config_of_checkpoint(join_negative_values(argv))
         Parser.files = ConfigFiles.of(argv)  # before anything heavy is imported
         if model is None or data is None:
-            from lightning_ft import SFT, SFTData
+            from lightning_ft import SFT, ClassificationData, Seq2SeqData, SFTData
 
+            # A class that is loaded may be given by its bare name: --data ClassificationData.
+            _ = (ClassificationData, Seq2SeqData)
             model, data = model or SFT, data or SFTData
+        mode = register_mode()
         self.command = command
-        self.default_classes = {"model": model, "data": data}
+        # What the user names becomes the default: else its arguments would start from those of the class it replaces.
+        self.default_classes = {
+            "model": named_class(argv, Parser.files, "model") or model,
+            "data": named_class(argv, Parser.files, "data") or data,
+        }
         self.slots = techniques()
         self.folder: RunFolder | None = None
         self.checkpoint: Path | None = None  # what --ckpt_path means
@@ -84,10 +96,10 @@ class FineTuningCLI(LightningCLI):
             LightningDataModule,
             save_config_callback=SaveConfig,
             save_config_kwargs={"overwrite": True},
-            trainer_defaults={"log_every_n_steps": 10, "enable_model_summary": False},
+            trainer_defaults={"enable_model_summary": False},
             seed_everything_default=0,
             parser_class=Parser,
-            parser_kwargs={"prog": "lightning-ft"},
+            parser_kwargs={"prog": "lightning-ft", "parser_mode": mode, command: {"parser_mode": mode}},
             subclass_mode_model=True,
             subclass_mode_data=True,
             auto_configure_optimizers=False,
@@ -123,6 +135,11 @@ class FineTuningCLI(LightningCLI):
     def parse_arguments(self, parser: LightningArgumentParser, args: ArgsType) -> None:
         """Without LightningCLI's warning about ``args`` beside ``sys.argv``: `main` gives them on purpose."""
         self.config = parser.parse_args(args)  # type: ignore[arg-type]
+        config = self.config[self.command] if "subcommand" in self.config else self.config
+        if not isinstance(config["trainer"], Namespace):
+            place = Parser.files.where("trainer")
+            raise Refusal(f"trainer{place} takes keys, as in trainer.max_epochs, got {config['trainer']}.")
+        refuse_joined_names(config, self.slots)
 
     def _parse_ckpt_path(self) -> None:
         """Checks the checkpoint, and lets what the user wrote stand.
@@ -137,6 +154,7 @@ class FineTuningCLI(LightningCLI):
             ours = str(config["model"]["class_path"]).startswith("lightning_ft.")
             ours = ours or any(config.get(slot) is not None for slot in self.slots)
             checkpoint = checkpoint_argument.check(self.checkpoint, resume=self.command == "fit", ours=ours)
+            checkpoint_argument.compare(self.checkpoint, checkpoint, config, self.slots)
             self.resumed_step = int(checkpoint.get("global_step", 0))
             config["ckpt_path"] = str(self.checkpoint)
         trainer = config["trainer"]
@@ -197,7 +215,12 @@ class FineTuningCLI(LightningCLI):
             callbacks.append(ModelCheckpoint(self.checkpoint.parent, save_last=True))
         elif self.command == "fit" and not config.get("fast_dev_run"):
             path = Path(config["default_root_dir"])
-            callbacks += [DiskCheck(path), Throughput()]
+            callbacks += [
+                DiskCheck(path),
+                StepLog(thin=config.get("log_every_n_steps") is None),
+                Throughput(),
+                RunSummary(),
+            ]
             if config.get("enable_checkpointing") is not False and not has_own:
                 callbacks.append(ModelCheckpoint(path / CHECKPOINTS, filename="{epoch}-{step}", save_last=True))
         try:
@@ -237,9 +260,15 @@ class FineTuningCLI(LightningCLI):
             self.folder.release()
             if self.folder.moved_to is not None:
                 say(f"{path} already held a run, which is now {self.folder.moved_to}.")
+        from lightning_ft.models.classifier import CLASSIFIES
+
         last = self.last_checkpoint()
         if last is not None:
-            say(f"The run lies in {path}. Ask it: lightning-ft generate --ckpt_path {last} --prompt TEXT")
+            classifies = getattr(self.model, "task", None) in CLASSIFIES
+            what = "Measure it: lightning-ft test" if classifies else "Ask it: lightning-ft generate"
+            say(
+                f"The run lies in {path}. {what} --ckpt_path {last} {'--data.test_path FILE' if classifies else '--prompt TEXT'}"
+            )
 
     def last_checkpoint(self) -> Path | None:
         """The newest checkpoint of this run, to tell the user after it was interrupted."""
@@ -259,6 +288,21 @@ def refuse_inputs_inside(folder: Path, config: object, key: str = "") -> None:
         if inside:
             key = key.replace(".init_args", "")
             raise Refusal(f"{key} reads {config}, but this run would write to {folder}; give it another --name.")
+
+
+def named_class(argv: list[str], files: ConfigFiles, key: str) -> type | None:
+    """The class that the command line or its files choose for ``key``; None where they name none that can be found."""
+    lines = files.lines.get(f"{key}.class_path") or files.lines.get(key)
+    name = lines[-1][2] if lines and lines[-1][2] else None
+    name = name or value_of(argv, f"--{key}.class_path") or value_of(argv, f"--{key}")
+    if name is None:
+        return None
+    module, _, bare = name.rpartition(".")
+    try:
+        found = getattr(import_module(module or "lightning_ft"), bare, None)
+    except (ImportError, ValueError):
+        return None
+    return found if isinstance(found, type) else None
 
 
 def with_config_of_checkpoint(argv: list[str]) -> list[str]:

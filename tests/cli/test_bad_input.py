@@ -43,9 +43,9 @@ def refused(outcome: Outcome, *parts: str) -> None:
         # types and bounds, inside optional slots and unions too
         (["--tiny.r=0"], ["tiny.r must be a whole number, at least 1, got 0."]),
         (["--tiny.r=4.5"], ["tiny.r must be a whole number, at least 1, got 4.5."]),
-        (["--tiny.alpha=-1"], ["tiny.alpha must be a number, greater than 0 or null, got -1."]),
+        (["--tiny.alpha=-1"], ["tiny.alpha must be a number, greater than 0, or null, got -1."]),
         (["--tiny=true"], ["tiny takes tiny.r, tiny.alpha, tiny.targets, tiny.init_from, or null", "got true"]),
-        (["--model.lr=abc"], ["model.lr must be a number, greater than 0 or null, got abc."]),
+        (["--model.lr=abc"], ["model.lr must be a number, greater than 0, or null, got abc."]),
         (["--model.dtype=fp8"], ["model.dtype must be one of auto, fp32, got fp8."]),
         (["--data.batch_size=0"], ["data.batch_size must be a whole number, at least 1, got 0."]),
         (["--trainer.max_steps=0.5"], ["trainer.max_steps must be a whole number, got 0.5."]),
@@ -88,6 +88,21 @@ def test_missing_arguments(run: Run) -> None:
         ("model:\n\tbase: x\n", ["bad.yaml, line 2", "not valid YAML"]),
         ("- a\n- b\n", ["bad.yaml, line 1", "mapping"]),
         ("", ["bad.yaml is empty"]),
+        ("# a comment\n", ["bad.yaml is empty"]),
+        ("model:\n  base: x\n\tlr: 3\n", ["bad.yaml, line 3", "a tab indents it"]),
+        ("tiny:\n  targets: -2:\n", ["bad.yaml, line 2", "a value that holds a colon and needs quotes"]),
+        ("model: {base: x\n", ["bad.yaml, line 2", "not valid YAML"]),
+        ("a: &a [*a]\nb: *c\n", ["bad.yaml, line 2", "undefined alias"]),
+        ("model:\n  base: !!python/object/apply:os.system [ls]\n", ["bad.yaml, line 2", "is not plain YAML"]),
+        ("--- \nmodel: {}\n---\nmodel: {}\n", ["bad.yaml, line 3", "not valid YAML"]),
+        ("tiny: &a\n  r: *a\n", ["bad.yaml, line 1", "holds itself"]),
+        ("? [a, b]\n: 3\n", ["bad.yaml, line 1", "the key that is no single word is not text"]),
+        (
+            "trainer:\n  max_epochs: many\n",
+            ["trainer.max_epochs (bad.yaml, line 2) must be a whole number", "got many"],
+        ),
+        ("trainer: 3\n", ["trainer (bad.yaml, line 1) takes keys, as in trainer.max_epochs, got 3."]),
+        ("3: 4\n", ["bad.yaml, line 1", "the key 3 is not text"]),
         ("model:\n  base: x\n  base: y\n", ["bad.yaml, line 3", "base was already given in line 2"]),
         ("model:\n  base: x\n  lrr: 3\n", ["model.lrr (bad.yaml, line 3)", "did you mean model.lr?"]),
         ("tiny:\n  r: 8\n  rr: 3\n", ["tiny.rr (bad.yaml, line 3)", "tiny.r"]),
@@ -109,11 +124,42 @@ def test_bad_files(run: Run, tmp_path: Path, text: str, parts: list[str]) -> Non
     refused(run(*GOOD, "--config", "bad.yaml"), *parts)
 
 
+def test_a_flag_is_named_where_it_has_the_last_word(run: Run, tmp_path: Path) -> None:
+    (tmp_path / "good.yaml").write_text("tiny:\n  r: 4\ndata:\n  class_path: TinyData\n")
+    refused(run(*GOOD, "--config", "good.yaml", "--tiny.r=0"), "tiny.r must be a whole number")
+    refused(run(*GOOD, "--config", "good.yaml", "--data", "x"), "--data: no LightningDataModule is called x")
+    assert "good.yaml" not in run(*GOOD, "--config", "good.yaml", "--tiny.r=0").err
+    (tmp_path / "bad.yaml").write_text("tiny:\n  r: 0\n")
+    refused(run(*GOOD, "--tiny.r=4", "--config", "bad.yaml"), "tiny.r (bad.yaml, line 2) must be")
+
+
+def test_of_two_files_the_last_has_the_last_word(run: Run, tmp_path: Path) -> None:
+    (tmp_path / "one.yaml").write_text("tiny:\n  r: 0\n  alpha: 3\n")
+    (tmp_path / "two.yaml").write_text("tiny:\n  r: 4\n  targets: misconfigured\n")
+    refused(
+        run(*GOOD, "--config=one.yaml", "--config=two.yaml"), "tiny.r (one.yaml, line 2)"
+    )  # each file must be valid
+    (tmp_path / "one.yaml").write_text("tiny:\n  r: 2\n  targets: nothing\n")
+    refused(run(*GOOD, "--config=one.yaml", "--config=two.yaml"), "Lightning says no.")
+    refused(run(*GOOD, "--config=two.yaml", "--config=one.yaml"), "No module matches 'nothing'")
+
+
 def test_missing_and_binary_files(run: Run, tmp_path: Path) -> None:
     (tmp_path / "sft_lora.yaml").write_bytes(b"model: \xff\xfe")
     refused(run("fit", "--config", "sft_lra.yaml"), "sft_lra.yaml does not exist; did you mean sft_lora.yaml?")
     refused(run("fit", "--config", "no/sft.yaml"), "there is no folder no")
     refused(run("fit", "--config=sft_lora.yaml"), "sft_lora.yaml is not a configuration: byte 7 is not UTF-8 text.")
+    for content in (b"model: \0\1", "model: {}".encode("utf-16"), b"\x89PNG\r\n\x1a\n", b"\x1f\x8b\x08\0"):
+        (tmp_path / "binary.yaml").write_bytes(content)
+        refused(run("fit", "--config=binary.yaml"), "binary.yaml")
+    (tmp_path / "loop.yaml").symlink_to(tmp_path / "loop.yaml")
+    refused(run("fit", "--config=loop.yaml"), "loop.yaml")
+    refused(run("fit", f"--config={'a' * 5000}.yaml"), "cannot be read: File name too long")
+    refused(run("fit", "--config="), "--config names no file.")
+    (tmp_path / "deep.yaml").write_text("tiny: " + "[" * 5000)
+    refused(run("fit", "--config=deep.yaml"), "deep.yaml is not a configuration: it is nested too deeply.")
+    (tmp_path / "latin.yaml").write_bytes("name: ö".encode("latin-1"))
+    refused(run("fit", "--config=latin.yaml"), "latin.yaml is not a configuration: byte 6 is not UTF-8 text.")
 
 
 def test_foreign_checkpoints(run: Run, tmp_path: Path) -> None:

@@ -35,7 +35,7 @@ def test_writes_one_folder(run: Run, tmp_path: Path) -> None:
     outcome = run(*FIT, "--trainer.max_steps=2", "--tiny.r=4")
     assert outcome.code == 0, outcome.err
     folder = tmp_path / "runs" / "run"
-    written = ["checkpoints", "config.yaml", "hparams.yaml", "metrics.csv", "throughput.json"]
+    written = ["checkpoints", "config.yaml", "hparams.yaml", "metrics.csv", "summary.json", "throughput.json"]
     assert sorted(path.name for path in folder.iterdir()) == written
     assert (folder / "checkpoints" / "last.ckpt").is_file()
     assert steps(folder) == [0, 1]
@@ -218,5 +218,17 @@ def test_top_help_lists_every_command_without_torch() -> None:
         "assert not {'torch', 'lightning', 'transformers', 'jsonargparse'} & set(sys.modules)"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    for command in ("fit", "validate", "test", "predict", "fetch", "inspect", "generate", "merge", "export"):
+    for command in (
+        "fit",
+        "validate",
+        "test",
+        "predict",
+        "fetch",
+        "inspect",
+        "generate",
+        "merge",
+        "export",
+        "report",
+        "compare",
+    ):
         assert f"\n  {command}" in done.stdout

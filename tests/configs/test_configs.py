@@ -11,6 +11,7 @@ import yaml
 
 from benchmarks.random_model import write_model
 from tests.cli.conftest import Outcome, call
+from tests.modules.tasks import rows_of, write_base
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 JOBS = sorted(CONFIGS.glob("*.yaml"))
@@ -18,21 +19,40 @@ PARTS = sorted((CONFIGS / "parts").glob("*.yaml"))
 ORDER = ["name", "model", "data", None, "trainer"]  # None: techniques
 FILES = [pytest.param(path, id=f"{path.parent.name}/{path.stem}") for path in (*JOBS, *PARTS)]
 COMMAND = re.compile(r" {5}(lightning-ft fit --config \S+.*)$")
+HEAD = ("model.classifier.", "model.bert.pooler.")
 Run = Callable[..., Outcome]
+Flags = Callable[[Path], tuple[str, ...]]
+
+
+QUIET = ("--trainer.accelerator=cpu", "--trainer.enable_progress_bar=false", "--trainer.enable_model_summary=false")
+SHORT = ("--data.val_fraction=0.05", "--trainer.max_steps=2", "--trainer.log_every_n_steps=1", *QUIET)
+
+
+def task_of(path: Path) -> str:
+    """The task of a job; fragments are run on a language model."""
+    return yaml.safe_load(path.read_text()).get("model", {}).get("task", "causal_lm") if path in JOBS else "causal_lm"
 
 
 @pytest.fixture(scope="module")
-def tiny(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, ...]:
-    """The flags that put tiny weights and rows in the place of the real ones, for two steps."""
+def tiny(tmp_path_factory: pytest.TempPathFactory) -> Callable[[Path], tuple[str, ...]]:
+    """A file's flags that put tiny weights and rows in the place of the real ones, for two steps."""
     folder = tmp_path_factory.mktemp("tiny")
-    model = write_model(folder / "model")
     question = {"role": "user", "content": "Good?"}
-    rows = [{"prompt": [question], "completion": [{"role": "assistant", "content": f"no {n}"}]} for n in range(80)]
-    data = folder / "rows.jsonl"
-    data.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    quiet = ("--trainer.accelerator=cpu", "--trainer.enable_progress_bar=false", "--trainer.enable_model_summary=false")
-    where = (f"--model.base={model}", f"--data.path={data}", f"--data.cache_dir={folder / 'cache'}")
-    return (*where, "--data.val_fraction=0.05", "--trainer.max_steps=2", "--trainer.log_every_n_steps=1", *quiet)
+    chats = [{"prompt": [question], "completion": [{"role": "assistant", "content": f"no {n}"}]} for n in range(80)]
+
+    def flags(path: Path) -> tuple[str, ...]:
+        task = task_of(path)
+        base, data = folder / f"model-{task}", folder / f"{task}.jsonl"
+        if not base.exists():
+            if task == "causal_lm":
+                write_model(base)
+            else:
+                write_base("t5" if task == "seq2seq_lm" else "bert", base)
+            rows = chats if task == "causal_lm" else rows_of(task, 80)
+            data.write_text("".join(json.dumps({**row, "rating": row.get("label")}) + "\n" for row in rows))
+        return (f"--model.base={base}", f"--data.path={data}", f"--data.cache_dir={folder / 'cache'}", *SHORT)
+
+    return flags
 
 
 @pytest.fixture
@@ -98,8 +118,8 @@ def test_order_is_model_data_techniques_trainer(path: Path) -> None:
 
 
 @pytest.mark.parametrize("path", FILES)
-def test_two_steps_change_what_is_trained(path: Path, run: Run, tiny: tuple[str, ...], tmp_path: Path) -> None:
-    outcome = run("fit", *stacked(path), *tiny, "--name=two")
+def test_two_steps_change_what_is_trained(path: Path, run: Run, tiny: Flags, tmp_path: Path) -> None:
+    outcome = run("fit", *stacked(path), *tiny(path), "--name=two")
     assert outcome.code == 0, outcome.err
     checkpoint = torch.load(tmp_path / "runs/two/checkpoints/last.ckpt", weights_only=True)
     assert checkpoint["global_step"] == 2
@@ -110,15 +130,17 @@ def test_two_steps_change_what_is_trained(path: Path, run: Run, tiny: tuple[str,
     keys = [key for key in checkpoint["state_dict"] if key.startswith("model.")]
     given = {**yaml.safe_load((CONFIGS / "sft_full.yaml").read_text()), **yaml.safe_load(path.read_text())}
     if "lora" in given:
-        assert all(".lora_" in key for key in keys)
+        assert all(".lora_" in key or task_of(path) != "causal_lm" and key.startswith(HEAD) for key in keys)
+    elif path.stem == "sft_bitfit":
+        assert all(key.endswith(".bias") or key.startswith(HEAD) for key in keys)
     elif "freeze" in given:
         assert all(".layers." in key for key in keys)
     else:
-        assert any("embed_tokens" in key for key in keys)
+        assert any("embed" in key or "shared" in key for key in keys)
 
 
 @pytest.mark.parametrize("path", FILES)
-def test_a_misspelt_key_is_refused_with_its_line(path: Path, run: Run, tiny: tuple[str, ...], tmp_path: Path) -> None:
+def test_a_misspelt_key_is_refused_with_its_line(path: Path, run: Run, tiny: Flags, tmp_path: Path) -> None:
     name, line = leaves(path)[-1]
     key = name.rpartition(".")[2]
     lines = path.read_text().splitlines()
@@ -126,26 +148,34 @@ def test_a_misspelt_key_is_refused_with_its_line(path: Path, run: Run, tiny: tup
     wrong = tmp_path / "wrong.yaml"
     wrong.write_text("\n".join(lines) + "\n")
     base = [] if path in JOBS else ["--config", str(CONFIGS / "sft_full.yaml")]
-    outcome = run("fit", *base, "--config", str(wrong), *tiny)
+    outcome = run("fit", *base, "--config", str(wrong), *tiny(path))
     assert outcome.code == 2
     assert f"{key}x" in outcome.err and "Traceback" not in outcome.err
     assert f"wrong.yaml, line {line + 1}" in outcome.err
     assert not (tmp_path / "runs").exists()
 
 
-def test_own_data_and_model_are_two_flags(run: Run, tiny: tuple[str, ...], tmp_path: Path) -> None:
+def test_own_data_and_model_are_two_flags(run: Run, tiny: Flags, tmp_path: Path) -> None:
     """Nothing in sft_lora.yaml but these two values points at the starter assets, at any stage."""
     config = yaml.safe_load((CONFIGS / "sft_lora.yaml").read_text())
     starters = {f"{part}.{key}" for part in config for key, value in config[part].items() if "starter:" in str(value)}
     assert starters == {"model.base", "data.path"}
 
 
-def test_fragments_stack_on_each_other(run: Run, tiny: tuple[str, ...], tmp_path: Path) -> None:
+def test_fragments_stack_on_each_other(run: Run, tiny: Flags, tmp_path: Path) -> None:
     words = [
         word for name in ("lora", "freeze", "samples") for word in ("--config", str(CONFIGS / f"parts/{name}.yaml"))
     ]
     short = ["--samples.max_new_tokens=2", "--freeze.layers=[-1]"]
-    outcome = run("fit", "--config", str(CONFIGS / "sft_full.yaml"), *words, *tiny, *short, "--name=all")
+    outcome = run(
+        "fit",
+        "--config",
+        str(CONFIGS / "sft_full.yaml"),
+        *words,
+        *tiny(CONFIGS / "sft_full.yaml"),
+        *short,
+        "--name=all",
+    )
     assert outcome.code == 0, outcome.err
     keys = torch.load(tmp_path / "runs/all/checkpoints/last.ckpt", weights_only=True)["state_dict"]
     assert any(".lora_" in key for key in keys) and any("layers.1.mlp.down_proj" in key for key in keys)

@@ -53,10 +53,9 @@ def train(
     """Two windows of SFT on the tiny chat model: the logged losses, and the gradients of both."""
     steps = Steps()
     file, _, name = path.partition(":")
-    technique = getattr(import_module(file), name)(**arguments)
-    module, data = chat_job(
-        Path(chat), Path(folder) / f"{batch_size}-{accumulate}-{devices}", data={"batch_size": batch_size}
-    )
+    cls = getattr(import_module(file), name)
+    technique, where = cls(**arguments), Path(folder) / f"{batch_size}-{accumulate}-{devices}"
+    module, data = chat_job(Path(chat), where, cls.traits.needs, data={"batch_size": batch_size})
     options: dict[str, Any] = {"accumulate_grad_batches": accumulate, "max_steps": 2, "use_distributed_sampler": False}
     if devices > 1:
         options |= {"devices": devices, "strategy": "ddp"}

@@ -13,6 +13,8 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_ft.engine.technique import Technique
+from lightning_ft.nn.lora import LoRAConfig, inject_lora
+from lightning_ft.nn.registry import injected_layers
 
 FEATURES, CLASSES, ROWS = 4, 3, 16
 QUIET: dict[str, Any] = {
@@ -66,6 +68,31 @@ class SpeakingNet(PlainNet):
     def generate(self, prompts: list[str], *, max_new_tokens: int, temperature: float) -> list[str]:
         return [prompt[::-1][:max_new_tokens] for prompt in prompts]
 
+    def prompts_and_references(self, batch: list[Tensor]) -> list[tuple[str, str]]:
+        return [(f"row {number}", f"{number} wor") for number in batch[1].tolist()]
+
+
+class WordNet(PlainNet):
+    """The same behind an embedding, that of the numbers' rounded values."""
+
+    def __init__(self, dtype: str = "float32", fail_at: int | None = None) -> None:
+        super().__init__(dtype, fail_at)
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(1)
+            self.words = nn.Embedding(7, FEATURES, dtype=getattr(torch, dtype))
+
+    def forward(self, x: Tensor) -> Tensor:
+        words = (x.float() * 2).round().clamp(-3, 3).long() + 3  # (B, FEATURES), numbers from 0 to 6
+        return self.net(self.words(words).mean(1))
+
+
+class AdaptedNet(PlainNet):
+    """The same with factors that it has injected by itself."""
+
+    def __init__(self, dtype: str = "float32", fail_at: int | None = None) -> None:
+        super().__init__(dtype, fail_at)
+        inject_lora(self.net, LoRAConfig(r=2), seed=0)
+
 
 class PlainData(pl.LightningDataModule):
     """The rows as a data module, for the command line."""
@@ -79,7 +106,8 @@ class PlainData(pl.LightningDataModule):
 
 def subject(technique: type[Technique]) -> type[PlainNet]:
     """The plain module that has what the technique needs."""
-    return SpeakingNet if "generator" in technique.traits.needs else PlainNet
+    kinds = {"generator": SpeakingNet, "embedding": WordNet, "adapter": AdaptedNet}
+    return next((kind for need, kind in kinds.items() if need in technique.traits.needs), PlainNet)
 
 
 def rows(dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor]:
@@ -151,9 +179,18 @@ def write_chat(folder: Path) -> Path:
     return folder
 
 
-def chat_job(chat: Path, folder: Path, **more: Any) -> tuple[Any, Any]:
-    """(SFT, SFTData) of the tiny chat model in fp32, plain SGD at a constant rate, rows in order, nothing held out."""
+def chat_job(chat: Path, folder: Path, needs: frozenset[str] = frozenset(), **more: Any) -> tuple[Any, Any]:
+    """(SFT, SFTData) of the tiny chat model in fp32, plain SGD at a constant rate, rows in order, nothing held out.
+
+    A technique that needs an adapter gets one.
+    """
     from lightning_ft import SFT, SFTData
+
+    class Adapted(SFT):
+        def configure_model(self) -> None:
+            super().configure_model()
+            if not injected_layers(self.model):
+                inject_lora(self.model, LoRAConfig(r=2), seed=0)
 
     model = {"lr": 0.5, "warmup_steps": 0, "schedule": "constant", "optimizer": torch.optim.SGD}
     model |= {"base_dtype": "float32", **more.pop("model", {})}
@@ -165,4 +202,5 @@ def chat_job(chat: Path, folder: Path, **more: Any) -> tuple[Any, Any]:
         "cache_dir": str(folder / "cache"),
         **more.pop("data", {}),
     }
-    return SFT(str(chat / "model"), **model), SFTData(rows_path, **data)
+    kind = Adapted if "adapter" in needs else SFT
+    return kind(str(chat / "model"), **model), SFTData(rows_path, **data)

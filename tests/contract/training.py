@@ -63,7 +63,7 @@ def acts(case: Case, place: Place) -> None:
         require(not idle_parameters, f"{case.name}: {idle_parameters} are trainable and got no gradient.")
     moved = False
     for name, parameter in with_it.named_parameters():
-        original = start.get(base_name(name, with_it))
+        original = start.get(name, start.get(base_name(name, with_it)))
         if name in trained:
             moved = moved or original is None or not torch.equal(parameter, original)
         else:
@@ -98,7 +98,7 @@ def plain_module(case: Case, place: Place) -> None:
     fit(place.folder, own, case.build(), max_steps=2)
     from_file = {n: v for n, v in written["state_dict"].items() if not torch.equal(v, state(own)[n])}
     require(not from_file, f"{case.name} trains otherwise from the command line than in Python: {sorted(from_file)}.")
-    module, data = chat_job(place.chat, place.folder)
+    module, data = chat_job(place.chat, place.folder, case.cls.traits.needs)
     run = trainer(place.folder, case.build(), max_steps=2)
     run.fit(module, data)
     require(run.global_step == 2, f"{case.name} with our own module made {run.global_step} of 2 steps.")
@@ -106,12 +106,13 @@ def plain_module(case: Case, place: Place) -> None:
 
 @check()
 def composes(case: Case, place: Place) -> None:
-    """Beside LoRA and a second instance of another name, in any order of the callback list, the outcome is one."""
+    """Beside LoRA and a second instance (of another name, or another LoRA), the order of callbacks does not matter."""
     kind = subject(case.cls)
     second = {**(case.second or case.small), "name": "second"}
     outcomes: list[tuple[str, dict[str, Tensor]]] = []
     for order in itertools.permutations(range(3)):
-        techniques = [case.build(), case.cls(**second), LoRA(2, name="beside")]
+        twin = LoRA(3, name="another") if case.cls.traits.alone else case.cls(**second)
+        techniques = [case.build(), twin, LoRA(2, name="beside")]
         net = kind()
         fit(place.folder, net, *(techniques[i] for i in order))
         require(injected_layers(net, "beside"), f"LoRA beside {case.name} was not injected.")

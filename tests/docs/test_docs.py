@@ -1,7 +1,7 @@
 """What README.md and docs/ tell a reader to type works: shell lines, YAML, Python, links and generated tables.
 
-Everything runs in a folder that holds what the pages speak of: ``my.jsonl``, ``my/model`` (a tiny random model), ``configs/`` and
-a finished run ``runs/sft_lora``. ``fit`` lines are parsed, the other commands run.
+Everything runs in a folder that holds what the pages speak of: ``my.jsonl``, ``reviews.csv``, ``my/model`` (a tiny random model),
+``configs/`` and a finished run ``runs/sft_lora``. ``fit`` lines are parsed, the other commands run.
 """
 
 import importlib.util
@@ -25,6 +25,7 @@ PARSED = ("fit", "validate", "predict")
 # What a snippet runs with instead: nothing else of it is changed.
 SUBSTITUTIONS = {
     '"starter:smollm2-135m"': '"my/model"',
+    '"starter:minilm-l6"': '"my/model"',
     "max_epochs=1": 'max_steps=2, accelerator="cpu", logger=False, enable_progress_bar=False, '
     "enable_model_summary=False, num_sanity_val_steps=0",
 }
@@ -57,6 +58,8 @@ def newcomer(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
             [{"role": "user", "content": f"{n}+1?"}, {"role": "assistant", "content": f"{n + 1}"}] for n in range(24)
         ]
         (folder / "my.jsonl").write_text("".join(json.dumps({"messages": chat}) + "\n" for chat in chats))
+        labelled = [f"answer {n} {'good' if n % 2 else 'bad'},{'up' if n % 2 else 'down'}" for n in range(24)]
+        (folder / "reviews.csv").write_text("\n".join(["text,label", *labelled]) + "\n")
         from lightning_ft.cli.training import run
 
         words = ["--config", "configs/sft_lora.yaml", "--data.path", "my.jsonl", "--model.base", "my/model"]

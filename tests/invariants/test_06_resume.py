@@ -13,7 +13,9 @@ from pathlib import Path
 
 import pytest
 import torch
+from lightning.pytorch import Callback
 
+from lightning_ft import LoRA
 from tests.invariants import ground
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -101,3 +103,37 @@ def test_the_kills_came_where_they_should(folder):
         assert torch.load(file, weights_only=True)["state_dict"]
     mid = torch.load(other / "mid.ckpt", weights_only=True)["lightning_ft"]["partial"]
     assert any(bool(grad.any()) for grad in mid["grads"].values())
+
+
+class Rows(Callback):
+    """Which rows each micro-batch held."""
+
+    def __init__(self):
+        self.seen = []
+
+    def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
+        self.seen.append(batch.rows.tolist())
+
+
+@pytest.mark.parametrize("stop", [2, 6])
+def test_a_run_that_gets_more_steps_goes_on_in_the_middle_of_its_epoch(base, rows, tmp_path, stop):
+    """Lightning counts the epoch that ``max_steps`` has cut short as done: the rows that follow are of that epoch still."""
+    outcomes = []
+    for limits in ((9,), (stop, 9)):
+        file, seen = None, []
+        for steps in limits:
+            taken = Rows()
+            module = ground.sft(base, schedule="constant")
+            data = ground.data(rows, tmp_path / "cache", batch_size=4)
+            made = ground.trainer(tmp_path, LoRA(2), taken, max_steps=steps, max_epochs=-1, accumulate_grad_batches=2)
+            made.fit(module, data, ckpt_path=file)
+            file = tmp_path / f"{limits}-{steps}.ckpt"
+            made.save_checkpoint(file)
+            seen += taken.seen
+        outcomes.append((seen, torch.load(file, weights_only=True)["state_dict"]))
+    (whole, weights), (parts, resumed) = outcomes
+    assert len(whole) == 15 and whole[:5] != whole[5:10] != whole[10:], (
+        "three epochs of five batches, each in its own order"
+    )
+    assert whole == parts
+    same(weights, resumed)

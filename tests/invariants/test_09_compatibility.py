@@ -9,7 +9,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from lightning.pytorch import LightningModule, Trainer
-from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.callbacks import EMAWeightAveraging, ModelCheckpoint
 from lightning.pytorch.plugins.precision import DeepSpeedPrecision
 from lightning.pytorch.strategies import DDPStrategy, DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy
 
@@ -84,6 +84,7 @@ CASES = {
     "spawn": (lambda _: real(strategy="ddp_spawn", devices=2), Plain, LoRA),
     "tensor_parallel": (lambda _: stub(ModelParallelStrategy(tensor_parallel_size=2)), Plain, LoRA),
     "stock_fsdp2_files": (lambda _: stub(ModelParallelStrategy()), Plain, LoRA),
+    "weight_averaging": (lambda _: stub(DDPStrategy(), callbacks=[EMAWeightAveraging()]), Plain, LoRA),
     "manual_optimization": (lambda _: real(), Manual, LossEdit),
     "dataloader_iter": (lambda _: real(), Iterates, LossEdit),
     "time_saves_in_window": (timed, Plain, LoRA),
