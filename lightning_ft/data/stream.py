@@ -20,10 +20,11 @@ from typing import Any
 
 import numpy as np
 
+from lightning_ft.data.json_text import read_line
 from lightning_ft.data.mixture import Entry
 from lightning_ft.data.plan import permutation
 from lightning_ft.data.rows import Kind, kind_of, wrong_columns
-from lightning_ft.data.sources import find_file, missing_file, read_line, refuse_magic
+from lightning_ft.data.sources import find_file, missing_file, refuse_magic
 from lightning_ft.functional.errors import Refusal
 
 _FILES, _BUFFER = 7, 8  # random streams of their own, beside those of plan.py and mixture.py
