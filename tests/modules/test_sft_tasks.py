@@ -10,7 +10,7 @@ from torch.nn import functional as F
 import lightning_ft
 from lightning_ft import SFT, Freeze, LoRA, Refusal
 from tests.contract.subjects import Steps, trainer
-from tests.modules.tasks import fit, job, rows_of, write_base
+from tests.modules.tasks import fit, fit_on_ranks, job, rows_of, write_base
 from tests.tolerances import TOL
 
 TASKS = ("sequence_classification", "multi_label", "token_classification", "regression")
@@ -226,3 +226,26 @@ def test_packed_rows_give_the_loss_of_padded_ones_and_are_taken_where_they_can(b
         losses[packing], shapes[packing] = steps.losses, [len(batch.ids) for batch in steps.batches]
     assert losses[True] == pytest.approx(losses[False], rel=1e-4)
     assert losses[None] == losses[True] and shapes[None] == shapes[True] == [1] * 3 != shapes[False]
+
+
+@pytest.mark.parametrize(
+    ("kind", "task"),
+    [
+        ("bert", "sequence_classification"),
+        ("bert", "multi_label"),
+        ("bert", "token_classification"),
+        ("llama", "regression"),
+        ("t5", "seq2seq_lm"),
+    ],
+)
+@pytest.mark.parametrize("fsdp2", [False, True], ids=["ddp", "fsdp2"])
+def test_two_ranks_learn_and_measure_what_one_does(bases, tmp_path, two_ranks, kind, task, fsdp2):
+    given = {"base": str(bases[kind]), "task": task}
+    measured, weights = fit_on_ranks(folder=str(tmp_path), devices=1, **given)
+    (first, trained), (second, other) = two_ranks.run(
+        "tests.modules.tasks:fit_on_ranks", folder=str(tmp_path), devices=2, fsdp2=fsdp2, **given
+    )
+    assert first == second == pytest.approx(measured, rel=1e-5, abs=1e-6)
+    for name, value in weights.items():
+        assert torch.equal(trained[name], other[name])
+        torch.testing.assert_close(trained[name], value, rtol=1e-5, atol=1e-6)
