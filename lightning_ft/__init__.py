@@ -13,65 +13,107 @@ from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from lightning_ft.callbacks.bottleneck_adapter import BottleneckAdapter
     from lightning_ft.callbacks.ema import WeightEMA
     from lightning_ft.callbacks.export_adapter import ExportAdapter
     from lightning_ft.callbacks.freeze import Freeze
     from lightning_ft.callbacks.generation_metrics import GenerationMetrics
     from lightning_ft.callbacks.gradual_unfreezing import GradualUnfreezing
+    from lightning_ft.callbacks.ia3 import IA3
     from lightning_ft.callbacks.lora import LoRA
     from lightning_ft.callbacks.neftune import NEFTune
+    from lightning_ft.callbacks.prefix_tuning import PrefixTuning
+    from lightning_ft.callbacks.prompt_tuning import PromptTuning
     from lightning_ft.callbacks.samples import SampleGenerations
     from lightning_ft.data.classification_data import ClassificationData
+    from lightning_ft.data.preference_data import PreferenceData
     from lightning_ft.data.seq2seq_data import Seq2SeqData
     from lightning_ft.data.sft_data import SFTData
+    from lightning_ft.data.unpaired_data import UnpairedPreferenceData
     from lightning_ft.engine.attachment import Attachment
     from lightning_ft.engine.in_backward import InBackward
+    from lightning_ft.engine.strategies import FSDP2Strategy
     from lightning_ft.functional.errors import Refusal
     from lightning_ft.load import load
+    from lightning_ft.modules.dpo import DPO
+    from lightning_ft.modules.kto import KTO
+    from lightning_ft.modules.reward_model import RewardModel
     from lightning_ft.modules.sft import SFT
+    from lightning_ft.nn.adapters import set_adapters
+    from lightning_ft.nn.ia3 import inject_ia3
     from lightning_ft.nn.lora import inject_lora
+    from lightning_ft.nn.prefix import inject_prefix
+    from lightning_ft.nn.prompt import inject_prompt
 
 __version__ = "0.1.0"
 
 _HOMES = {
     "Attachment": "engine.attachment",
+    "BottleneckAdapter": "callbacks.bottleneck_adapter",
     "ClassificationData": "data.classification_data",
+    "DPO": "modules.dpo",
     "ExportAdapter": "callbacks.export_adapter",
+    "FSDP2Strategy": "engine.strategies",
     "Freeze": "callbacks.freeze",
     "GenerationMetrics": "callbacks.generation_metrics",
     "GradualUnfreezing": "callbacks.gradual_unfreezing",
+    "IA3": "callbacks.ia3",
     "InBackward": "engine.in_backward",
+    "KTO": "modules.kto",
     "LoRA": "callbacks.lora",
     "NEFTune": "callbacks.neftune",
+    "PreferenceData": "data.preference_data",
+    "PrefixTuning": "callbacks.prefix_tuning",
+    "PromptTuning": "callbacks.prompt_tuning",
     "Refusal": "functional.errors",
+    "RewardModel": "modules.reward_model",
     "SFT": "modules.sft",
     "SFTData": "data.sft_data",
     "SampleGenerations": "callbacks.samples",
     "Seq2SeqData": "data.seq2seq_data",
+    "UnpairedPreferenceData": "data.unpaired_data",
     "WeightEMA": "callbacks.ema",
+    "inject_ia3": "nn.ia3",
     "inject_lora": "nn.lora",
+    "inject_prefix": "nn.prefix",
+    "inject_prompt": "nn.prompt",
     "load": "load",
+    "set_adapters": "nn.adapters",
 }
 
 __all__ = [
+    "DPO",
+    "IA3",
+    "KTO",
     "SFT",
     "Attachment",
+    "BottleneckAdapter",
     "ClassificationData",
     "ExportAdapter",
+    "FSDP2Strategy",
     "Freeze",
     "GenerationMetrics",
     "GradualUnfreezing",
     "InBackward",
     "LoRA",
     "NEFTune",
+    "PreferenceData",
+    "PrefixTuning",
+    "PromptTuning",
     "Refusal",
+    "RewardModel",
     "SFTData",
     "SampleGenerations",
     "Seq2SeqData",
+    "UnpairedPreferenceData",
     "WeightEMA",
     "__version__",
+    "inject_ia3",
     "inject_lora",
+    "inject_prefix",
+    "inject_prompt",
     "load",
+    "set_adapters",
 ]
 
 

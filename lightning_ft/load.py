@@ -15,7 +15,8 @@ import lightning.pytorch as pl
 import torch
 
 from lightning_ft.engine.attachment import Attachment
-from lightning_ft.engine.checkpoints import difference, fingerprint, kept_keys, record_of
+from lightning_ft.engine.checkpoints import difference, fingerprint, kept_keys, record_of, restore_adapters
+from lightning_ft.engine.sharded_files import is_folder, read_whole
 from lightning_ft.engine.technique import Technique
 from lightning_ft.functional.errors import Refusal
 
@@ -25,14 +26,18 @@ def load(
     module: pl.LightningModule | None = None,
     *,
     base: str | None = None,
+    unquantised: bool = False,
     techniques: Sequence[type[Technique]] = (),
 ) -> Any:
     """A LightningModule as a checkpoint left it: base loaded, parts injected, trained values in place, in eval mode.
 
     Args:
-        path: a ``.ckpt`` file that a fit of this library wrote (weights-only files too). It is read without pickle.
+        path: a ``.ckpt`` file that a fit of this library wrote (weights-only files too), or the folder of a sharded one, which
+            needs no process group. It is read without pickle.
         module: your own module, freshly constructed, for checkpoints of modules that are not ours.
         base: another place of the same base model (it has moved, say); its weights are compared by fingerprint.
+        unquantised: leave the base as its file has it, though the run had packed it (``quantize``): to merge, export, or train
+            on in full. What was trained then meets weights that differ from the packed ones by their rounding.
         techniques: classes of your own techniques that the run used, where they are not imported yet: a file may not
             import code of its choice.
 
@@ -48,7 +53,13 @@ def load(
     if not file.exists():
         raise Refusal(f"There is no checkpoint {file}; give a file that a fit has written.")
     try:
-        checkpoint: dict[str, Any] = torch.load(file, map_location="cpu", weights_only=True)
+        checkpoint: dict[str, Any] = (
+            read_whole(file, optimizers=False)
+            if is_folder(file)
+            else torch.load(file, map_location="cpu", weights_only=True)
+        )
+    except Refusal:
+        raise
     except Exception as error:
         raise Refusal(
             f"{file} is not a checkpoint that can be read ({type(error).__name__}); give a file that a fit has written."
@@ -61,6 +72,8 @@ def load(
             )
         recipe = record["module"]
         arguments = {**recipe["init_args"], **({"base": base} if base is not None else {})}
+        if unquantised and "quantize" in arguments:
+            arguments["quantize"] = None
         module = _built(recipe["class_path"], arguments, pl.LightningModule, (), "construct it and pass module=it")
     attachment = Attachment.of(module)
     attachment.rebuild([_technique(recipe, techniques) for recipe in record["techniques"]], seed=record["seed"])
@@ -91,6 +104,7 @@ def load(
     for name in attachment.late:
         own[name].requires_grad_(True)  # as at the end of the run, so that an export knows of them
     attachment.references.load(record["references"])
+    restore_adapters(module, record)
     module.eval()
     return module
 

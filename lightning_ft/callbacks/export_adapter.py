@@ -1,5 +1,6 @@
-"""The adapter as a PEFT folder, written while a run goes on."""
+"""The adapter as a folder that other tools load, written while a run goes on."""
 
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
@@ -9,7 +10,8 @@ from lightning_ft.engine.attachment import Attachment
 from lightning_ft.engine.root import model_root
 from lightning_ft.engine.technique import Technique
 from lightning_ft.engine.traits import Traits
-from lightning_ft.formats.peft import peft_config, peft_state, write_peft
+from lightning_ft.formats.adapter_folder import adapter_files, check_adapter
+from lightning_ft.formats.peft_folder import meant_adapter
 from lightning_ft.formats.peft_reading import CONFIG_FILE
 from lightning_ft.functional.errors import Refusal
 from lightning_ft.nn.registry import injected_layers
@@ -17,6 +19,8 @@ from lightning_ft.nn.registry import injected_layers
 
 class ExportAdapter(Technique):
     """Writes the adapter as a folder that PEFT loads, at the end of the fit or after validations, so that no export is forgotten.
+
+    A bottleneck adapter, which PEFT lacks, becomes a folder that AdapterHub loads.
 
     Args:
         every: when to write: at the end of the ``fit``, or after each ``validation``.
@@ -26,6 +30,7 @@ class ExportAdapter(Technique):
         output: the folder; an earlier adapter in it is replaced, anything else refused. None is a folder in the run's own, called
             as ``name``.
         adapter: which adapter, where a run trains several.
+        without_head: leave a trained head out where the format has no place for it, which AdapterHub's has not.
         name: tells two of them apart.
 
     It is what ``lightning-ft export`` writes from a checkpoint: complete or not there at all, also after a crash. With a weight
@@ -34,8 +39,8 @@ class ExportAdapter(Technique):
     Cost: one file of the factors' size at each writing.
 
     Raises:
-        Refusal: for ``monitor`` at the end of a fit here; at setup for a model without that adapter, an adapter that PEFT cannot
-            express, or a folder that holds something else.
+        Refusal: for ``monitor`` at the end of a fit here; at setup for a model without that adapter, an adapter that the format
+            cannot express, parts that train beside it and have no place there, or a folder that holds something else.
 
     Example:
         >>> ExportAdapter("validation", monitor="val/loss")
@@ -54,6 +59,7 @@ class ExportAdapter(Technique):
         mode: Literal["min", "max"] = "min",
         output: str | None = None,
         adapter: str = "default",
+        without_head: bool = False,
         name: str = "adapter",
     ) -> None:
         self.every = every
@@ -61,6 +67,7 @@ class ExportAdapter(Technique):
         self.mode = mode
         self.output = output
         self.adapter = adapter
+        self.without_head = without_head
         self.name = name
         self._best: float | None = None
         self.check()
@@ -81,14 +88,15 @@ class ExportAdapter(Technique):
         attachment.edit("hooks", f"export_adapter:{self.name}", look, again=True)
 
     def _refuse(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
-        root = model_root(module)[1]
+        path, root = model_root(module)
         names = sorted({layer.adapter_name for layer in injected_layers(root).values()})
-        if self.adapter not in names:
+        if meant_adapter(root, self.adapter) not in names:
             raise Refusal(
                 f"ExportAdapter found no adapter named {self.adapter!r} (there are {names or 'none'}); train one, with --lora.r 8 "
                 "say, or leave the callback out."
             )
-        peft_config(root, adapter_name=self.adapter)  # refuses what the format cannot express
+        late = {name.removeprefix(f"{path}." if path else "") for name in Attachment.of(module).late}
+        check_adapter(root, self.adapter, without_head=self.without_head, late=late)
         folder = self._folder(trainer)
         if folder.is_file() or (folder.is_dir() and any(folder.iterdir()) and not (folder / CONFIG_FILE).is_file()):
             raise Refusal(
@@ -119,11 +127,12 @@ class ExportAdapter(Technique):
 
     def _write(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
         root, folder = model_root(module)[1], self._folder(trainer)
-        with Attachment.of(module).evaluated():
-            config = peft_config(root, adapter_name=self.adapter, base_model_name=getattr(module, "base", None))
-            tensors = peft_state(root, self.adapter)  # gathers what is sharded, on every rank
+        exported = getattr(module, "exported", nullcontext)
+        with Attachment.of(module).evaluated(), exported():
+            # Gathers what is sharded, on every rank.
+            files = adapter_files(root, self.adapter, base_model_name=getattr(module, "base", None))
             if trainer.is_global_zero:
-                write_peft(folder, config, tensors)
+                files.write(folder)
 
     def _folder(self, trainer: pl.Trainer) -> Path:
         run = Path(trainer.log_dir or trainer.default_root_dir)  # asked on every rank: Lightning broadcasts it

@@ -81,10 +81,10 @@ class Freeze(Technique):
     def _thaw(self, module: pl.LightningModule) -> None:
         root = model_root(module)[1]
         if self.train:
-            thaw(parameters_named(root, self.train, layers=self.layers).values())
+            thaw(parameters_named(root, self.train, layers=self.layers))
         if self.top is not None:
             parameters = pristine_parameters(root)
-            thaw(parameters[name] for block in top_blocks(root, self.top) for name in block.parameters)
+            thaw({name: parameters[name] for block in top_blocks(root, self.top) for name in block.parameters})
 
     def _freeze(self, module: pl.LightningModule) -> None:
         layers = None if self.train or self.top is not None else self.layers

@@ -11,14 +11,16 @@ from annotated_types import Ge, Gt, Lt
 
 from lightning_ft.engine.arguments import arguments_of
 from lightning_ft.engine.attachment import Attachment
-from lightning_ft.engine.checkpoints import record_of
 from lightning_ft.engine.freezing import freeze_base
+from lightning_ft.engine.init_from import check_source, copy_adapter_, is_adapter_folder, stored_adapter
 from lightning_ft.engine.root import model_root
 from lightning_ft.engine.technique import Technique
 from lightning_ft.engine.traits import Traits
 from lightning_ft.formats.peft import load_peft_
 from lightning_ft.functional.errors import Refusal
-from lightning_ft.nn.lora import Biases, LoRAConfig, inject_lora
+from lightning_ft.nn.lora import Biases, LoRAConfig, inject_lora, target_names
+from lightning_ft.nn.lora_init import Init
+from lightning_ft.nn.lora_layers import LoRAEmbedding, LoRALayer
 from lightning_ft.nn.registry import injected_layers
 
 
@@ -46,6 +48,12 @@ class LoRA(Technique):
             (``{lm_head: [1, 2]}``). For markers of a chat format that the base never saw. None trains no row.
         rslora: scale by ``alpha / sqrt(r)``, which keeps the update's size when r grows (Kalajdzievski, 2023).
         dora: also train the length of each output's weight (Liu et al., 2024): better at small r, slower: norms each step.
+        init: where the factors start. ``default``: A uniform, B zero. ``gaussian``: A normal with deviation 1/r, B zero. ``pissa``
+            (Meng et al., 2024): at the weight's r principal singular triplets, ``olora``: at the first r columns of its QR factors.
+            These two learn faster at first, for one decomposition a layer at the start; linear layers only.
+        lr_ratio_b: LoRA+ (Hayou et al., 2024): the learning rate of B is this many times that of A; 16 in the paper, with a
+            somewhat lower rate. Embeddings' factors keep one rate. Only with a module of this library, which builds the optimizer.
+            None is one rate for both.
         init_from: start from an adapter: a PEFT folder, or a checkpoint of this library; its rank, alpha and targets hold.
             None starts fresh.
         name: name of the adapter; two LoRA callbacks need different ones.
@@ -86,6 +94,8 @@ class LoRA(Technique):
         trainable_tokens: list[int] | list[str] | dict[str, list[int]] | None = None,
         rslora: bool = False,
         dora: bool = False,
+        init: Init = "default",
+        lr_ratio_b: Annotated[float, Gt(0)] | None = None,
         init_from: str | None = None,
         name: str = "default",
     ) -> None:
@@ -102,16 +112,15 @@ class LoRA(Technique):
         self.trainable_tokens = trainable_tokens
         self.rslora = rslora
         self.dora = dora
+        self.init = init
+        self.lr_ratio_b = lr_ratio_b
         self.init_from = init_from
         self.name = name
         self._stored: LoRAConfig | None = None
         self._token_ids: list[int] | None = None
         self.check()
         self.config()
-        if init_from is not None and not Path(init_from).expanduser().exists():
-            raise Refusal(
-                f"LoRA.init_from names {init_from!r}, which does not exist; give an adapter folder or a checkpoint."
-            )
+        check_source(init_from, "LoRA")
 
     def config(self) -> LoRAConfig:
         """The same as a plain configuration, for `inject_lora`; tokens given as texts are there once their ids are known.
@@ -133,6 +142,7 @@ class LoRA(Technique):
             alpha_pattern=self.alpha_pattern or {},
             rslora=self.rslora,
             dora=self.dora,
+            init=self.init,
             modules_to_save=tuple(self.modules_to_save or ()),
             bias=self.bias,
             trainable_tokens=tokens or (),
@@ -157,6 +167,19 @@ class LoRA(Technique):
         """Freezes the base (before other techniques thaw parts of it), then injects."""
         attachment.edit("freeze", "freeze the base", lambda module: freeze_base(model_root(module)[1]))
         attachment.edit("inject", f"lora:{self.name}", lambda module: self._inject(module, attachment.seed))
+        if self.lr_ratio_b is not None:
+            if not hasattr(attachment.module, "lightning_ft_module"):
+                raise Refusal(
+                    f"LoRA.lr_ratio_b sets rates in the optimizer that this library builds, and {type(attachment.module).__name__} "
+                    "builds its own; make the groups there with lightning_ft.engine.optimizer.parameter_groups(rates=...)."
+                )
+            # Among the last edits, since another adapter around this one changes the names.
+            attachment.edit("hooks", f"lora+:{self.name}", lambda module: self._rate(module, attachment))
+
+    def _rate(self, module: pl.LightningModule, attachment: Attachment) -> None:
+        layers = injected_layers(module, self.name).items()
+        names = [f"{p}.lora_B" for p, x in layers if isinstance(x, LoRALayer) and not isinstance(x, LoRAEmbedding)]
+        attachment.rate(dict.fromkeys(names, float(self.lr_ratio_b or 1.0)))
 
     def _inject(self, module: pl.LightningModule, seed: int) -> None:
         path, root = model_root(module)
@@ -165,7 +188,7 @@ class LoRA(Technique):
             inject_lora(root, self.config(), seed=seed, freeze_base=False)
             return
         source = Path(self.init_from).expanduser()
-        if source.is_dir() and not (source / ".metadata").exists():
+        if is_adapter_folder(source):
             layers = load_peft_(root, source, adapter_name=self.name, dropout=self.dropout, freeze_base=False)
             self._agree(next(iter(layers.values())).config, source)
         else:
@@ -190,43 +213,18 @@ class LoRA(Technique):
         self._token_ids = [int(vocabulary[text]) for text in texts]
 
     def _inject_from_checkpoint(self, root: torch.nn.Module, prefix: str, source: Path, seed: int) -> None:
-        try:
-            checkpoint: dict[str, Any] = torch.load(source, map_location="cpu", weights_only=True)
-        except Exception as error:
-            raise Refusal(f"{source} cannot be read as a checkpoint: {error}") from error
-        recipes = [t for t in record_of(checkpoint)["techniques"] if t["class_path"].endswith(".LoRA")]
-        if len(recipes) != 1:
-            raise Refusal(
-                f"{source} holds {len(recipes)} LoRA adapters; init_from needs a checkpoint with exactly one."
-            )
-        arguments = {**recipes[0]["init_args"], "name": self.name, "dropout": self.dropout, "init_from": None}
-        config = LoRA(**arguments).config()
+        stored = stored_adapter(source, "LoRA", self.name)
+        given = {"name": self.name, "dropout": self.dropout, "init_from": None}
+        config = LoRA(**{**stored.arguments, **given}).config()
         self._agree(config, source)
         inject_lora(root, config, seed=seed, freeze_base=False)
-        state = checkpoint["state_dict"]
-        named = {f"{prefix}{n}": p for n, p in root.named_parameters() if p.requires_grad}
-        ours = {n: p for n, p in named.items() if n in state}
-        added = {p for layer in injected_layers(root, self.name).values() for p in layer.injected_parameters().values()}
-        missing = sorted({name for name, parameter in named.items() if parameter in added} - set(state))
-        if missing:
-            raise Refusal(
-                f"{source} lacks {missing[0]} and {len(missing) - 1} more factors of this model; it was trained on another."
-            )
-        with torch.no_grad():
-            for name, parameter in ours.items():
-                if parameter.shape != state[name].shape:
-                    raise Refusal(
-                        f"{source}: {name} has shape {tuple(state[name].shape)}, this model's {tuple(parameter.shape)}."
-                    )
-                parameter.copy_(state[name])
-        for layer in injected_layers(root, self.name).values():
-            layer.starts_as_identity = False
+        copy_adapter_(root, prefix, stored, self.name, lambda each: target_names(root, LoRA(**each).config()))
 
     def _agree(self, stored: LoRAConfig, source: Path) -> None:
         """An argument that was given beside ``init_from`` may not contradict what is stored."""
         asked, default = self.config(), LoRAConfig()
         self._stored = stored
-        for key in ("r", "alpha", "rslora", "dora", "target", "bias", "trainable_tokens"):
+        for key in ("r", "alpha", "rslora", "dora", "init", "target", "bias", "trainable_tokens"):
             if getattr(asked, key) not in (getattr(default, key), getattr(stored, key)):
                 raise Refusal(
                     f"LoRA.{key} is {getattr(asked, key)!r}, but the adapter in {source} has {getattr(stored, key)!r}; leave "

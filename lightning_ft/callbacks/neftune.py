@@ -136,17 +136,19 @@ class NEFTune(Technique):
             noise = torch.cat([self._row_noise(*row, output) for row in rows])
         return output + noise.view_as(output).to(output.dtype)
 
-    def _row_noise(self, key: tuple[int, int], length: int, tokens: int, output: Tensor) -> Tensor:
+    def _row_noise(self, key: tuple[int, int], length: int, tokens: int, elsewhere: int, output: Tensor) -> Tensor:
         generator = row_generator(output.device, *self._key, *key)
         noise = uniform_noise(
             tokens, output.shape[-1], alpha=self.alpha, length=length, generator=generator, device=output.device
         )
         noise[length:] = 0  # padding stays as it is
-        return noise  # (tokens, D)
+        return noise[elsewhere:]  # (tokens - elsewhere, D)
 
 
-def _layout(batch: Batch, ids: Any) -> list[tuple[tuple[int, int], int, int]] | None:
-    """((row of the data, side), its length, tokens with padding) of each row in ``ids``; None when they are not the batch's.
+def _layout(batch: Batch, ids: Any) -> list[tuple[tuple[int, int], int, int, int]] | None:
+    """((row of the data, side), its length, tokens with padding, tokens that another row holds) of each row; or None.
+
+    None when ``ids`` are not the batch's. A row whose beginning another one holds is as long as the whole of it.
 
     Models look the batch's own ids up, perhaps through a view, so it is told by their memory, without a look at the numbers.
     """
@@ -158,8 +160,9 @@ def _layout(batch: Batch, ids: Any) -> list[tuple[tuple[int, int], int, int]] | 
             continue
         keys = [(row, side) for row in batch.rows.tolist()]
         if mask is not None:
-            return [(key, int(n), own.shape[1]) for key, n in zip(keys, mask.sum(1).tolist(), strict=True)]
+            return [(key, int(n), own.shape[1], 0) for key, n in zip(keys, mask.sum(1).tolist(), strict=True)]
         if batch.bounds is not None:
-            lengths = [end - start for start, end in zip(batch.bounds, batch.bounds[1:], strict=False)]
-            return [(key, n, n) for key, n in zip(keys, lengths, strict=True)]
+            before = [seen[1] if seen else 0 for seen in batch.shared or (None,) * len(keys)]
+            whole = [e - s + b for s, e, b in zip(batch.bounds, batch.bounds[1:], before, strict=False)]
+            return [(key, n, n, b) for key, n, b in zip(keys, whole, before, strict=True)]
     return None

@@ -26,7 +26,7 @@ class SampleGenerations(Technique):
     Cost: one batch of generation at the start, after each validation, and at the end, on rank 0.
 
     Raises:
-        Refusal: for no prompts here; at setup for a module without ``generate``.
+        Refusal: for no prompts here; at setup for a module without ``generate``, or a task that writes no text.
 
     Example:
         >>> SampleGenerations(["What is the capital of France?"], max_new_tokens=8)
@@ -71,6 +71,10 @@ class SampleGenerations(Technique):
                 f"SampleGenerations needs a module with generate(prompts, ...), and {type(attachment.module).__name__} has none; "
                 "define it, or leave the callback out."
             )
+        # Refused on all ranks: only rank 0 samples, and the others would wait for it for ever.
+        task = getattr(attachment.module, "task", "causal_lm")
+        if task not in ("causal_lm", "seq2seq_lm"):
+            raise Refusal(f"SampleGenerations shows texts, and {task} writes none; leave the callback out.")
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """The answers before the first step."""

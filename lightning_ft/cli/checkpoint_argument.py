@@ -44,7 +44,8 @@ def check(path: Path, *, resume: bool, ours: bool) -> dict[str, Any]:
             a run without any is plain Lightning, and so is its file.
 
     Returns:
-        The checkpoint, its tensors memory-mapped and not read; empty for a sharded one.
+        The checkpoint, its tensors memory-mapped and not read; of a sharded one what it holds beside its shards, or nothing if
+        it is not ours.
 
     Raises:
         Refusal: see above.
@@ -52,7 +53,7 @@ def check(path: Path, *, resume: bool, ours: bool) -> dict[str, Any]:
     if path.is_dir():
         if not (path / ".metadata").is_file():
             raise Refusal(f"{path} is a folder, not a checkpoint; name the .ckpt file in it.")
-        return {}
+        return _sharded(path, resume) if ours else {}
     if not path.is_file():
         raise Refusal(f"There is no checkpoint {path}{near_file(path)}.")
     if not zipfile.is_zipfile(path):
@@ -80,6 +81,17 @@ def check(path: Path, *, resume: bool, ours: bool) -> dict[str, Any]:
     return checkpoint
 
 
+def _sharded(path: Path, resume: bool) -> dict[str, Any]:
+    """What a checkpoint of FSDP2Strategy holds beside its shards."""
+    from lightning_ft.engine import checkpoints, sharded_files
+
+    checkpoint = sharded_files.read_meta(path)
+    checkpoints.record_of(checkpoint)
+    if resume and not checkpoint.get(sharded_files.GROUPS):
+        raise Refusal(f"{path} holds weights alone, so fit cannot resume from it; it can be loaded and exported.")
+    return checkpoint
+
+
 def _telling(cls: type, arguments: dict[str, Any]) -> dict[str, Any]:
     """The arguments that shape what is trained, where they are not the defaults; the rank always."""
     from lightning_ft.engine.arguments import signature_of
@@ -89,7 +101,9 @@ def _telling(cls: type, arguments: dict[str, Any]) -> dict[str, Any]:
     return {key: value for key, value in found.items() if key == "r" or value != defaults.get(key)}
 
 
-def compare(path: Path, checkpoint: dict[str, Any], config: Any, slots: dict[str, type[Callback]]) -> None:
+def compare(
+    path: Path, checkpoint: dict[str, Any], config: Any, slots: dict[str, type[Callback]], *, resume: bool
+) -> None:
     """Refuses a checkpoint whose trained parts this run would not have, before minutes are spent on loading its base.
 
     What can be told from names and arguments alone; shapes and the base's weights are compared once they are there.
@@ -99,6 +113,7 @@ def compare(path: Path, checkpoint: dict[str, Any], config: Any, slots: dict[str
         checkpoint: what `check` gave.
         config: of the run, not yet instantiated.
         slots: slot -> technique.
+        resume: whether `fit` is to go on from it, which needs a base that is packed in the same way.
 
     Raises:
         Refusal: another technique, or another value of one of its arguments, or another starter model.
@@ -131,6 +146,13 @@ def compare(path: Path, checkpoint: dict[str, Any], config: Any, slots: dict[str
                 raise Refusal(
                     f"{path} was trained with {slot}.{key} {written[0][key]}, and this run has {asked}; use the same."
                 )
+    before, now = (
+        of.get("init_args", {}).get("quantize") for of in (record["module"] or {}, config.get("model") or {})
+    )
+    if resume and before != now:
+        raise Refusal(
+            f"{path} was trained with model.quantize {before or 'null'}, and this run has {now or 'null'}; use the same."
+        )
     bases = [
         (record["module"] or {}).get("init_args", {}).get("base"),
         config["model"].get("init_args", {}).get("base"),

@@ -30,6 +30,7 @@ from lightning_ft.cli.run_summary import RunSummary
 from lightning_ft.cli.run_writers import DiskCheck, MetricsLogger, SaveConfig
 from lightning_ft.cli.slots import add_slots, filled, refuse_joined_names, techniques
 from lightning_ft.cli.step_log import StepLog
+from lightning_ft.cli.strategy import strategy_of
 from lightning_ft.functional.errors import Refusal
 
 # Arguments of Trainer's methods that LightningCLI fills in itself.
@@ -75,10 +76,20 @@ class FineTuningCLI(LightningCLI):
         argv = with_config_of_checkpoint(join_negative_values(argv))
         Parser.files = ConfigFiles.of(argv)  # before anything heavy is imported
         if model is None or data is None:
-            from lightning_ft import SFT, ClassificationData, Seq2SeqData, SFTData
+            from lightning_ft import (
+                DPO,
+                KTO,
+                SFT,
+                ClassificationData,
+                PreferenceData,
+                RewardModel,
+                Seq2SeqData,
+                SFTData,
+                UnpairedPreferenceData,
+            )
 
             # A class that is loaded may be given by its bare name: --data ClassificationData.
-            _ = (ClassificationData, Seq2SeqData)
+            _ = (DPO, KTO, RewardModel, ClassificationData, PreferenceData, Seq2SeqData, UnpairedPreferenceData)
             model, data = model or SFT, data or SFTData
         mode = register_mode()
         self.command = command
@@ -154,7 +165,8 @@ class FineTuningCLI(LightningCLI):
             ours = str(config["model"]["class_path"]).startswith("lightning_ft.")
             ours = ours or any(config.get(slot) is not None for slot in self.slots)
             checkpoint = checkpoint_argument.check(self.checkpoint, resume=self.command == "fit", ours=ours)
-            checkpoint_argument.compare(self.checkpoint, checkpoint, config, self.slots)
+            resume = self.command == "fit"
+            checkpoint_argument.compare(self.checkpoint, checkpoint, config, self.slots, resume=resume)
             self.resumed_step = int(checkpoint.get("global_step", 0))
             config["ckpt_path"] = str(self.checkpoint)
         trainer = config["trainer"]
@@ -206,7 +218,10 @@ class FineTuningCLI(LightningCLI):
 
     def _instantiate_trainer(self, config: dict[str, Any], callbacks: list[Callback]) -> Trainer:
         given = config.get("callbacks") or []
-        callbacks = [*callbacks, *filled(self.config_init[self.command], self.slots)]
+        slots = filled(self.config_init[self.command], self.slots)
+        ours = bool(slots) or hasattr(self.model, "lightning_ft_module")  # else it is plain Lightning
+        config["strategy"] = strategy_of(config.get("strategy"), ours=ours)
+        callbacks = [*callbacks, *slots]
         has_own = any(isinstance(one, Checkpoint) for one in (given if isinstance(given, list) else [given]))
         if self.command != "fit" and self.checkpoint is None and not has_own:
             config["enable_checkpointing"] = False

@@ -143,10 +143,10 @@ class PlannedLoader:
         """The plan of the current epoch."""
         placement = placement or self.placement()
         return plan_epoch(
-            self.dataset.lengths,
+            self.dataset.lengths if self.packed else self.dataset.widths,
             batch_size=self.batch_size if self.max_tokens is None else None,
             max_tokens=self.max_tokens,
-            scored=self.dataset.scored,
+            units=self.dataset.units,
             world_size=placement.world_size,
             accumulate=placement.accumulate,
             seed=self.seed,
@@ -160,14 +160,14 @@ class PlannedLoader:
     def efficiency(self) -> float:
         """Share of the positions computed in an epoch that hold real tokens (for bins: of their capacity)."""
         pieces = [rows for ranks in self.plan(Placement()).micro for rows in ranks]
-        lengths = self.dataset.lengths
+        lengths, widths = self.dataset.lengths, self.dataset.widths
         tokens = sum(int(lengths[rows].sum()) for rows in pieces)
         if self.max_tokens is not None:
             capacity = len(pieces) * self.max_tokens
         elif self.packed:
             capacity = tokens
         else:
-            capacity = sum(len(rows) * int(lengths[rows].max()) for rows in pieces)
+            capacity = sum(self.dataset.copies * len(rows) * int(widths[rows].max()) for rows in pieces)
         return tokens / capacity
 
     def __len__(self) -> int:

@@ -180,6 +180,22 @@ class MixedRows:
         return np.concatenate([part.scored for part in self.parts])
 
     @cached_property
+    def units(self) -> dict[str, np.ndarray]:
+        """Unit -> (rows,) how many of it each row counts for."""
+        found = [part.units for part in self.parts]
+        return {unit: np.concatenate([units[unit] for units in found]) for unit in found[0]}
+
+    @cached_property
+    def widths(self) -> np.ndarray:
+        """(rows,) tokens of the longest sequence of each row."""
+        return np.concatenate([part.widths for part in self.parts])
+
+    @property
+    def copies(self) -> int:
+        """Sequences a row."""
+        return self.parts[0].copies
+
+    @cached_property
     def _begins(self) -> np.ndarray:
         return np.cumsum([0, *(len(part) for part in self.parts)])
 

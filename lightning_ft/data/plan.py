@@ -10,6 +10,7 @@ what an unbroken one would have seen, and every rank knows the counts of all ran
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -48,7 +49,7 @@ def plan_epoch(
     *,
     batch_size: int | None = None,
     max_tokens: int | None = None,
-    scored: np.ndarray | None = None,
+    units: Mapping[str, np.ndarray] | None = None,
     world_size: int = 1,
     accumulate: int = 1,
     seed: int = 0,
@@ -68,7 +69,8 @@ def plan_epoch(
         batch_size: rows a micro-batch; exactly one of this and ``max_tokens``.
         max_tokens: instead, best-fit bins of at most so many tokens; one bin is one micro-batch. The bins depend on
             the seed, not on the epoch (so that every epoch has equally many); their order depends on both.
-        scored: (rows,) scored tokens of each row, for the totals; None counts none.
+        units: unit -> (rows,) how many of it each row has, such as scored tokens, for the totals. Rows count as one each, and
+            tokens not at all, where that is not said.
         world_size: ranks that get different rows.
         accumulate: micro-batches a window.
         seed: of the run.
@@ -96,10 +98,11 @@ def plan_epoch(
         micro = _deal_rows(order, lengths, batch_size, world_size, accumulate, bucket)
     if limit is not None:
         micro = micro[:limit]
-    counts = np.zeros(len(lengths), dtype=np.int64) if scored is None else np.asarray(scored, dtype=np.int64)
+    none = np.zeros(len(lengths), dtype=np.int64)
+    counted = {"token": none, "row": none + 1, **(units or {})}
     totals = {
-        "token": np.array([sum(int(counts[part].sum()) for part in ranks) for ranks in micro], dtype=np.float64),
-        "row": np.array([sum(len(part) for part in ranks) for ranks in micro], dtype=np.float64),
+        unit: np.array([sum(int(counts[part].sum()) for part in ranks) for ranks in micro], dtype=np.float64)
+        for unit, counts in counted.items()
     }
     return Plan(micro=micro, accumulate=accumulate, totals=totals)
 

@@ -177,6 +177,10 @@ class PlannedData(NamedFiles):
         """Rows of ``predict_path``, else of ``test_path``, in file order."""
         return self._eval_loader("predict")
 
+    def in_order(self) -> dict[Split, PlannedLoader]:
+        """The rows of every split that is set up, each once and in file order: to measure them before a run."""
+        return {split: self._eval_loader(split) for split in self._rows}
+
     # For people
 
     def reports(self) -> dict[str, Report]:
@@ -184,9 +188,9 @@ class PlannedData(NamedFiles):
         if not self._rows:
             self.setup()
         found: dict[str, Report] = {}
-        for split, rows in self._rows.items():
+        for split in self._rows:
             loader = self.train_dataloader() if split == "train" else self._eval_loader(split)
-            found[split] = replace(rows.report, packing_efficiency=loader.efficiency())
+            found[split] = replace(self._get(split).report, packing_efficiency=loader.efficiency())
             if split == "train" and (shares := self._shares()) is not None:
                 found[split] = replace(found[split], epoch_rows=len(shares))
         return found
@@ -247,13 +251,19 @@ class PlannedData(NamedFiles):
         if not state_dict.get("position"):
             return
         now = self._deal()
+        # A window of rows (not of bins) is the same however many ranks share a micro-batch of it.
+        rows = [deal.get("batch_size", 0) * deal.get("devices", 0) for deal in (state_dict, now)]
+        either = ("batch_size", "devices") if self.max_tokens is None and rows[0] == rows[1] else ()
         differs = [
-            f"{name} {state_dict.get(name)!r} (now {now[name]!r})" for name in now if state_dict.get(name) != now[name]
+            f"{name} {state_dict.get(name)!r} (now {now[name]!r})"
+            for name in now
+            if state_dict.get(name) != now[name] and name not in either
         ]
         if differs:
             raise Refusal(
                 f"The checkpoint was written in the middle of an epoch with {', '.join(differs)}, so the remaining "
-                "batches would be others: resume with the same values, or start a new fit from the weights."
+                "batches would be others: resume with the same values (other devices with batch_size times devices as it was, "
+                "where rows are counted), from a checkpoint of an epoch's end, or start a new fit from the weights."
             )
 
     def _deal(self) -> dict[str, Any]:

@@ -9,6 +9,7 @@ import numpy as np
 from transformers import PreTrainedTokenizerBase
 
 from lightning_ft.data.collate import Segment, targets_of
+from lightning_ft.data.collate_pairs import Answer
 from lightning_ft.data.mixture import MixedRows
 from lightning_ft.data.sources import Located
 from lightning_ft.data.token_rows import TokenRows
@@ -66,6 +67,13 @@ def pieces_of(segment: Segment, tokenizer: PreTrainedTokenizerBase) -> list[Piec
     flags[targets_of(segment)] = True
     edges = np.flatnonzero(flags[1:] != flags[:-1]) + 1
     return _pieces(segment.ids, edges, flags, tokenizer)
+
+
+def answer_pieces(answer: Answer, tokenizer: PreTrainedTokenizerBase) -> list[Piece]:
+    """What follows a prompt, cut where scored begins or ends."""
+    flags = np.zeros(len(answer.ids), dtype=bool)
+    flags[answer.places] = True
+    return _pieces(answer.ids, np.flatnonzero(flags[1:] != flags[:-1]) + 1, flags, tokenizer)
 
 
 def pieces_between(ids: np.ndarray, places: np.ndarray, tokenizer: PreTrainedTokenizerBase) -> list[Piece]:

@@ -78,7 +78,7 @@ def _normalised(row: Mapping[str, Any], kind: Kind) -> dict[str, Any]:
         )
     if kind == "text":
         return {"text": text_in(row, "text")}
-    tools = _tools(row.get("tools"))
+    tools = tools_in(row.get("tools"))
     if kind == "messages":
         return {"messages": _conversation(row), "tools": tools}
     prompt, completion = row.get("prompt"), row.get("completion")
@@ -86,8 +86,8 @@ def _normalised(row: Mapping[str, Any], kind: Kind) -> dict[str, Any]:
         return {"prompt": whole_text(prompt, "prompt"), "completion": text_in(row, "completion"), "tools": tools}
     if isinstance(prompt, list) and isinstance(completion, list):
         return {
-            "prompt": _messages(prompt, "prompt"),
-            "completion": _messages(completion, "completion"),
+            "prompt": messages_in(prompt, "prompt"),
+            "completion": messages_in(completion, "completion"),
             "tools": tools,
         }
     raise Refusal(
@@ -100,7 +100,7 @@ def _conversation(row: Mapping[str, Any]) -> list[dict[str, Any]]:
     """``messages`` as they are; ShareGPT's and Alpaca's columns turned into them."""
     for column in ("messages", "conversations"):
         if row.get(column) is not None:
-            return _messages(row[column], column)
+            return messages_in(row[column], column)
     if row.get("instruction") is not None:
         answer = text_in(row, "output")
         instruction, context = (_optional_text(row, column) for column in ("instruction", "input"))
@@ -117,7 +117,8 @@ def _from_sharegpt(turn: Mapping[str, Any]) -> dict[str, Any]:
     return {"role": _SHAREGPT_ROLES.get(who, who) if isinstance(who, str) else who, "content": turn.get("value")}
 
 
-def _messages(value: Any, column: str) -> list[dict[str, Any]]:
+def messages_in(value: Any, column: str) -> list[dict[str, Any]]:
+    """The messages of a column's value; refused where they are none, or not what a template can render."""
     if isinstance(value, str):
         raise Refusal(
             f"{column} must be a list of messages, found a string: CSV cannot hold lists, so use JSON lines or Parquet."
@@ -177,7 +178,8 @@ def _check_calls(calls: Any, where: str) -> None:
             )
 
 
-def _tools(value: Any) -> list[Any] | None:
+def tools_in(value: Any) -> list[Any] | None:
+    """The tools of a row as JSON schemas, None where it has none."""
     if isinstance(value, str):  # typed tables keep JSON schemas as text, since no two are alike
         try:
             value = json.loads(value)

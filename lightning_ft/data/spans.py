@@ -107,6 +107,11 @@ def render_rows(
             drafts.append(draft(tokenizer, normalise(row, kind), kind, loss_on))
         except Refusal as refusal:
             drafts.append(refusal)
+    return render_drafts(tokenizer, drafts)
+
+
+def render_drafts(tokenizer: PreTrainedTokenizerBase, drafts: Sequence[Draft | Refusal]) -> list[Rendered | Refusal]:
+    """Tokenises drafts together, see `render_rows`; one that was refused stays so."""
     ids = _tokenise(tokenizer, [d for d in drafts if isinstance(d, Draft)])
     special = SpecialTokens.of(tokenizer)
     results: list[Rendered | Refusal] = []

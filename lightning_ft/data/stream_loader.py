@@ -283,7 +283,7 @@ class StreamLoader:
             plan = plan_epoch(
                 lengths,
                 batch_size=self.batch_size,
-                scored=scored,
+                units={"token": scored},
                 world_size=placement.world_size,
                 accumulate=micro,
                 shuffle=False,

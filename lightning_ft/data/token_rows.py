@@ -105,6 +105,21 @@ class TokenRows:
     def __len__(self) -> int:
         return len(self.index)
 
+    @property
+    def units(self) -> dict[str, np.ndarray]:
+        """Unit -> (rows,) how many of it each row counts for in a loss; a row is one row where that is not said."""
+        return {"token": self.scored}
+
+    @property
+    def widths(self) -> np.ndarray:
+        """(rows,) tokens of the longest sequence that a row puts into a padded batch."""
+        return self.lengths
+
+    @property
+    def copies(self) -> int:
+        """Sequences that a row puts into a padded batch."""
+        return 1
+
     def first(self, n: int) -> np.ndarray:
         """Places of the first ``n`` rows."""
         return np.arange(min(n, len(self)))

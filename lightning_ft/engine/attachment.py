@@ -192,10 +192,13 @@ class Attachment:
         if stage == "fit":
             self.references.snapshots.pop("start", None)  # of an earlier fit
         if isinstance(trainer.strategy, ModelParallelStrategy):
+            # A user's configure_model may have packed weights by itself, of which nobody knew before.
+            self.edit("shard", "packed weights", compatibility.check_packed_for_fsdp2, order=-1, again=True)
             # A second run only registers the steps again, around this run's dispatcher.
-            self.edit(
-                "shard", "fsdp2", lambda module: shard_(module, cast("DeviceMesh", module.device_mesh)), again=True
+            plan = getattr(
+                trainer.strategy, "shard", lambda module: shard_(module, cast("DeviceMesh", module.device_mesh))
             )
+            self.edit("shard", "fsdp2", plan, again=True)
         self._wrap(stage)
         self._installed = True
 
@@ -338,6 +341,15 @@ class Attachment:
         """A module of ours hands over the named terms of its own objective, from inside its training_step."""
         self.step.own = terms
 
+    def observe(
+        self,
+        values: Mapping[str, tuple[Tensor, Tensor | float]],
+        finish: Callable[[dict[str, Tensor]], dict[str, Tensor]] = dict,
+    ) -> None:
+        """A module of ours hands over sums and counts of its step, whose means over window and ranks ``finish`` completes."""
+        self.step.observe(values)
+        self.step.finish = finish
+
     def _training_step(self) -> Callable[..., Any]:
         original = self.module.training_step
 
@@ -432,6 +444,7 @@ class Attachment:
             self._restored_state = checkpoints.check(self, checkpoint)
             self._begun = False  # a tuner trains, then restores what was before
             self.references.load(self._restored_state.get("references", {}))
+            checkpoints.restore_adapters(self.module, self._restored_state)
             original(checkpoint)
 
         return on_load_checkpoint

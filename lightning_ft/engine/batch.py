@@ -6,11 +6,13 @@ Rows are either laid end to end in one packed row (``bounds`` says where each be
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
 import torch
 from torch import Tensor
+
+from lightning_ft.nn.shared_segments import Shared
 
 
 @dataclass
@@ -39,6 +41,8 @@ class Batch:
         positions: like ``ids``; restarts at 0 in each segment.
         bounds: packed rows: cumulative segment bounds (0, ..., T); None when padded.
         mask: padded rows: (B, T) bool, True on real tokens; None when packed.
+        shared: packed rows that begin alike: for each segment (index of an earlier one, how many of its first tokens are seen
+            before the segment's own), or None; the positions go on from there. None where nothing is shared.
         scored: (N,) int64, flat indices into ``ids.reshape(-1)`` of the positions whose hidden state predicts: for a language
             model those before the tokens to learn, for token classification the labelled tokens themselves.
         labels: (N,) int64, the token (or class) that each of them has to predict.
@@ -51,6 +55,8 @@ class Batch:
             with 1 for each class that holds; what stands there for a filler is never looked at.
         types: like ``ids``, 1 (or what the tokenizer says) on the second text of a pair; None where rows have no types.
         source: what the encoder of a sequence-to-sequence model reads; the fields above are then the decoder's.
+        columns: further numbers by name, one for each segment, pair of segments or scored token, as whoever made the batch and
+            whoever reads it agree: margins, reference log-probabilities, advantages.
     """
 
     ids: Tensor
@@ -67,14 +73,17 @@ class Batch:
     targets: Tensor | None = None
     types: Tensor | None = None
     source: Source | None = None
+    shared: Shared | None = None
+    columns: dict[str, Tensor] = field(default_factory=dict)
 
     def to(self, device: torch.device | str, non_blocking: bool = False) -> Batch:
         """The same batch with its tensors on ``device``; bounds and counts stay plain numbers (no device sync)."""
         moved: dict[str, Any] = {}
-        for field in fields(self):
-            value = getattr(self, field.name)
+        for one in fields(self):
+            value = getattr(self, one.name)
             if isinstance(value, (Tensor, Source)):
-                moved[field.name] = value.to(device, non_blocking=non_blocking)
+                moved[one.name] = value.to(device, non_blocking=non_blocking)
+        moved["columns"] = {name: v.to(device, non_blocking=non_blocking) for name, v in self.columns.items()}
         return replace(self, **moved)
 
     @property

@@ -20,10 +20,14 @@ from lightning.fabric.plugins.io.torch_io import TorchCheckpointIO
 from lightning.pytorch.strategies import Strategy
 from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
 from typing_extensions import override
 
 from lightning_ft.engine.arguments import arguments_of
+from lightning_ft.engine.sharded_files import is_folder, read_whole
 from lightning_ft.functional.errors import Refusal
+from lightning_ft.nn.adapters import active_adapters, set_adapters
+from lightning_ft.nn.packed import Sample, packed_layers
 from lightning_ft.nn.registry import base_name, injected_layers
 
 if TYPE_CHECKING:
@@ -33,7 +37,6 @@ KEY = "lightning_ft"
 ATTACHMENT = "_lightning_ft_attachment"
 """Where a LightningModule keeps its attachment."""
 FORMAT = 1
-_SAMPLES = 4096
 
 
 def kept_keys(module: nn.Module) -> set[str]:
@@ -54,20 +57,18 @@ def kept_keys(module: nn.Module) -> set[str]:
 
 
 def fingerprint(module: nn.Module) -> str:
-    """A digest of the frozen parameters, from at most 4,096 numbers of each, the same for fp32 and bf16 copies."""
+    """A digest of the frozen parameters, from at most 4,096 numbers of each, the same for fp32, bf16 and packed copies."""
     digest = hashlib.sha256()
     kept = kept_keys(module)
+    packed = {f"{path}.weight": layer.source for path, layer in packed_layers(module).items()}
     named = [(base_name(name, module), name, p) for name, p in module.named_parameters()]
     for pristine, name, parameter in sorted(named, key=lambda triple: triple[0]):
         if name in kept:
             continue
-        flat = parameter.detach().reshape(-1)
-        sample = flat[:: max(1, flat.numel() // _SAMPLES)][:_SAMPLES].cpu()
-        if sample.is_floating_point():
-            sample = sample.to(torch.bfloat16).view(torch.int16)
+        sample = packed.get(name) or Sample.of(parameter)  # packed weights count as what they were
         digest.update(pristine.encode())
-        digest.update(str(tuple(parameter.shape)).encode())
-        digest.update(sample.contiguous().numpy().tobytes())
+        digest.update(str(sample.shape).encode())
+        digest.update(sample.numbers.numpy().tobytes())
     return digest.hexdigest()[:32]
 
 
@@ -78,8 +79,9 @@ def recipe(obj: object) -> dict[str, Any]:
     """
     given = obj.resolved_arguments() if hasattr(obj, "resolved_arguments") else arguments_of(obj)
     arguments = {name: _plain(value) for name, value in given.items()}
+    cls = next(kind for kind in type(obj).__mro__ if not issubclass(kind, FSDPModule))  # sharding puts one before it
     return {
-        "class_path": f"{type(obj).__module__}.{type(obj).__qualname__}",
+        "class_path": f"{cls.__module__}.{cls.__qualname__}",
         "init_args": {name: value for name, value in arguments.items() if value is not _NOT_PLAIN},
     }
 
@@ -116,6 +118,7 @@ def write(attachment: Attachment, checkpoint: dict[str, Any]) -> None:
         "module": recipe(module) if hasattr(module, "lightning_ft_module") else None,
         "techniques": [recipe(technique) for technique in attachment.techniques],
         "references": attachment.references.state(),
+        "adapters": active_adapters(module),
         "world_size": trainer.world_size,
         "partial": _partial(attachment, trainer),
     }
@@ -142,7 +145,7 @@ def _partial(attachment: Attachment, trainer: pl.Trainer) -> dict[str, Any] | No
         "grads": grads,
         "rows": rows,
         "counted": attachment.step.window.counted,
-        "logged": {name: (float(value), count) for name, (value, count) in attachment.step.logged.items()},
+        "logged": {name: (float(value), float(count)) for name, (value, count) in attachment.step.logged.items()},
     }
 
 
@@ -242,6 +245,12 @@ def record_of(checkpoint: dict[str, Any]) -> dict[str, Any]:
     return record
 
 
+def restore_adapters(module: nn.Module, record: dict[str, Any]) -> None:
+    """Lets a module compute with the combination of adapters that a file was saved with; older files do not say."""
+    if record.get("adapters", active_adapters(module)) != active_adapters(module):
+        set_adapters(module, record["adapters"])
+
+
 def difference(listed: set[str], expected: set[str]) -> str:
     """What a file lists and a model expects, where they differ, in words; empty when they agree."""
     parts = []
@@ -269,6 +278,13 @@ class AtomicCheckpointIO(TorchCheckpointIO):
 
     Lightning writes to the temporary folder and moves: not atomic across file systems, and nothing is fsynced.
     """
+
+    @override
+    def load_checkpoint(self, path: str | Path, *args: Any, **kwargs: Any) -> dict[str, Any]:
+        if is_folder(Path(path)):  # of a run under FSDP2
+            return read_whole(Path(path))
+        loaded: dict[str, Any] = super().load_checkpoint(path, *args, **kwargs)
+        return loaded
 
     @override
     def save_checkpoint(

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import lightning.pytorch as pl
 from lightning.pytorch.callbacks import ModelCheckpoint, StochasticWeightAveraging, WeightAveraging
-from lightning.pytorch.plugins.precision import HalfPrecision, MixedPrecision
+from lightning.pytorch.plugins.precision import BitsandbytesPrecision, HalfPrecision, MixedPrecision
 from lightning.pytorch.strategies import (
     DDPStrategy,
     DeepSpeedStrategy,
@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from lightning_ft.engine.checkpoints import kept_keys
 from lightning_ft.functional.errors import Refusal
+from lightning_ft.nn.packed import has_packed_weights
 from lightning_ft.nn.registry import injected_layers
 
 if TYPE_CHECKING:
@@ -61,6 +62,8 @@ WORDS = {
     "dataloader_iter": "a training_step that takes dataloader_iter",
     "several_ranks": "several ranks",
     "weight_averaging": "Lightning's weight averaging",
+    "quantised": "a quantised base",
+    "bitsandbytes_precision": "Lightning's BitsandbytesPrecision",
     "time_saves_in_window": "ModelCheckpoint.train_time_interval with accumulation on several ranks",
 }
 """Every word of a situation, and how a message says it."""
@@ -91,6 +94,18 @@ RULES = (
         frozenset(),
         "it copies the whole model, frozen weights too, into memory and into every checkpoint",
         "use lightning_ft.WeightEMA, which averages what is trained (--ema.decay 0.999)",
+    ),
+    Rule(
+        frozenset({"fsdp2", "quantised"}),
+        frozenset(),
+        "FSDP2 shards packed weights without what unpacks them, and trains on garbage without an error",
+        "use ddp, or FSDP2 without quantize",
+    ),
+    Rule(
+        frozenset({"bitsandbytes_precision"}),
+        frozenset(),
+        "it packs layers after techniques have chosen what trains: chosen weights would be packed, frozen biases trained",
+        "leave the plugin out and set quantize (--model.quantize nf4), or call quantize_ in your configure_model",
     ),
     Rule(
         frozenset({"manual_optimization"}),
@@ -137,6 +152,10 @@ def situation(trainer: pl.Trainer, module: pl.LightningModule) -> Situation:
     precision = strategy.precision_plugin
     if isinstance(precision, MixedPrecision) and precision.scaler is not None:
         words.add("fp16")
+    if isinstance(precision, BitsandbytesPrecision):
+        words.add("bitsandbytes_precision")
+    if isinstance(getattr(module, "quantize", None), str) or has_packed_weights(module):
+        words.add("quantised")
     if not module.automatic_optimization:
         words.add("manual_optimization")
     if trainer.world_size > 1:
@@ -183,6 +202,16 @@ def check(techniques: Iterable[Technique], where: Situation) -> None:
                 "give one of them another name."
             )
         names[technique.state_key] = technique
+
+
+def check_packed_for_fsdp2(module: nn.Module) -> None:
+    """Refuses packed weights under FSDP2, wherever they come from.
+
+    Raises:
+        Refusal: ``lightning_ft cannot work with FSDP2 and a quantised base, because ...``
+    """
+    if has_packed_weights(module):
+        check([], Situation(frozenset({"fsdp2", "quantised"})))
 
 
 def check_surgery(where: Situation) -> None:

@@ -48,6 +48,11 @@ class Edits:
                 f"configure_model has rebuilt the net and lost injected layers such as {sorted(lost)[0]}; build it once "
                 "(`if self.net is None: ...`)."
             )
+        for part in self.module.modules():
+            # bitsandbytes' own 4-bit layers, from transformers say, repack themselves at the first evaluation on some CPUs,
+            # and every later gradient is wrong.
+            if getattr(part, "support_avx512bf16_for_cpu", False):
+                part.support_avx512bf16_for_cpu = False  # type: ignore[assignment]
         sharded = any(isinstance(p, DTensor) for p in self.module.parameters())
         for phase, _, name, edit in sorted(self.registered, key=lambda e: e[:3]):
             if (phase, name) in self._done:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -178,3 +178,29 @@ class EntityF1(Metric):
     def compute(self) -> Tensor:
         """2 both / (found + there); 0 where there are none of either."""
         return 2 * self.both / (self.found + self.there).clamp(min=1)
+
+
+class NamedMeans(Metric):
+    """Means of several numbers at once, each over what it was counted for; not a number where that is nothing."""
+
+    full_state_update = False
+    sums: Tensor
+    counts: Tensor
+
+    def __init__(self, names: Sequence[str]) -> None:
+        """Args: names: of the numbers."""
+        super().__init__()
+        self.names = list(names)
+        for state in ("sums", "counts"):
+            self.add_state(state, torch.zeros(len(self.names)), dist_reduce_fx="sum")
+
+    def update(self, values: Mapping[str, tuple[Tensor, Tensor | float]]) -> None:
+        """Adds name -> (sum, how many it was summed over) of a batch, for every name."""
+        both = [torch.as_tensor(n, device=self.sums.device).detach().float() for x in self.names for n in values[x]]
+        added = torch.stack(both).reshape(-1, 2)
+        self.sums += added[:, 0]
+        self.counts += added[:, 1]
+
+    def compute(self) -> dict[str, Tensor]:
+        """Name -> mean, over batches and ranks."""
+        return dict(zip(self.names, self.sums / self.counts, strict=True))

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 from torch import nn
 
 from lightning_ft.engine.model_parts import WORDS, blocks_in, pristine_parameters, stacks
 from lightning_ft.functional.errors import Refusal
+from lightning_ft.nn.packed import is_packed
 from lightning_ft.nn.registry import InjectedLayer
 from lightning_ft.nn.select import LayerSpec, select
 
@@ -72,19 +73,24 @@ def freeze_base(model: nn.Module) -> None:
             parameter.requires_grad_(False)
 
 
-def thaw(parameters: Iterable[nn.Parameter]) -> None:
-    """Lets parameters train.
+def thaw(parameters: Mapping[str, nn.Parameter] | Iterable[nn.Parameter]) -> None:
+    """Lets parameters train; given by name, a refusal says which.
 
     Raises:
         Refusal: for quantised weights, which have no gradient.
     """
-    for parameter in parameters:
-        if not parameter.is_floating_point():
+    for parameter in parameters.values() if isinstance(parameters, Mapping) else parameters:
+        if is_packed(parameter):
             raise Refusal(
-                f"A parameter of shape {tuple(parameter.shape)} and dtype {str(parameter.dtype).removeprefix('torch.')} is "
-                "quantised and cannot be trained in place; name other parts, load the base without quantisation, or use LoRA."
+                f"{_said(parameters, parameter)} is quantised ({str(parameter.dtype).removeprefix('torch.')}) and cannot be "
+                "trained in place; name parts that are not packed (norms, biases, head), leave quantize out, or use LoRA."
             )
         parameter.requires_grad_(True)
+
+
+def _said(parameters: Mapping[str, nn.Parameter] | Iterable[nn.Parameter], one: nn.Parameter) -> str:
+    named = parameters if isinstance(parameters, Mapping) else {}
+    return next((repr(name) for name, p in named.items() if p is one), "A parameter that is to be thawed")
 
 
 def set_training(model: nn.Module) -> None:

@@ -9,6 +9,8 @@ from typing import Any, Literal
 
 import lightning.pytorch as pl
 import torch
+from lightning.pytorch.strategies import ModelParallelStrategy
+from lightning.pytorch.trainer.states import TrainerFn
 from torch.optim import Optimizer
 
 from lightning_ft.engine import summary
@@ -23,10 +25,14 @@ from lightning_ft.models.admission import Admission
 from lightning_ft.models.admission_tasks import admit_task
 from lightning_ft.models.causal import CausalLM
 from lightning_ft.models.classifier import CLASSIFIES, Classifier
+from lightning_ft.models.compiling import check_backend, compile_blocks
 from lightning_ft.models.dtype import apply_dtype_policy, compute_dtype
 from lightning_ft.models.load import load_tokenizer
 from lightning_ft.models.load_task import Task, load_for_task
+from lightning_ft.models.quantize import Mode, check_mode, quantize_, try_packed
 from lightning_ft.models.seq2seq import Seq2SeqLM
+from lightning_ft.models.sharding import block_modules
+from lightning_ft.nn.packed import is_packed
 
 DtypePolicy = Literal["auto", "float32", "bfloat16", "pure_bfloat16"]
 OptimizerFactory = Callable[[Iterable[Any]], Optimizer]
@@ -43,6 +49,8 @@ class FineTuningModule(pl.LightningModule):
     """What the base predicts; a subclass may make it an argument, with ``labels`` and ``multi_label`` beside it."""
     labels: list[str] | None = None
     multi_label: bool = False
+    head_lr: float | None = None
+    """Peak rate of a head that classifies; None: that of the rest."""
 
     def __init__(
         self,
@@ -58,6 +66,8 @@ class FineTuningModule(pl.LightningModule):
         gradient_checkpointing: bool,
         trust_remote_code: bool,
         revision: str | None,
+        quantize: Mode | None = None,
+        compile_blocks: str | None = None,
     ) -> None:
         super().__init__()
         self.base = base
@@ -71,6 +81,8 @@ class FineTuningModule(pl.LightningModule):
         self.gradient_checkpointing = gradient_checkpointing
         self.trust_remote_code = trust_remote_code
         self.revision = revision
+        self.quantize = quantize
+        self.compile_blocks = compile_blocks
         self.model: Any = None
         self.admission: Admission | None = None
         self._tokenizer: Any = None
@@ -125,12 +137,44 @@ class FineTuningModule(pl.LightningModule):
         return theirs, self.multi_label or self.datamodule.multi_label()
 
     def register(self, attachment: Attachment) -> None:
-        """The base's own edits: a head that trains, dtypes once it is known what is trained, activation checkpointing."""
+        """The base's own edits: packing, a head that trains, dtypes once it is known what is trained, checkpointing."""
+        if self.quantize is not None:
+            self._check_quantize(attachment)
+            attachment.edit("quantise", "quantize", self._quantise)
         if self.task in CLASSIFIES:
             attachment.edit("freeze", "train the head", self._train_head, order=THAW)
         attachment.edit("dtype", "dtype", self._apply_dtype)
         if self.gradient_checkpointing:
             attachment.edit("checkpointing", "gradient_checkpointing", self._checkpoint_activations)
+        if self.compile_blocks is not None and self._trainer is not None:  # `lightning_ft.load` compiles nothing
+            check_backend(self.compile_blocks, self._root_device())
+            attachment.edit("compile", "compile_blocks", self._compile, again=True)
+
+    def _check_quantize(self, attachment: Attachment) -> None:
+        """Before anything is loaded: packed weights have no gradient, so something else must be what trains."""
+        assert self.quantize is not None
+        check_mode(self.quantize)
+        ours = type(self).__module__.startswith("lightning_ft.")  # a user's subclass may inject adapters by itself
+        if ours and not any("model" in technique.traits.edits for technique in attachment.techniques):
+            self._refuse_full_training()
+
+    def _refuse_full_training(self) -> None:
+        if self._trainer is not None and self._trainer.state.fn == TrainerFn.FITTING:
+            raise Refusal(
+                f"quantize {self.quantize!r} packs the base's weights, which cannot be trained then, and nothing else is there to "
+                "train; add a technique, such as LoRA (--lora.r 16), or leave quantize out."
+            )
+
+    def _quantise(self, module: pl.LightningModule) -> None:
+        head = self.view.head_parameter_names() if self.task in CLASSIFIES else ()
+        assert self.quantize is not None
+        quantize_(
+            self.model, self.quantize, skip={name.rpartition(".")[0] for name in head}, device=self._root_device()
+        )
+        try_packed(self.model, self.base)
+
+    def _root_device(self) -> torch.device:
+        return self._trainer.strategy.root_device if self._trainer is not None else torch.device("cpu")
 
     def _train_head(self, module: pl.LightningModule) -> None:
         """A new task's head is trained whatever else is: unless it is frozen by name, which comes later."""
@@ -139,16 +183,23 @@ class FineTuningModule(pl.LightningModule):
             parameters[name].requires_grad_(True)
 
     def _apply_dtype(self, module: pl.LightningModule) -> None:
-        root = self._trainer.strategy.root_device if self._trainer is not None else torch.device("cpu")
+        if self.quantize is not None and all(p.requires_grad for p in self.model.parameters() if not is_packed(p)):
+            self._refuse_full_training()  # nobody has frozen what is left of the base
         apply_dtype_policy(
             self.model,
-            compute_dtype(self.base_dtype, root),
+            compute_dtype(self.base_dtype, self._root_device()),
             frozen_only=self.base_dtype != "pure_bfloat16",
             trainable={name.removeprefix("model.") for name in Attachment.of(self).late},
+            defer=self._trainer is not None and isinstance(self.trainer.strategy, ModelParallelStrategy),
         )
 
     def _checkpoint_activations(self, module: pl.LightningModule) -> None:
         self.model.gradient_checkpointing_enable({"use_reentrant": False})
+
+    def _compile(self, module: pl.LightningModule) -> None:
+        assert self.compile_blocks is not None
+        units = getattr(self.trainer.strategy, "unit_modules", block_modules)
+        Attachment.of(self).on_leave(compile_blocks(units(self), backend=self.compile_blocks))
 
     @property
     def tokenizer(self) -> Any:
@@ -180,7 +231,10 @@ class FineTuningModule(pl.LightningModule):
 
     def own_rates(self) -> dict[str, float]:
         """Factors of the rate that the module itself asks for, by parameter name; techniques' come on top."""
-        return {}
+        if self.head_lr is None:
+            return {}
+        factor = self.head_lr / self.resolved_lr()
+        return {f"model.{name}": factor for name in self.view.head_parameter_names()}
 
     def configure_optimizers(self) -> Any:
         """AdamW (or ``optimizer``) over what is trainable after all edits, warmed up and decayed."""
@@ -201,6 +255,23 @@ class FineTuningModule(pl.LightningModule):
         warmup = self.warmup_steps if self.warmup_steps is not None else max(1, round(0.03 * total))
         scheduler = build_scheduler(optimizer, total=total, warmup=warmup, schedule=self.schedule)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Refuses to go on with a run whose base was packed otherwise; anything else may be measured on it.
+
+        Raises:
+            Refusal: ``The checkpoint was trained on a base in nf4, and this one is not packed; ...``
+        """
+        recipe = (checkpoint.get("lightning_ft") or {}).get("module")
+        if recipe is None or self._trainer is None or self._trainer.state.fn != TrainerFn.FITTING:
+            return
+        before = recipe["init_args"].get("quantize")
+        if before != self.quantize:
+            was, now = (f"in {mode}" if mode else "that is not packed" for mode in (before, self.quantize))
+            raise Refusal(
+                f"The checkpoint was trained on a base {was}, and this run has one {now}, which computes something else; set "
+                f"quantize to {before or 'null'}, or start a new fit from its weights (init_from)."
+            )
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Keeps the checkpoint rule also for weights-only files saved after the run, of which callbacks hear nothing."""
@@ -232,6 +303,11 @@ class FineTuningModule(pl.LightningModule):
         """The model at a snapshot: the bare ``base``, or ``start``, when the present fit began; without gradients."""
         with Attachment.of(self).reference(name):
             yield
+
+    @contextmanager
+    def exported(self) -> Iterator[str]:
+        """Inside, the model is as other tools are to have it; gives a sentence to say about that, mostly none."""
+        yield ""
 
     def check(self) -> None:
         """Refuses arguments out of bounds; subclasses call it last in their constructor."""

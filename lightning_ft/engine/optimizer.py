@@ -74,7 +74,13 @@ def build_optimizer(
     for group in groups:
         group.pop("names", None)
     if factory is not None:
-        return factory(groups)
+        optimizer = factory(groups)
+        if getattr(optimizer, "is_paged", False) and not all(p.is_cuda for g in groups for p in g["params"]):
+            raise Refusal(
+                f"{type(optimizer).__name__} pages its state between a GPU's memory and the CPU's, and this run has no GPU; use "
+                f"{type(optimizer).__name__.removeprefix('Paged')}."
+            )
+        return optimizer
     floating = all(p.is_floating_point() for g in groups for p in g["params"])
     optimizer = AdamW(groups, betas=(0.9, 0.999), fused=floating)
     # Fused AdamW offers to unscale fp16 gradients inside its step. Then Lightning neither unscales before the gradient

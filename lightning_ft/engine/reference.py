@@ -42,6 +42,8 @@ class References:
         """Args: module: the LightningModule whose trained parts are kept."""
         self.module = module
         self.snapshots: dict[str, Snapshot] = {}
+        self.copied: set[str] = set()
+        """Names of snapshots in which no layer is switched off, because their tensors will be moved."""
 
     def take(self, name: str = "start") -> None:
         """Keeps the trained parts as they are now under ``name``, replacing an older snapshot of that name."""
@@ -49,7 +51,7 @@ class References:
         owned: set[str] = set()
         for path, layer in injected_layers(self.module).items():
             names = {f"{path}.{n}" if path else n for n in layer.injected_parameters()}
-            if is_identity(layer):
+            if name not in self.copied and is_identity(layer):
                 snapshot.off.add(path)
                 owned |= names
         later: set[str] = getattr(self.module.__dict__.get(ATTACHMENT), "late", set())  # frozen now, trained in time
@@ -58,6 +60,13 @@ class References:
                 continue
             snapshot.tensors[name_] = parameter.detach().clone()  # each rank its own rows where FSDP2 has sharded
         self.snapshots[name] = snapshot
+
+    @torch.no_grad()
+    def move(self, name: str, share: float) -> None:
+        """Brings a snapshot nearer to the present weights: each tensor becomes (1 - share) of its own and share of theirs."""
+        parameters = dict(self.module.named_parameters())
+        for name_, tensor in self.snapshots[name].tensors.items():
+            tensor.mul_(1 - share).add_(parameters[name_].detach(), alpha=share)
 
     @contextmanager
     def active(self, name: str = "start") -> Iterator[None]:

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import lightning.pytorch as pl
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from lightning_ft.engine import in_backward
@@ -29,6 +30,7 @@ class Step:
         own: the terms that a module of ours handed over from inside its step; None for a user's own step.
         losses: of the present micro-batch, one for each term, as they are back-propagated.
         logged: name -> (sum, count) of each term over the window so far.
+        observed: names in ``logged`` that are no terms, but what a module of ours measured beside them.
         window: what divides sums.
     """
 
@@ -39,14 +41,23 @@ class Step:
         self.own: list[Term] | None = None
         self.losses: list[Tensor] = []
         self.logged: dict[str, tuple[Tensor, float]] = {}
+        self.observed: set[str] = set()
+        self.finish: Callable[[dict[str, Tensor]], dict[str, Tensor]] = dict
         self.window = Window()
 
     def begin_window(self) -> None:
         """Forgets what was counted, where an accumulation window begins."""
-        self.logged = {}
+        self.logged, self.observed = {}, set()
         if self.attachment.term_gradients is not None:
             self.attachment.term_gradients.forget()
         self.window.begin()
+
+    def observe(self, values: Mapping[str, tuple[Tensor, Tensor | float]]) -> None:
+        """Adds name -> (sum, how many it was summed over) of a micro-batch to what is logged of its window."""
+        for name, (value, count) in values.items():
+            before, counted = self.logged.get(name, (0.0, 0.0))
+            self.logged[name] = (before + value.detach().float(), counted + count)  # type: ignore[assignment]
+        self.observed |= values.keys()
 
     def total(self, batch: Any, output: Any) -> Any:
         """The module's own loss plus every registered term, divided by the window's counts."""
@@ -102,9 +113,22 @@ class Step:
             if len(terms) == 1:
                 means.pop(terms[0].name)
         attachment = self.attachment
+        if self.observed:
+            self._log_observed()
         # Sums over ranks divided by counts over ranks: summing the shares is exact; without totals ranks are averaged.
         reduce = "sum" if totals is not None else "mean"
         for name, mean in means.items():
             attachment.module.log(
                 f"train/{name}", mean, prog_bar=name == "loss", sync_dist=attachment.ranks > 1, reduce_fx=reduce
             )
+
+    def _log_observed(self) -> None:
+        """Means over the window and all ranks, by one reduction; not a number where nothing was counted."""
+        module = self.attachment.module
+        names = sorted(self.observed)
+        both = [torch.as_tensor(n, dtype=torch.float32, device=module.device) for x in names for n in self.logged[x]]
+        sums = torch.stack(both).reshape(-1, 2)  # (K, 2)
+        if self.attachment.ranks > 1:
+            dist.all_reduce(sums)
+        for name, mean in self.finish(dict(zip(names, sums[:, 0] / sums[:, 1], strict=True))).items():
+            module.log(f"train/{name}", mean)

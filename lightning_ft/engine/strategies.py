@@ -15,14 +15,14 @@ from datetime import timedelta
 from pathlib import Path
 from typing import Any, Literal
 
+import lightning.pytorch as pl
 import torch
 import torch.distributed.checkpoint as dcp
 from lightning.fabric.plugins.collectives.torch_collective import default_pg_timeout
-from lightning.fabric.strategies.model_parallel import _load_checkpoint
-from lightning.fabric.utilities.load import _METADATA_FILENAME
 from lightning.pytorch.core.optimizer import LightningOptimizer
 from lightning.pytorch.strategies import ModelParallelStrategy
 from lightning.pytorch.trainer.states import TrainerFn
+from lightning.pytorch.utilities import rank_zero_info
 from torch import nn
 from torch.distributed.checkpoint.state_dict import (
     StateDictOptions,
@@ -32,13 +32,27 @@ from torch.distributed.checkpoint.state_dict import (
     set_optimizer_state_dict,
 )
 from torch.distributed.fsdp import FSDPModule
-from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
+from lightning_ft.engine.gradients import like
+from lightning_ft.engine.root import model_root
+from lightning_ft.engine.sharded_files import (
+    GROUPS,
+    KEYS,
+    META,
+    PlainPlanner,
+    Reader,
+    gathered,
+    is_folder,
+    numbered,
+    put_in_place,
+    read_meta,
+)
 from lightning_ft.functional.errors import Refusal
+from lightning_ft.models.sharding import block_modules, held_whole, modules_named, shard_
 
-KEYS = "sharded_keys"
-"""Where ``meta.pt`` lists the keys of the shards beside it."""
+LARGE = 1 << 28
+"""Bytes of weights in a process's own memory before sharding that are worth a word; adapters never are."""
 
 
 class FSDP2Strategy(ModelParallelStrategy):
@@ -48,8 +62,8 @@ class FSDP2Strategy(ModelParallelStrategy):
     own calls :func:`lightning_ft.models.sharding.shard_` there.
 
     A checkpoint is a folder with one file per rank, unless ``save_distributed_checkpoint`` is False. It is written
-    beside its target, fsynced and renamed. Shards are read by ``torch.distributed.checkpoint``, whose index is a
-    pickle: load folders that you wrote.
+    beside its target, fsynced and renamed. Any number of ranks resumes from it, also one process or DDP, and
+    `lightning_ft.load` and the export commands read it; of its index, a pickle, nothing but an index is accepted.
 
     Args:
         data_parallel_size: ranks that share one copy of the parameters; ``"auto"`` is all ranks divided by
@@ -59,6 +73,11 @@ class FSDP2Strategy(ModelParallelStrategy):
         save_distributed_checkpoint: whether every rank writes its shard; False gathers all on rank 0 into one file.
         process_group_backend: ``"nccl"``, ``"gloo"`` ...; by default what fits the device.
         timeout: for the collectives of the process group.
+        units: names of the modules that are gathered one at a time, see `lightning_ft.nn.select`: ``["mlp", "self_attn"]``,
+            ``["model.layers.*"]``. None: each repeated block of the model is a unit, which suits transformers. What lies
+            in no unit (embeddings, head) is gathered for the whole step.
+        reshard_after_forward: release a unit's weights after its forward pass and gather them again for its backward
+            pass: the least memory. False keeps them in between, which saves a third of the traffic.
     """
 
     trained: Callable[[], Iterable[str]] | None = None
@@ -71,6 +90,8 @@ class FSDP2Strategy(ModelParallelStrategy):
         save_distributed_checkpoint: bool = True,
         process_group_backend: str | None = None,
         timeout: timedelta | None = default_pg_timeout,
+        units: list[str] | None = None,
+        reshard_after_forward: bool = True,
     ) -> None:
         super().__init__(
             data_parallel_size=data_parallel_size,
@@ -79,6 +100,32 @@ class FSDP2Strategy(ModelParallelStrategy):
             process_group_backend=process_group_backend,
             timeout=timeout,
         )
+        if units is not None and not units:
+            raise Refusal("FSDP2Strategy.units is empty; name modules, or leave it out for one unit a block.")
+        self.units = units
+        self.reshard_after_forward = reshard_after_forward
+
+    def unit_modules(self, module: nn.Module) -> list[tuple[str, nn.Module]]:
+        """(name, module) of what is gathered at once, named within the one Hugging Face model of ``module`` if it has one.
+
+        Raises:
+            Refusal: for a pattern that means nothing.
+        """
+        if self.units is None:
+            return block_modules(module)
+        path, root = model_root(module)
+        return [(f"{path}.{n}" if path else n, m) for n, m in modules_named(root, self.units)]
+
+    def shard(self, module: pl.LightningModule) -> None:
+        """Shards the module by the plan of this strategy; a second call only registers its steps again."""
+        held = 0 if isinstance(module, FSDPModule) else held_whole(module)
+        if held > LARGE:
+            rank_zero_info(
+                f"{held / 2**20:.0f} MB of weights are not mapped from a safetensors file, so each process holds them whole until "
+                "they are sharded."
+            )
+        options = {"reshard_after_forward": self.reshard_after_forward}
+        shard_(module, self.device_mesh, units=self.unit_modules, **options)
 
     def setup_environment(self) -> None:
         """Resolves ``data_parallel_size="auto"`` to all ranks (Lightning's own "auto" is the number of nodes)."""
@@ -113,6 +160,14 @@ class FSDP2Strategy(ModelParallelStrategy):
         )
         return self._model_state(self.trained_names(), options)
 
+    def optimizer_state(self, optimizer: Optimizer) -> dict[str, Any]:
+        """Each rank's rows by name; in one file whole and numbered, as on a single device, so that either goes on with it."""
+        if self._save_distributed_checkpoint:
+            return super().optimizer_state(optimizer)
+        options = StateDictOptions(full_state_dict=True, cpu_offload=True)
+        state = get_optimizer_state_dict(self._net, _plain(optimizer), options=options)
+        return numbered(state) if self.global_rank == 0 else {}
+
     def save_checkpoint(self, checkpoint: dict[str, Any], filepath: str | Path, storage_options: Any = None) -> None:
         """Writes shards and ``meta.pt`` into a folder beside the target, then renames it.
 
@@ -123,18 +178,19 @@ class FSDP2Strategy(ModelParallelStrategy):
             storage_options: not supported, as in the parent class.
         """
         own = ("state_dict", "optimizer_states")
-        checkpoint = {key: value if key in own else _gathered(value) for key, value in checkpoint.items()}
+        checkpoint = {key: value if key in own else gathered(value) for key, value in checkpoint.items()}
         if not self._save_distributed_checkpoint:
             self._save_file(checkpoint, Path(self.broadcast(filepath)), storage_options)
             return
         if storage_options is not None:
             raise Refusal("FSDP2Strategy writes checkpoints itself and takes no storage_options; leave them out.")
         shards: dict[str, Any] = {"state_dict": checkpoint.pop("state_dict")}
-        for i, state in enumerate(checkpoint.pop("optimizer_states", [])):
-            shards[f"optimizer_{i}"] = state
-        checkpoint[KEYS] = {
-            name: _shapes(state) if name == "state_dict" else sorted(state["state"]) for name, state in shards.items()
-        }
+        checkpoint[KEYS] = {"state_dict": _shapes(shards["state_dict"])}
+        states = checkpoint.pop("optimizer_states", [])
+        checkpoint[GROUPS] = [state["param_groups"] for state in states]
+        for i, state in enumerate(states):
+            checkpoint[KEYS][f"optimizer_{i}"] = sorted(state["state"])
+            shards[f"optimizer_{i}"] = {"state": {name: value for name, value in state["state"].items() if value}}
         path = Path(self.broadcast(filepath))
         partial = path.with_name(f".{path.name}.partial")
         if self.global_rank == 0:
@@ -143,18 +199,18 @@ class FSDP2Strategy(ModelParallelStrategy):
         self.barrier()
         dcp.save(shards, checkpoint_id=partial)  # its writer fsyncs every file
         if self.global_rank == 0:
-            with (partial / _METADATA_FILENAME).open("wb") as file:
+            with (partial / META).open("wb") as file:
                 torch.save(checkpoint, file)
                 file.flush()
                 os.fsync(file.fileno())
-            _replace(partial, path)
+            put_in_place(partial, path)
         self.barrier()
 
     def _save_file(self, checkpoint: dict[str, Any], path: Path, storage_options: Any) -> None:
         """One file, where a sharded checkpoint may lie: rank 0 alone moves that aside, and removes it after the write."""
         old = path.with_name(f".{path.name}.old")
         folder = self.broadcast(path.is_dir())
-        if folder and not self.broadcast((path / _METADATA_FILENAME).is_file()):
+        if folder and not self.broadcast(is_folder(path)):
             raise Refusal(
                 f"{path} is a folder that holds no checkpoint, so none is written over it; name another file."
             )
@@ -183,22 +239,17 @@ class FSDP2Strategy(ModelParallelStrategy):
         path = Path(self.broadcast(checkpoint_path))
         if path.is_file():
             return self._load_file(path)
-        if not (path / _METADATA_FILENAME).is_file():
-            raise Refusal(f"{path} is no checkpoint: it is neither a file nor a folder with a {_METADATA_FILENAME}.")
-        meta: dict[str, Any] = torch.load(path / _METADATA_FILENAME, map_location="cpu", weights_only=True)
-        keys = meta.pop(KEYS, None)
-        if keys is None:
-            raise Refusal(
-                f"{path} was not written by FSDP2Strategy ({_METADATA_FILENAME} lists no keys), so it cannot be "
-                "compared with the model; resume it with the strategy that wrote it."
-            )
+        if not is_folder(path):
+            raise Refusal(f"{path} is no checkpoint: it is neither a file nor a folder with a {META}.")
+        meta = read_meta(path)
+        keys, groups = meta.pop(KEYS), meta.pop(GROUPS)
         names = self._check_keys(path, keys["state_dict"])
         self._check_optimizers(path, {key for key in keys if key != "state_dict"})
         model = {"state_dict": self._model_state(names, StateDictOptions(ignore_frozen_params=True))}
-        dcp.load(model, checkpoint_id=path)
+        dcp.load(model, storage_reader=Reader(path), planner=PlainPlanner())
         set_model_state_dict(self._net, model["state_dict"], options=StateDictOptions(strict=False))
         for i, optimizer in enumerate(self.optimizers):
-            self._load_optimizer(path, f"optimizer_{i}", optimizer, set(keys[f"optimizer_{i}"]))
+            self._load_optimizer(path, f"optimizer_{i}", _plain(optimizer), set(keys[f"optimizer_{i}"]), groups[i])
             meta["optimizer_states"] = []  # says to later readers that it was a checkpoint to resume from
         return meta
 
@@ -251,9 +302,9 @@ class FSDP2Strategy(ModelParallelStrategy):
         if len(found) != len(self.optimizers):
             raise Refusal(f"{path} holds the state of {len(found)} optimizers, this run has {len(self.optimizers)}.")
 
-    def _load_optimizer(self, path: Path, key: str, optimizer: Optimizer, found: set[str]) -> None:
-        if isinstance(optimizer, LightningOptimizer):
-            optimizer = optimizer._optimizer
+    def _load_optimizer(
+        self, path: Path, key: str, optimizer: Optimizer, found: set[str], groups: list[dict[str, Any]]
+    ) -> None:
         held = {id(p) for group in optimizer.param_groups for p in group["params"]}
         names = {_canonical(name) for name, p in self._net.named_parameters(remove_duplicate=False) if id(p) in held}
         if found - names:
@@ -263,18 +314,55 @@ class FSDP2Strategy(ModelParallelStrategy):
             )
         # torch makes empty state for what requires gradients; a part that was not yet thawed has none in the file.
         with _only_trained(self._net, found):
-            state = {key: get_optimizer_state_dict(self._net, optimizer)}
-            dcp.load(state, checkpoint_id=path)
-            set_optimizer_state_dict(self._net, optimizer, state[key], options=StateDictOptions(strict=False))
+            state: dict[str, Any] = get_optimizer_state_dict(self._net, optimizer)
+            shards = {key: {"state": {name: value for name, value in state["state"].items() if value}}}
+            if shards[key]["state"]:
+                dcp.load(shards, storage_reader=Reader(path), planner=PlainPlanner())
+            state["state"] |= shards[key]["state"]
+            state["param_groups"] = groups
+            set_optimizer_state_dict(self._net, optimizer, state, options=StateDictOptions(strict=False))
 
     def _load_file(self, path: Path) -> dict[str, Any]:
-        head = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
-        self._check_keys(path, _shapes(head["state_dict"]))
-        self._check_optimizers(path, {f"optimizer_{i}" for i, _ in enumerate(head.get("optimizer_states", []))})
-        state: dict[str, Any] = {"state_dict": self._net}
-        state |= {f"optimizer_{i}": optimizer for i, optimizer in enumerate(self.optimizers)}
-        options = {"strict": False, "optimizer_states_from_list": True, "weights_only": True}
-        return _load_checkpoint(path, state, **options)
+        """One file, of this strategy or of a single device or DDP: every rank maps it and takes its rows."""
+        checkpoint: dict[str, Any] = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
+        self._check_keys(path, _shapes(checkpoint["state_dict"]))
+        states = checkpoint.get("optimizer_states", [])
+        self._check_optimizers(path, {f"optimizer_{i}" for i, _ in enumerate(states)})
+        own: dict[str, torch.Tensor] = {}
+        own |= {_canonical(name): p for name, p in self._net.named_parameters(remove_duplicate=False)}
+        own |= {_canonical(name): b for name, b in self._net.named_buffers(remove_duplicate=False)}
+        with torch.no_grad():
+            for name, value in checkpoint.pop("state_dict").items():
+                own[name].copy_(like(value, own[name]))
+        for optimizer, state in zip(self.optimizers, states, strict=False):
+            _restore(path, _plain(optimizer), state)
+        return checkpoint
+
+
+def _plain(optimizer: Optimizer) -> Optimizer:
+    """The torch optimizer inside Lightning's."""
+    inner: Optimizer = optimizer._optimizer if isinstance(optimizer, LightningOptimizer) else optimizer
+    return inner
+
+
+def _restore(path: Path, optimizer: Optimizer, state: dict[str, Any]) -> None:
+    """Gives an optimizer over sharded parameters a state of whole tensors, parameters matched by their place."""
+    own, saved = optimizer.param_groups, state["param_groups"]
+    if [len(group["params"]) for group in own] != [len(group["params"]) for group in saved]:
+        raise Refusal(
+            f"{path} does not fit the optimizer: its groups hold {[len(g['params']) for g in saved]} parameters, this run's "
+            f"{[len(g['params']) for g in own]}. Resume with the techniques and the optimizer it was written with."
+        )
+    parameters = [p for group in own for p in group["params"]]
+    numbers = [number for group in saved for number in group["params"]]
+    laid_out = {}
+    for number, parameter in zip(numbers, parameters, strict=True):
+        if number in state["state"]:
+            laid_out[number] = {
+                key: like(value, parameter) if getattr(value, "shape", None) == parameter.shape else value
+                for key, value in state["state"][number].items()
+            }
+    optimizer.load_state_dict({"state": laid_out, "param_groups": saved})
 
 
 @contextmanager
@@ -302,35 +390,6 @@ def _shapes(state: dict[str, Any]) -> dict[str, list[int]]:
     return {key: list(getattr(value, "shape", ())) for key, value in sorted(state.items())}
 
 
-def _gathered(value: Any) -> Any:
-    """``value`` with whole tensors on the CPU for sharded ones; all ranks must call it on values of one structure."""
-    if isinstance(value, DTensor):
-        whole: torch.Tensor = value.full_tensor()
-        return whole.detach().cpu()
-    if isinstance(value, dict):
-        return {key: _gathered(item) for key, item in value.items()}
-    if isinstance(value, (list, tuple)) and any(isinstance(item, (DTensor, dict, list, tuple)) for item in value):
-        return type(value)(_gathered(item) for item in value)
-    return value
-
-
 def _some(names: set[str]) -> str:
     shown = ", ".join(sorted(names)[:3])
     return shown if len(names) <= 3 else f"{shown} and {len(names) - 3} more"
-
-
-def _replace(partial: Path, path: Path) -> None:
-    """``partial`` becomes ``path``; a crash leaves one of the two whole, the old one perhaps under its hidden name."""
-    old = path.with_name(f".{path.name}.old")
-    shutil.rmtree(old, ignore_errors=True)
-    if path.is_dir():
-        path.rename(old)
-    elif path.exists():
-        path.unlink()
-    partial.rename(path)
-    folder = os.open(path.parent, os.O_RDONLY)
-    try:
-        os.fsync(folder)
-    finally:
-        os.close(folder)
-    shutil.rmtree(old, ignore_errors=True)

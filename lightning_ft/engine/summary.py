@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, cast
 
 import lightning.pytorch as pl
 from rich.console import Console
 from rich.text import Text
-from torch import nn
+from torch import Tensor, nn
 
 from lightning_ft.engine.attachment import Attachment
 from lightning_ft.engine.optimizer import state_bytes
+from lightning_ft.models.quantize import describe
+from lightning_ft.nn.packed import is_packed, packed_layers
 
 
 def trained_counts(module: nn.Module) -> tuple[int, int]:
@@ -19,16 +21,27 @@ def trained_counts(module: nn.Module) -> tuple[int, int]:
     for parameter in module.parameters():
         total += parameter.numel()
         trained += parameter.numel() if parameter.requires_grad else 0
+    total += sum(
+        layer.packed_numbers() - cast(Tensor, layer.weight).numel() for layer in packed_layers(module).values()
+    )
     return trained, total
+
+
+def frozen_bytes(module: nn.Module) -> int:
+    """Bytes of what is frozen, packed weights with their scales."""
+    plain = sum(p.numel() * p.element_size() for p in module.parameters() if not (p.requires_grad or is_packed(p)))
+    return plain + sum(layer.packed_bytes() for layer in packed_layers(module).values())
 
 
 def announce(module: Any, trainer: pl.Trainer) -> None:
     """Prints the summary; modules without a rate, datamodules without a preview are told of what they have."""
     console = Console()
     trained, total = trained_counts(module)
-    frozen_bytes = sum(p.numel() * p.element_size() for p in module.parameters() if not p.requires_grad)
     techniques = ", ".join(repr(t) for t in Attachment.of(module).techniques) or "none: everything is trained"
     console.print(f"[bold]base[/bold]        {module.base}")
+    packed = describe(module)
+    if packed is not None:
+        console.print(f"[bold]packed[/bold]      {packed}")
     console.print(Text.assemble(("techniques  ", "bold"), techniques))
     if module.new_names:
         console.print(
@@ -41,8 +54,8 @@ def announce(module: Any, trainer: pl.Trainer) -> None:
     if late:
         console.print(f"[bold]later[/bold]       {late:,} more parameters are thawed during the run")
     console.print(
-        f"[bold]memory[/bold]      frozen {frozen_bytes / 1e6:,.0f} MB, trained with AdamW {4 * 4 * trained / 1e6:,.0f} MB, "
-        f"a checkpoint {state_bytes(module) / 1e6:,.0f} MB"
+        f"[bold]memory[/bold]      frozen {frozen_bytes(module) / 1e6:,.0f} MB, "
+        f"trained with AdamW {4 * 4 * trained / 1e6:,.0f} MB, a checkpoint {state_bytes(module) / 1e6:,.0f} MB"
     )
     source = "as given" if module.lr is not None else "suggested by what is trained (lr: null)"
     console.print(f"[bold]rate[/bold]        {module.resolved_lr():g}, {source}")

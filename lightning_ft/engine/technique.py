@@ -10,6 +10,7 @@ from lightning.pytorch import Callback
 from lightning_ft.engine.arguments import arguments_of, check_arguments, describe
 from lightning_ft.engine.attachment import Attachment
 from lightning_ft.functional.errors import Refusal
+from lightning_ft.functional.names import check_name
 
 if TYPE_CHECKING:
     from lightning_ft.engine.traits import Traits
@@ -63,8 +64,10 @@ class Technique(Attached):
     traits: ClassVar[Traits]
 
     def check(self) -> None:
-        """Refuses arguments that break the bounds and choices in their annotations."""
+        """Refuses arguments that break the bounds and choices in their annotations, and a name that could be none in a file."""
         check_arguments(self)
+        if isinstance(name := getattr(self, "name", None), str):
+            check_name(name, f"{type(self).__name__}.name")
 
     @property
     def instance_name(self) -> str:

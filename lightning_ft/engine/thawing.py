@@ -15,6 +15,7 @@ from lightning_ft.engine.attachment import Attachment
 from lightning_ft.engine.root import model_root
 from lightning_ft.engine.unfreezing_schedule import Phase
 from lightning_ft.functional.errors import Refusal
+from lightning_ft.nn.packed import is_packed
 
 
 class Thawing:
@@ -77,7 +78,9 @@ class Thawing:
 
     def _raise(self, module: pl.LightningModule) -> None:
         for phase, parameters in self._planned(module):
-            freezing.thaw(p for p in parameters if phase.at > 0 and id(p) not in self._frozen_before)
+            # A packed weight is frozen before as well, but not because its model wants it so: that is refused.
+            later = [p for p in parameters if is_packed(p) or id(p) not in self._frozen_before]
+            freezing.thaw(later if phase.at > 0 else ())
 
     def _read(self, module: pl.LightningModule) -> None:
         named = [p for _, parameters in self._planned(module) for p in parameters]

@@ -6,12 +6,16 @@ target absent and both contents complete beside it.
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+
+from safetensors.torch import save_file
+from torch import Tensor
 
 from lightning_ft.functional.errors import Refusal
 
@@ -67,6 +71,34 @@ def atomic_folder(folder: str | Path, *, marker: str, needed_bytes: int = 0) -> 
     except BaseException:
         shutil.rmtree(temporary, ignore_errors=True)
         raise
+
+
+def write_folder(
+    folder: str | Path,
+    config: Mapping[str, object],
+    tensors: Mapping[str, Tensor],
+    *,
+    config_file: str,
+    weights_file: str,
+) -> Path:
+    """Write a configuration and tensors, as adapter folders hold them, atomically; see `atomic_folder` for what is refused.
+
+    Args:
+        folder: The target.
+        config: What the JSON file says.
+        tensors: By their names in the file; on any device, and two may be views of one.
+        config_file: Name of the JSON file, by which an earlier folder is known.
+        weights_file: Name of the safetensors file.
+
+    Returns:
+        The folder.
+    """
+    tensors = {key: tensor.detach().cpu().contiguous().clone() for key, tensor in tensors.items()}
+    size = sum(t.numel() * t.element_size() for t in tensors.values())
+    with atomic_folder(folder, marker=config_file, needed_bytes=size + 2**20) as temporary:
+        save_file(tensors, temporary / weights_file, metadata={"format": "pt"})
+        (temporary / config_file).write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+    return Path(folder)
 
 
 def _sync(path: Path) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Literal
 
 from torch import nn
 
@@ -32,6 +32,16 @@ def task_type(model: nn.Module) -> str | None:
     found = next((task for end, task in _TASKS.items() if name.endswith(end)), None)
     writes = getattr(config, "is_encoder_decoder", False) and found in (None, "CAUSAL_LM")
     return "SEQ_2_SEQ_LM" if writes and getattr(model, "get_output_embeddings", bool)() is not None else found
+
+
+def kind_of(config: Any) -> Literal["encoder", "decoder", "encoder-decoder"]:
+    """Whether a model sees the whole row, what is before each token, or one row while it writes another."""
+    from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_NAMES
+
+    if getattr(config, "is_encoder_decoder", False):
+        return "encoder-decoder"
+    masked = getattr(config, "model_type", "") in MODEL_FOR_MASKED_LM_MAPPING_NAMES
+    return "encoder" if masked and not getattr(config, "is_decoder", False) else "decoder"
 
 
 def auto_class(model: nn.Module) -> str:

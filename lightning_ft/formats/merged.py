@@ -9,9 +9,11 @@ import torch
 from torch import nn
 
 from lightning_ft.formats.atomic import atomic_folder
+from lightning_ft.formats.heads import task_type
+from lightning_ft.formats.padding import give_padding_
 from lightning_ft.functional.errors import Refusal
-from lightning_ft.nn.lora_layers import is_packed
 from lightning_ft.nn.merging import merged_copy
+from lightning_ft.nn.packed import is_packed
 
 
 class Saves(Protocol):
@@ -30,7 +32,8 @@ def export_merged(
 
     Args:
         model: A Hugging Face model, with or without LoRA adapters.
-        tokenizer: Written beside the weights; None writes the model alone.
+        tokenizer: Written beside the weights; None writes the model alone. Of a decoder that classifies rows both get a
+            padding token that no row ends with, by which transformers finds where a row ends.
         folder: Where to write; an earlier model there, known by its ``config.json``, is replaced.
         dtype: Dtype of the stored weights; None keeps the base's. Merging is done in fp32 in any case.
 
@@ -56,6 +59,8 @@ def export_merged(
         copy = merged_copy(model)
         if dtype is not None:
             copy = copy.to(dtype)
+        if tokenizer is not None and task_type(copy) == "SEQ_CLS":
+            tokenizer = give_padding_(copy, tokenizer)
         copy.save_pretrained(str(temporary))  # type: ignore[operator]
         if tokenizer is not None:
             tokenizer.save_pretrained(str(temporary))

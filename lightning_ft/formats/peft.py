@@ -7,27 +7,38 @@ logits in PEFT itself.
 
 from __future__ import annotations
 
-import json
+import math
 import re
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import cast
 
 import torch
-from safetensors.torch import save_file
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 
-from lightning_ft.formats.atomic import atomic_folder
-from lightning_ft.formats.heads import task_type, trained_head
+from lightning_ft.formats.peft_folder import (
+    common_config,
+    copy_,
+    meant_adapter,
+    names_of,
+    refuse_others,
+    stored_names,
+    stored_state,
+    target_modules,
+    useful,
+    whole,
+    whole_places,
+    write_peft,
+)
+from lightning_ft.formats.peft_ia3 import ia3_adapter, ia3_config, ia3_state, is_ia3
+from lightning_ft.formats.peft_prefix import is_prefix, prefix_config, prefix_state
+from lightning_ft.formats.peft_prompt import is_prompt, prompt_config, prompt_state
 from lightning_ft.formats.peft_reading import (
-    CONFIG_FILE,
     EMBEDDING_SUFFIXES,
     PREFIX,
     ROWS_SUFFIXES,
     SUFFIXES,
-    WEIGHTS_FILE,
     WRAPPED_BIAS,
     read_peft,
 )
@@ -37,12 +48,12 @@ from lightning_ft.nn.lora import (
     adapter_configs,
     bias_parameters,
     inject_lora,
-    saved_modules,
     target_names,
 )
+from lightning_ft.nn.lora_init import FROM_WEIGHT, difference
 from lightning_ft.nn.lora_layers import LoRAConv1D, LoRAConv2d, LoRAEmbedding, LoRALayer, layer_class
 from lightning_ft.nn.registry import base_name, injected_layers, innermost, pristine_modules, replace_module
-from lightning_ft.nn.select import ALL_LINEAR, matches
+from lightning_ft.nn.select import ALL_LINEAR
 from lightning_ft.nn.trainable_tokens import HeadRows, TokenRows, input_embedding
 
 _BASE_SUFFIX = ".base_layer.weight"
@@ -56,7 +67,7 @@ def export_peft(
     Args:
         model: The Hugging Face model (or any module) that carries the adapter; names in the file are relative to it.
         folder: Where to write; an earlier adapter there is replaced, anything else is refused.
-        adapter_name: Which adapter.
+        adapter_name: Which adapter; ``default`` is also the only one that there is, whatever its name.
         base_model_name: Recorded so that PEFT's ``Auto`` classes find the base; None reads it from the model.
 
     Returns:
@@ -65,7 +76,8 @@ def export_peft(
     Raises:
         Refusal: If there is no such adapter, or the format cannot express it.
     """
-    _refuse_others(model, adapter_name)
+    adapter_name = meant_adapter(model, adapter_name)
+    check_others(model, adapter_name)
     return write_peft(
         folder,
         peft_config(model, adapter_name=adapter_name, base_model_name=base_model_name),
@@ -73,67 +85,57 @@ def export_peft(
     )
 
 
-def _refuse_others(model: nn.Module, adapter_name: str) -> None:
-    """Refuses to leave out what was trained beside the adapter and what the format has no place for."""
-    config = next(iter(_layers(model, adapter_name).values())).config
-    written = {p for layer in injected_layers(model).values() for p in layer.injected_parameters().values()}
-    written |= {p for module in _saved(model, config).values() for p in module.parameters()}
-    written |= set(bias_parameters(model, config).values())
-    others = [base_name(name, model) for name, p in model.named_parameters() if p.requires_grad and p not in written]
-    if others:
-        raise Refusal(
-            f"{_shown(others)} trained beside the adapter, and an adapter folder has no place for single weights of the base; "
-            "write the whole model with merge, or train whole modules by lora.modules_to_save."
-        )
-
-
-def write_peft(folder: str | Path, config: Mapping[str, object], tensors: Mapping[str, Tensor]) -> Path:
-    """Write what `peft_config` and `peft_state` return, atomically; under several ranks only one calls this."""
-    tensors = {key: tensor.detach().cpu().contiguous().clone() for key, tensor in tensors.items()}
-    size = sum(t.numel() * t.element_size() for t in tensors.values())
-    with atomic_folder(folder, marker=CONFIG_FILE, needed_bytes=size + 2**20) as temporary:
-        save_file(tensors, temporary / WEIGHTS_FILE, metadata={"format": "pt"})
-        (temporary / CONFIG_FILE).write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
-    return Path(folder)
+def check_others(model: nn.Module, adapter_name: str, *, late: Collection[str] = ()) -> None:
+    """Refuse to leave out what trained beside an adapter, or will (``late``, names of parameters that are frozen now)."""
+    advice = "write the whole model with merge, or train whole modules by {}.modules_to_save"
+    if is_ia3(model, adapter_name):
+        saved = ia3_adapter(model, adapter_name)[0].modules_to_save
+        refuse_others(model, saved, late=late, instead=advice.format("ia3"))
+    elif is_prompt(model, adapter_name) or is_prefix(model, adapter_name):
+        refuse_others(model, late=late)
+    else:
+        config = next(iter(lora_layers(model, adapter_name).values())).config
+        biases = bias_parameters(model, config).values()
+        refuse_others(model, config.modules_to_save, biases, late=late, instead=advice.format("lora"))
 
 
 def peft_config(
     model: nn.Module, *, adapter_name: str = "default", base_model_name: str | None = None
 ) -> dict[str, object]:
     """Return the content of ``adapter_config.json`` for an adapter that a model carries."""
-    layers = _layers(model, adapter_name)
+    adapter_name = meant_adapter(model, adapter_name)
+    if is_ia3(model, adapter_name):
+        return ia3_config(model, adapter_name=adapter_name, base_model_name=base_model_name)
+    if is_prompt(model, adapter_name):
+        return prompt_config(model, adapter_name=adapter_name, base_model_name=base_model_name)
+    if is_prefix(model, adapter_name):
+        return prefix_config(model, adapter_name=adapter_name, base_model_name=base_model_name)
+    layers = lora_layers(model, adapter_name)
     config = next(iter(layers.values())).config
-    places = {name: innermost(module) for name, (_, module) in pristine_modules(model).items() if name}
+    places = names_of(model)
     for name, layer in layers.items():
         if isinstance(layer, LoRAConv2d) and set(cast("tuple[int, ...]", layer.dilation)) != {1}:
             raise Refusal(f"The adapter on {name!r} cannot be written: PEFT ignores the dilation of convolutions.")
-    saved = list(_saved(model, config))
-    for name in places:
-        if name not in saved and any(name.endswith(end) for end in saved):
-            raise Refusal(
-                f"modules_to_save {saved} cannot be written: PEFT compares the ends of names and would take {name!r} "
-                "as well; rename one of the modules."
-            )
-    hf_config = getattr(model, "config", None)
+    saved = stored_names(model, config.modules_to_save)
+    # What started at a part of the weight is written as the difference to that start, of twice the rank.
+    double = 2 if config.init in FROM_WEIGHT else 1
+    wider = math.sqrt(double) if config.rslora else double  # so that the scale stays as it is
     return {
-        "peft_type": "LORA",
-        "task_type": task_type(model),
-        "base_model_name_or_path": base_model_name or getattr(hf_config, "_name_or_path", None) or None,
-        "revision": None,
-        "inference_mode": True,
-        "auto_mapping": None,
-        "r": config.r,
-        "lora_alpha": _plain(config.alpha),
+        **common_config(model, "LORA", base_model_name),
+        "r": config.r * double,
+        "lora_alpha": _plain(config.alpha * wider),
         "lora_dropout": config.dropout,
-        "target_modules": _target_modules(list(layers), list(places), saved),
+        "target_modules": target_modules(list(layers), places, saved),
         "exclude_modules": None,
         "bias": config.bias,
         "fan_in_fan_out": any(isinstance(layer, LoRAConv1D) for layer in layers.values()),
         "use_rslora": config.rslora,
         "use_dora": config.dora,
         # One entry a module, whole names: a suffix that the user wrote could match more in another tool.
-        "rank_pattern": {f"^{re.escape(n)}": x.r for n, x in layers.items() if x.r != config.r},
-        "alpha_pattern": {f"^{re.escape(n)}": _plain(x.alpha) for n, x in layers.items() if x.alpha != config.alpha},
+        "rank_pattern": {f"^{re.escape(n)}": x.r * double for n, x in layers.items() if x.r != config.r},
+        "alpha_pattern": {
+            f"^{re.escape(n)}": _plain(x.alpha * wider) for n, x in layers.items() if x.alpha != config.alpha
+        },
         "modules_to_save": saved or None,
         "init_lora_weights": True,  # the name of another method would make a loader change the base weights
         "layers_to_transform": None,
@@ -150,27 +152,36 @@ def peft_config(
 
 def peft_state(model: nn.Module, adapter_name: str = "default") -> dict[str, Tensor]:
     """Return an adapter's tensors under PEFT's names; under FSDP2 they are gathered, so every rank calls this."""
-    layers = _layers(model, adapter_name)
+    adapter_name = meant_adapter(model, adapter_name)
+    if is_ia3(model, adapter_name):
+        return ia3_state(model, adapter_name)
+    if is_prompt(model, adapter_name):
+        return prompt_state(model, adapter_name)
+    if is_prefix(model, adapter_name):
+        return prefix_state(model, adapter_name)
+    layers = lora_layers(model, adapter_name)
     tensors: dict[str, Tensor] = {}
     for name, layer in layers.items():
-        for parameter, suffix in _suffixes(layer).items():
-            tensor = getattr(layer, parameter)
-            if tensor is not None:
-                tensor = _whole(tensor)
-                is_conv_magnitude = isinstance(layer, LoRAConv2d) and parameter == "lora_magnitude"
-                tensors[f"{PREFIX}{name}.{suffix}"] = tensor.view(1, -1, 1, 1) if is_conv_magnitude else tensor
-    for name, module in _saved(model, next(iter(layers.values())).config).items():
-        if injected_layers(module):
-            raise Refusal(
-                f"{name!r} is among modules_to_save and carries another adapter inside; merge or exclude that one."
-            )
-        tensors.update({f"{PREFIX}{name}.{key}": _whole(tensor) for key, tensor in module.state_dict().items()})
+        for suffix, tensor in export_factors(layer).items():
+            tensors[f"{PREFIX}{name}.{suffix}"] = tensor
+    config = next(iter(layers.values())).config
+    tensors |= stored_state(model, config.modules_to_save)
     for name, rows in _stored_rows(model, adapter_name).items():
-        tensors[f"{PREFIX}{name}.{ROWS_SUFFIXES['token_rows']}"] = _whole(rows.token_rows)
-    for name, bias in bias_parameters(model, next(iter(layers.values())).config).items():
+        tensors[f"{PREFIX}{name}.{ROWS_SUFFIXES['token_rows']}"] = whole(rows.token_rows)
+    for name, bias in bias_parameters(model, config).items():
         owner = name.removesuffix(".bias")
-        tensors[f"{PREFIX}{owner}.{WRAPPED_BIAS}" if owner in layers else f"{PREFIX}{name}"] = _whole(bias)
+        tensors[f"{PREFIX}{owner}.{WRAPPED_BIAS}" if owner in layers else f"{PREFIX}{name}"] = whole(bias)
     return tensors
+
+
+def export_factors(layer: LoRALayer) -> dict[str, Tensor]:
+    """Return a layer's tensors by the end of PEFT's names, ``A`` first and ``B`` second, gathered."""
+    parts = {key: whole(p) for key, p in layer.injected_parameters().items()}
+    factors = difference(parts["lora_A"], parts["lora_B"], parts.get("lora_A0"), parts.get("lora_B0"))
+    parts["lora_A"], parts["lora_B"] = factors
+    if isinstance(layer, LoRAConv2d) and layer.dora:
+        parts["lora_magnitude"] = parts["lora_magnitude"].view(1, -1, 1, 1)
+    return {suffix: parts[parameter] for parameter, suffix in _suffixes(layer).items() if parameter in parts}
 
 
 def load_peft_(
@@ -201,16 +212,14 @@ def load_peft_(
     before = {parameter: parameter.requires_grad for parameter in model.parameters()}
     layers = inject_lora(model, config, freeze_base=freeze_base)
     try:
-        places = {f"{n}.{k}": t for n, layer in layers.items() for k, t in layer.injected_parameters().items()}
+        places: dict[str, Tensor] = {
+            f"{n}.{k}": t for n, layer in layers.items() for k, t in layer.injected_parameters().items()
+        }
         places |= {f"{n}.token_rows": rows.token_rows for n, rows in _stored_rows(model, adapter_name).items()}
         places |= bias_parameters(model, config)
-        for name, module in saved_modules(model, config).items():
-            places.update({f"{name}.{key}": tensor for key, tensor in module.state_dict(keep_vars=True).items()})
+        places |= whole_places(model, config.modules_to_save)
         _check_base(model, tensors, folder)
-        _check_keys(places, tensors, folder)
-        with torch.no_grad():
-            for name, place in places.items():
-                place.copy_(tensors[name])
+        copy_(places, {key: t for key, t in tensors.items() if not key.endswith(_BASE_SUFFIX)}, folder)
     except BaseException:
         for path, layer in injected_layers(model, adapter_name).items():
             replace_module(model, path, layer.base)
@@ -222,7 +231,7 @@ def load_peft_(
     return layers
 
 
-def _layers(model: nn.Module, adapter_name: str) -> dict[str, LoRALayer]:
+def lora_layers(model: nn.Module, adapter_name: str) -> dict[str, LoRALayer]:
     """Return the layers of one adapter by pristine name."""
     found = injected_layers(model, adapter_name)
     if not found:
@@ -238,19 +247,6 @@ def _layers(model: nn.Module, adapter_name: str) -> dict[str, LoRALayer]:
             )
         layers[base_name(path, model)] = layer
     return layers
-
-
-def _saved(model: nn.Module, config: LoRAConfig) -> dict[str, nn.Module]:
-    """Return what is stored whole beside the adapter: modules to save, and a new head that was trained with it."""
-    listed, places = saved_modules(model, config), pristine_modules(model)
-    head = [name for name in trained_head(model) if name not in listed]
-    for name in head:
-        if injected_layers(places[name][1]):
-            raise Refusal(
-                f"The head {name!r} is trained in full and carries an adapter as well, and PEFT stores one or the other; "
-                "leave it out of the adapter's targets."
-            )
-    return listed | saved_modules(model, replace(config, modules_to_save=tuple(head)))
 
 
 def _stored_rows(model: nn.Module, adapter_name: str) -> dict[str, TokenRows]:
@@ -290,31 +286,16 @@ def _suffixes(layer: LoRALayer) -> dict[str, str]:
     return EMBEDDING_SUFFIXES if isinstance(layer, LoRAEmbedding) else SUFFIXES
 
 
-def _target_modules(chosen: list[str], names: list[str], saved: list[str]) -> list[str] | str:
-    """Return PEFT's ``target_modules``: ends of names if they mean the same modules, else whole names, else a regex."""
-    free = [name for name in names if not any(name == s or name.startswith(f"{s}.") for s in saved)]
-    for candidate in ({name.rpartition(".")[2] for name in chosen}, set(chosen)):
-        if [name for name in free if any(matches(name, end) for end in candidate)] == [
-            n for n in free if n in set(chosen)
-        ]:
-            return sorted(candidate)
-    return "|".join(re.escape(name) for name in chosen)
-
-
 def _resolved(config: LoRAConfig, model: nn.Module, tensors: Mapping[str, Tensor]) -> LoRAConfig:
     """Drop patterns that mean nothing in this model, which PEFT allows; the strict comparison of names comes later."""
-    places = {name: innermost(module) for name, (_, module) in pristine_modules(model).items() if name}
+    places = names_of(model)
     wrappable = [name for name, module in places.items() if layer_class(module) is not None]
-
-    def useful(patterns: tuple[str, ...] | str) -> tuple[str, ...]:
-        listed = (patterns,) if isinstance(patterns, str) else patterns
-        return tuple(p for p in listed if any(matches(name, p) for name in wrappable))
-
     # PEFT takes every module whose name ends so; with a classifier it lists both names that a head may have.
     saved = tuple(name for name in places if any(name.endswith(end) for end in config.modules_to_save))
-    config = replace(config, exclude=useful(config.exclude), modules_to_save=saved)
+    config = replace(config, exclude=useful(config.exclude, wrappable), modules_to_save=saved)
     if config.target != ALL_LINEAR:
-        config = replace(config, target=useful(config.target) or config.target)
+        target = (config.target,) if isinstance(config.target, str) else config.target
+        config = replace(config, target=useful(target, wrappable) or config.target)
     names = target_names(model, replace(config, rank_pattern={}, alpha_pattern={}))
 
     def met(key: str) -> bool:
@@ -343,35 +324,19 @@ def _check_base(model: nn.Module, tensors: Mapping[str, Tensor], folder: str | P
                 )
 
 
-def _check_keys(places: Mapping[str, Tensor], tensors: Mapping[str, Tensor], folder: str | Path) -> None:
-    """Refuse tensors that are missing, left over, or of another shape than the model's."""
-    found = {key for key in tensors if not key.endswith(_BASE_SUFFIX)}
-    missing, left_over = sorted(set(places) - found), sorted(found - set(places))
-    if missing or left_over:
-        raise Refusal(
-            f"{folder} does not fit this model: missing {_shown(missing)}; not expected {_shown(left_over)}; load "
-            "the base that the adapter was trained on."
-        )
-    for name, place in places.items():
-        if place.shape != tensors[name].shape:
-            raise Refusal(
-                f"{folder} was trained on another base: {name!r} is {tuple(tensors[name].shape)} in the file and "
-                f"{tuple(place.shape)} in this model."
-            )
-
-
-def _whole(tensor: Tensor) -> Tensor:
-    tensor = tensor.detach()
-    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
-
-
 def _plain(number: float) -> int | float:
     """Return a whole number as an int, which is how PEFT writes alpha."""
     return int(number) if float(number).is_integer() else number
 
 
-def _shown(names: list[str]) -> str:
-    return "none" if not names else ", ".join(names[:6]) + (f" and {len(names) - 6} more" if len(names) > 6 else "")
-
-
-__all__ = ["export_peft", "load_peft_", "peft_config", "peft_state", "read_peft", "write_peft"]
+__all__ = [
+    "check_others",
+    "export_factors",
+    "export_peft",
+    "load_peft_",
+    "lora_layers",
+    "peft_config",
+    "peft_state",
+    "read_peft",
+    "write_peft",
+]

@@ -38,7 +38,7 @@ _READ = {
     "alpha_pattern", "modules_to_save", "layers_to_transform", "layers_pattern", "init_lora_weights",
     "bias", "trainable_token_indices",
 }  # fmt: skip
-_HARMLESS = {
+HARMLESS = {
     "peft_type", "task_type", "base_model_name_or_path", "revision", "inference_mode", "auto_mapping", "peft_version",
     "fan_in_fan_out", "megatron_core", "ephemeral_gpu_offload", "runtime_config", "loftq_config", "eva_config",
     "corda_config", "lora_ga_config", "qalora_group_size", "ensure_weight_tying",
@@ -58,13 +58,13 @@ def read_peft(folder: str | Path, *, adapter_name: str = "default") -> tuple[LoR
         Refusal: If the folder holds no LoRA adapter, a damaged one, or one that uses what LoRA here does not have.
     """
     folder = Path(folder)
-    raw = _read_json(folder / CONFIG_FILE)
+    raw = read_json(folder / CONFIG_FILE)
     if raw.get("peft_type") != "LORA":
         raise Refusal(
             f"{folder} holds an adapter of type {raw.get('peft_type')}, not LORA; load it with that technique."
         )
     for key, value in raw.items():
-        if key not in _READ and key not in _HARMLESS and value not in (None, False, {}, [], "none"):
+        if key not in _READ and key not in HARMLESS and value not in (None, False, {}, [], "none"):
             raise Refusal(
                 f"{folder / CONFIG_FILE} sets {key}={value!r}, which LoRA here does not have; retrain without it."
             )
@@ -78,8 +78,8 @@ def read_peft(folder: str | Path, *, adapter_name: str = "default") -> tuple[LoR
             r=raw["r"],
             alpha=float(raw["lora_alpha"]),
             dropout=float(raw.get("lora_dropout") or 0.0),
-            target=_patterns(raw["target_modules"]),
-            exclude=_several(raw.get("exclude_modules")),
+            target=patterns(raw["target_modules"]),
+            exclude=several(raw.get("exclude_modules")),
             rank_pattern=raw.get("rank_pattern") or {},
             alpha_pattern=raw.get("alpha_pattern") or {},
             rslora=bool(raw.get("use_rslora")),
@@ -93,7 +93,7 @@ def read_peft(folder: str | Path, *, adapter_name: str = "default") -> tuple[LoR
     except (KeyError, TypeError) as error:
         raise Refusal(f"{folder / CONFIG_FILE} is damaged or incomplete: {type(error).__name__} {error}.") from error
     tensors: dict[str, Tensor] = {}
-    for key, tensor in _read_tensors(folder).items():
+    for key, tensor in read_tensors(folder).items():
         if config.bias == "all" and _AGAIN.fullmatch(key):
             continue
         name = _our_name(key.removeprefix(PREFIX))
@@ -119,7 +119,7 @@ def _ascending(name: str, rows: Tensor, indices: list[int] | dict[str, list[int]
     return rows[sorted(range(len(indices)), key=indices.__getitem__)] if len(indices) == len(rows) else rows
 
 
-def _patterns(value: str | list[str] | tuple[str, ...]) -> tuple[str, ...] | str:
+def patterns(value: str | list[str] | tuple[str, ...]) -> tuple[str, ...] | str:
     """Turn PEFT's list of name ends, or its regular expression, into ours."""
     if isinstance(value, str):
         return ALL_LINEAR if value.lower() == ALL_LINEAR else (f"re:{value}",)
@@ -139,7 +139,7 @@ def _with_layers(config: LoRAConfig, layers: int | list[int] | None, pattern: st
     return replace(config, target=(rf"re:(?:.*\.)?(?:{lists})\.(?:{one_of})\.(?:.*\.)?(?:{ends})",))
 
 
-def _read_json(path: Path) -> dict:
+def read_json(path: Path) -> dict:
     """Read the configuration, or say what is wrong with it."""
     try:
         raw = json.loads(path.read_text(encoding="utf-8"))
@@ -152,7 +152,7 @@ def _read_json(path: Path) -> dict:
     return raw
 
 
-def _read_tensors(folder: Path) -> dict[str, Tensor]:
+def read_tensors(folder: Path) -> dict[str, Tensor]:
     """Read the weights, or say what is wrong with them."""
     path = folder / WEIGHTS_FILE
     if not path.is_file():
@@ -165,7 +165,7 @@ def _read_tensors(folder: Path) -> dict[str, Tensor]:
         raise Refusal(f"{path} is damaged or incomplete ({error}); copy or export the adapter again.") from error
 
 
-def _several(value: str | list[str] | None) -> tuple[str, ...]:
+def several(value: str | list[str] | None) -> tuple[str, ...]:
     """Return patterns as a tuple, also a single one."""
-    found = _patterns(value or ())
+    found = patterns(value or ())
     return (found,) if isinstance(found, str) else found

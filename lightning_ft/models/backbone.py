@@ -11,6 +11,8 @@ from torch import Tensor, nn
 
 from lightning_ft.functional.errors import Refusal
 from lightning_ft.nn import attention
+from lightning_ft.nn.prompt import first_position
+from lightning_ft.nn.shared_segments import Shared
 
 
 def find_backbone(model: Any) -> nn.Module:
@@ -60,11 +62,7 @@ class BackboneView:
     @cached_property
     def first_position(self) -> int:
         """The number of a row's first position: 0, but in RoBERTa's family the one after the padding's own."""
-        for name, module in self.backbone.named_modules():
-            padding = getattr(module, "padding_idx", None)
-            if name.rpartition(".")[2] == "position_embeddings" and padding is not None:
-                return int(padding) + 1
-        return 0
+        return first_position(self.backbone)
 
     def hidden(
         self,
@@ -72,6 +70,7 @@ class BackboneView:
         positions: Tensor | None = None,
         *,
         bounds: tuple[int, ...] | None = None,
+        shared: Shared | None = None,
         mask: Tensor | None = None,
         **extra: Any,
     ) -> Tensor:
@@ -81,8 +80,9 @@ class BackboneView:
             ids: (1, T) packed or (B, T) padded on the right, int64.
             positions: like ``ids``, restarting at 0 in each segment.
             bounds: packed: cumulative segment bounds (0, ..., T).
+            shared: packed: what each segment sees of an earlier one before its own tokens, see `Batch`.
             mask: padded: (B, T), True on real tokens.
-            **extra: further arguments of the backbone.
+            **extra: further arguments of the backbone, such as a cache that is to be used.
 
         Returns:
             (B, T, D), D the model's width.
@@ -93,7 +93,7 @@ class BackboneView:
         if positions is not None and self._accepted & {"position_ids", "**"}:
             extra["position_ids"] = positions + self.first_position if self.first_position else positions
         if "use_cache" in self._accepted or "**" in self._accepted:
-            extra["use_cache"] = False
+            extra.setdefault("use_cache", False)
         if bounds is not None:
             if not self.supports_packing:
                 raise Refusal(
@@ -105,6 +105,8 @@ class BackboneView:
             # positions. Its content is not looked at.
             extra["attention_mask"] = torch.zeros(1, 1, 1, 1, dtype=torch.bool, device=ids.device)
             extra["segment_bounds"] = bounds
+            if shared is not None:
+                extra["segment_shared"] = shared
         elif mask is not None:
             extra["attention_mask"] = mask
         return self.backbone(input_ids=ids, **extra).last_hidden_state

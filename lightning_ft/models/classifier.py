@@ -15,11 +15,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lightning_ft.formats.heads import kind_of
 from lightning_ft.functional.errors import Refusal
 from lightning_ft.models.backbone import BackboneView, find_backbone
-from lightning_ft.models.load import kind_of
 from lightning_ft.models.load_task import head_names, label_names
 from lightning_ft.nn.registry import base_name
+from lightning_ft.nn.shared_segments import Shared
 
 CLASSIFIES = ("sequence_classification", "token_classification", "regression")
 
@@ -69,6 +70,7 @@ class Classifier(BackboneView):
         bounds: tuple[int, ...] | None = None,
         mask: Tensor | None = None,
         types: Tensor | None = None,
+        shared: Shared | None = None,
     ) -> Tensor:
         """Logits of each row.
 
@@ -78,6 +80,7 @@ class Classifier(BackboneView):
             bounds: packed: cumulative segment bounds (0, ..., T).
             mask: padded: (B, T), True on real tokens; None when all are.
             types: like ``ids``, 1 on the second text of a pair; None where the tokenizer makes no difference.
+            shared: packed, of a decoder: what each segment sees of an earlier one before its own tokens, see `Batch`.
 
         Returns:
             (S, C), S the number of rows, C of classes (1 for regression).
@@ -87,7 +90,7 @@ class Classifier(BackboneView):
         """
         if self.encoder and bounds is None:
             return self._own(ids, positions, mask, types)
-        hidden = self.hidden(ids, positions, bounds=bounds, mask=mask, **self._typed(types))
+        hidden = self.hidden(ids, positions, bounds=bounds, shared=shared, mask=mask, **self._typed(types))
         if bounds is not None:
             at = bounds[:-1] if self.encoder else tuple(end - 1 for end in bounds[1:])
             rows = hidden[0].index_select(0, torch.tensor(at, device=hidden.device))
@@ -139,11 +142,24 @@ class Classifier(BackboneView):
             }
         return names
 
+    def output_layer(self) -> tuple[str, nn.Linear]:
+        """Pristine name and module of the layer whose outputs are the logits, adapters taken off.
+
+        Raises:
+            Refusal: the head has none.
+        """
+        classes = self.model.config.num_labels
+        inside = {id(module) for module in self.backbone.modules()}
+        for name, module in reversed(list(self.model.named_modules())):
+            if isinstance(module, nn.Linear) and id(module) not in inside and module.out_features == classes:
+                return base_name(name, self.model), module
+        raise Refusal(f"The head of {type(self.model).__name__} does not end in a linear layer of {classes} outputs.")
+
     @cached_property
     def _own_arguments(self) -> set[str]:
         return set(inspect.signature(type(self.model).forward).parameters)
 
-    def _typed(self, types: Tensor | None) -> dict[str, Tensor]:
+    def _typed(self, types: Tensor | None) -> dict[str, Any]:
         """The argument that tells the texts of a pair apart, where the backbone knows it."""
         return {} if types is None or "token_type_ids" not in self._accepted else {"token_type_ids": types}
 

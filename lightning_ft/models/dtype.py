@@ -8,7 +8,7 @@ for.
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Iterable
 
 import torch
 from torch import nn
@@ -17,6 +17,9 @@ from lightning_ft.functional.errors import Refusal
 from lightning_ft.nn.master_weights import cast_in_forward, remove_cast
 
 POLICIES = ("auto", "float32", "bfloat16", "pure_bfloat16")
+
+_WANTED = "lightning_ft_dtype"
+"""Where a parameter notes the dtype that it is to get before it is sharded."""
 
 
 def compute_dtype(policy: str, device: torch.device | str = "cpu") -> torch.dtype:
@@ -52,6 +55,7 @@ def apply_dtype_policy(
     frozen_only: bool = True,
     *,
     trainable: Collection[str] = (),
+    defer: bool = False,
 ) -> None:
     """Give every parameter the dtype that fits its part; to be called once freezing and injection are done.
 
@@ -64,6 +68,8 @@ def apply_dtype_policy(
         dtype: the compute dtype, from :func:`compute_dtype`.
         frozen_only: cast frozen parameters only, trained ones to float32; False casts all of them (pure bfloat16).
         trainable: names of frozen parameters that will be trained later (gradual unfreezing); treated as trained.
+        defer: only note the dtypes; :func:`settle` casts, unit by unit, so that weights which are mapped from their file
+            are never copied all at once.
     """
     named = list(model.named_parameters(remove_duplicate=False))  # a tied weight goes by all of its names
     trained = {id(p) for name, p in named if p.requires_grad or name in trainable}
@@ -77,18 +83,33 @@ def apply_dtype_policy(
             if not p.is_floating_point() or getattr(p, "quant_state", None) is not None:
                 continue
             if id(p) in trained:
-                _retype(p, torch.float32 if frozen_only else dtype)
+                _retype(p, torch.float32 if frozen_only else dtype, defer)
                 master = True
             else:
-                _retype(p, torch.float32 if _keeps_float32(model, f"{module_name}.{name}") else dtype)
+                _retype(p, torch.float32 if _keeps_float32(model, f"{module_name}.{name}") else dtype, defer)
         if master and low and frozen_only:
             cast_in_forward(module, dtype)
         else:
             remove_cast(module)
 
 
-def _retype(p: nn.Parameter, dtype: torch.dtype) -> None:
-    if p.dtype != dtype:
+def wanted_dtype(p: nn.Parameter) -> torch.dtype:
+    """The dtype that a parameter has, or will have once it is settled."""
+    dtype: torch.dtype = getattr(p, _WANTED, p.dtype)
+    return dtype
+
+
+def settle(parameters: Iterable[nn.Parameter]) -> None:
+    """Cast parameters to the dtypes that a deferred policy has noted for them."""
+    for p in parameters:
+        _retype(p, wanted_dtype(p))
+        p.__dict__.pop(_WANTED, None)
+
+
+def _retype(p: nn.Parameter, dtype: torch.dtype, defer: bool = False) -> None:
+    if defer:
+        setattr(p, _WANTED, dtype)
+    elif p.dtype != dtype:
         p.data = p.data.to(dtype)
 
 

@@ -12,11 +12,12 @@ import re
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import nn
 
+from lightning_ft.formats.heads import kind_of
 from lightning_ft.functional.errors import Refusal
 from lightning_ft.models.dtype import compute_dtype
 from lightning_ft.nn import attention as packed_attention
@@ -275,16 +276,6 @@ def refuse_missing(base: str, model: Any, missing: Collection[str]) -> None:
         )
 
 
-def kind_of(config: Any) -> Literal["encoder", "decoder", "encoder-decoder"]:
-    """Whether a model sees the whole row, what is before each token, or one row while it writes another."""
-    from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_NAMES
-
-    if getattr(config, "is_encoder_decoder", False):
-        return "encoder-decoder"
-    masked = getattr(config, "model_type", "") in MODEL_FOR_MASKED_LM_MAPPING_NAMES
-    return "encoder" if masked and not getattr(config, "is_decoder", False) else "decoder"
-
-
 def architecture_of(config: Any) -> str:
     """The class that a configuration names, for sentences."""
     return str((getattr(config, "architectures", None) or ["a model"])[0])
@@ -297,7 +288,7 @@ def why_not_causal(config: Any) -> str | None:
     architecture = architecture_of(config)
     kind = getattr(config, "model_type", "")
     if kind_of(config) == "encoder-decoder":
-        return f"is a sequence-to-sequence model ({architecture}); use the task seq2seq_lm"
+        return f"is a sequence-to-sequence model ({architecture}); use SFT with the task seq2seq_lm, or a decoder"
     if kind_of(config) == "encoder":
         return (
             f"is an encoder ({architecture}), which sees the whole row and predicts no next token; use the task "

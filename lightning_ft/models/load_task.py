@@ -15,13 +15,13 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from lightning_ft.formats.heads import kind_of
 from lightning_ft.functional.errors import Refusal
 from lightning_ft.models.backbone import find_backbone
 from lightning_ft.models.load import (
     architecture_of,
     attention_for,
     hub_settings,
-    kind_of,
     load_causal,
     load_tokenizer,
     open_base,

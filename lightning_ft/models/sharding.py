@@ -10,8 +10,10 @@ trained tensors of one dtype. Frozen bfloat16 weights with float32 factors injec
 
 from __future__ import annotations
 
+from bisect import bisect_right
 from collections import Counter, defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
@@ -21,8 +23,10 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule, fully_shard, register_fsdp_forward_method
 
 from lightning_ft.functional.errors import Refusal
+from lightning_ft.models.dtype import settle, wanted_dtype
+from lightning_ft.nn.select import select
 
-STEPS = ("training_step", "validation_step", "test_step", "predict_step")
+STEPS = ("training_step", "validation_step", "test_step", "predict_step", "score")
 
 
 def block_modules(model: nn.Module) -> list[tuple[str, nn.Module]]:
@@ -62,6 +66,35 @@ def block_modules(model: nn.Module) -> list[tuple[str, nn.Module]]:
     return blocks
 
 
+def modules_named(model: nn.Module, patterns: Sequence[str]) -> list[tuple[str, nn.Module]]:
+    """The modules with parameters that patterns mean, in the order of ``named_modules``; one may lie inside another.
+
+    Args:
+        model: any net.
+        patterns: see `lightning_ft.nn.select`: ends of names (``mlp``), globs (``model.layers.*``), ``re:`` expressions.
+            A glob also crosses dots, so that one which ends in ``*`` means what is below a block too; of a chain of
+            modules that a glob means only the outermost is taken.
+
+    Raises:
+        Refusal: for a pattern that means nothing, with the nearest names.
+    """
+    present = {
+        name: module
+        for name, module in model.named_modules()
+        if name
+        and next(module.parameters(), None) is not None
+        and not isinstance(module, (nn.ModuleList, nn.ModuleDict))
+    }
+    chosen: set[str] = set()
+    for pattern in patterns:
+        found: list[str] = []
+        for name in select(present, [pattern]):
+            if not any(name.startswith(f"{outer}.") for outer in found):
+                found.append(name)
+        chosen.update(found)
+    return [(name, module) for name, module in present.items() if name in chosen]
+
+
 def shard_(
     module: pl.LightningModule,
     mesh: DeviceMesh,
@@ -77,8 +110,8 @@ def shard_(
         module: becomes the root unit. Its parameters must be the same on all ranks; each rank keeps its rows of each.
         mesh: ``module.device_mesh`` as Lightning's model-parallel strategies make it (the dimension ``data_parallel``
             is used), or a mesh of one dimension.
-        units: which submodules become units of their own. A block that shares a parameter with the rest of the model
-            stays in the root unit, where both owners are gathered together.
+        units: which submodules become units of their own, in the order of ``named_modules``. A block that shares a
+            parameter with the rest of the model stays in the root unit, where both owners are gathered together.
         options: for ``fully_shard``: ``reshard_after_forward``, ``mp_policy``, ``offload_policy``.
 
     Raises:
@@ -89,10 +122,35 @@ def shard_(
             mesh = mesh["data_parallel"]
         blocks = _self_contained(module, units(module))
         _check_dtypes(module, blocks)
-        for _, block in blocks:
-            fully_shard(block, mesh=mesh, **options)
+        for _, block in reversed(blocks):  # what lies inside another unit becomes one first
+            settle(block.parameters())
+            fully_shard(block, mesh=mesh, **options)  # copies this rank's rows and drops the rest
+        settle(module.parameters())
         fully_shard(module, mesh=mesh, **options)
     register_steps(module)
+
+
+def held_whole(module: nn.Module) -> int:
+    """Bytes of parameters that lie in this process's own memory, not mapped from the file they were loaded from.
+
+    Linux tells; elsewhere it is 0.
+    """
+    table = Path("/proc/self/maps")
+    if not table.exists():
+        return 0
+    files: list[tuple[int, int]] = []  # ascending, as the system lists them
+    for line in table.read_text().splitlines():
+        words = line.split(maxsplit=5)
+        if len(words) == 6 and words[5].startswith("/"):
+            begin, end = (int(number, 16) for number in words[0].split("-"))
+            files.append((begin, end))
+    begins = [begin for begin, _ in files]
+
+    def is_mapped(p: nn.Parameter) -> bool:
+        at = bisect_right(begins, p.data_ptr()) - 1
+        return at >= 0 and p.data_ptr() < files[at][1]
+
+    return sum(p.numel() * p.element_size() for p in module.parameters() if p.device.type == "cpu" and not is_mapped(p))
 
 
 def register_steps(module: pl.LightningModule) -> None:
@@ -110,8 +168,8 @@ def register_steps(module: pl.LightningModule) -> None:
     if not isinstance(module, FSDPModule):
         return
     for name in STEPS:
-        step = getattr(module, name)
-        if _is_forward_method(step):
+        step = getattr(module, name, None)
+        if step is None or _is_forward_method(step):
             continue
         register_fsdp_forward_method(module, name)
         if name != "training_step":
@@ -155,11 +213,11 @@ def _self_contained(module: nn.Module, blocks: list[tuple[str, nn.Module]]) -> l
 
 
 def _check_dtypes(module: nn.Module, blocks: list[tuple[str, nn.Module]]) -> None:
-    unit_of = {id(p): name for name, block in blocks for p in block.parameters()}
+    unit_of = {id(p): name for name, block in blocks for p in block.parameters()}  # inner units come after outer ones
     found: dict[str, dict[torch.dtype, str]] = defaultdict(dict)
     for name, parameter in module.named_parameters():
         if parameter.requires_grad:
-            found[unit_of.get(id(parameter), "")].setdefault(parameter.dtype, name)
+            found[unit_of.get(id(parameter), "")].setdefault(wanted_dtype(parameter), name)
     for unit, dtypes in found.items():
         if len(dtypes) > 1:
             examples = ", ".join(f"{name} is {str(dtype).removeprefix('torch.')}" for dtype, name in dtypes.items())

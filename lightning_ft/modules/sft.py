@@ -18,10 +18,12 @@ from lightning_ft.engine.evaluation import (
 )
 from lightning_ft.engine.module import DtypePolicy, FineTuningModule, OptimizerFactory
 from lightning_ft.engine.optimizer import Schedule
+from lightning_ft.engine.scoring import row_logits
 from lightning_ft.engine.terms import Term
 from lightning_ft.functional.errors import Refusal
 from lightning_ft.models.classifier import CLASSIFIES
 from lightning_ft.models.load_task import Task
+from lightning_ft.models.quantize import Mode
 from lightning_ft.objectives import causal_lm, classification, seq2seq_lm
 
 
@@ -54,8 +56,13 @@ class SFT(FineTuningModule):
             is float32 in any case, unless ``pure_bfloat16`` asks for all of it in bfloat16 (less memory, coarser steps).
         attention: ``auto`` takes this library's packed attention where the model allows it, else transformers' ``sdpa``.
         gradient_checkpointing: recompute activations in backward: one more forward pass for much less memory.
+        compile_blocks: compile each repeated block by this backend of ``torch.compile`` (``inductor``), on one device, DDP and
+            FSDP2; None: not. Pays on GPUs in runs of more than a few minutes; no name in a checkpoint changes.
         trust_remote_code: run Python code that the model's repository brings; only for authors you trust.
         revision: branch, tag or commit of a Hugging Face id; None is its main branch.
+        quantize: pack the weights of the base's linear layers, which stay frozen then, by bitsandbytes, on CUDA and on CPUs:
+            ``nf4`` (4 bits with a scale for 64 weights, the choice of QLoRA), ``nf4-dq`` (the scales in 8 bits too), ``fp4``,
+            ``int8`` (a scale a row). Heads, embeddings, norms, biases and adapters are not packed. None: not at all.
 
     Logs:
         ``train/loss`` (mean over the window) and ``val/loss``; of language models ``val/perplexity`` and ``val/accuracy`` (share
@@ -74,6 +81,9 @@ class SFT(FineTuningModule):
         Ouyang et al., 2022, section 3.1; Devlin et al., 2019, section 4.1; Raffel et al., 2020, section 2.4. Proven against TRL's
         SFTTrainer and transformers' own heads in tests/oracles and tests/models.
     """
+
+    imitates = True
+    """Every answer it is given is learned, so that it takes no data with worse ones."""
 
     def __init__(
         self,
@@ -94,6 +104,8 @@ class SFT(FineTuningModule):
         gradient_checkpointing: bool = False,
         trust_remote_code: bool = False,
         revision: str | None = None,
+        quantize: Mode | None = None,
+        compile_blocks: str | None = None,
     ) -> None:
         super().__init__(
             base,
@@ -107,6 +119,8 @@ class SFT(FineTuningModule):
             gradient_checkpointing=gradient_checkpointing,
             trust_remote_code=trust_remote_code,
             revision=revision,
+            quantize=quantize,
+            compile_blocks=compile_blocks,
         )
         self.task = task
         self.head_lr = head_lr
@@ -185,13 +199,6 @@ class SFT(FineTuningModule):
             )
         return [sum(counts) / (len(counts) * count) for count in counts]
 
-    def own_rates(self) -> dict[str, float]:
-        """The head's rate as a factor of the others'."""
-        if self.head_lr is None:
-            return {}
-        factor = self.head_lr / self.resolved_lr()
-        return {f"model.{name}": factor for name in self.view.head_parameter_names()}
-
     # -- steps ----------------------------------------------------------------------------------------------------------
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
@@ -220,7 +227,7 @@ class SFT(FineTuningModule):
             probabilities = classification.token_logits(self.view, batch).softmax(-1)
             return {"rows": batch.rows, "segment": batch.segment_of_scored, "probabilities": probabilities}
         if self.task in CLASSIFIES:
-            logits = classification.row_logits(self.view, batch)
+            logits = row_logits(self.view, batch)
             if self.task == "regression":
                 return {"rows": batch.rows, "value": logits[:, 0]}
             return {"rows": batch.rows, "probabilities": logits.sigmoid() if self._several else logits.softmax(-1)}
@@ -255,7 +262,7 @@ class SFT(FineTuningModule):
             evaluation.update(losses, logits, batch.labels, batch.segment_of_scored)
         else:
             real = batch.rows >= 0
-            logits = classification.row_logits(self.view, batch)[real]
+            logits = row_logits(self.view, batch)[real]
             targets = classification.targets_of(batch)[real]
             losses = classification.row_losses(logits, targets, weights)
             assert isinstance(evaluation, (ClassEvaluation, MultilabelEvaluation, ValueEvaluation))

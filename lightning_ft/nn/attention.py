@@ -5,6 +5,10 @@ the model's forward) through to every attention layer, and the function here run
 that no T x T mask is ever built. Without ``segment_bounds`` everything is as under transformers' own ``sdpa``, with the
 two things that ``sdpa`` cannot do (soft-capping, sinks) computed openly.
 
+Rows that begin alike (both answers of a preference pair, the answers of a group) need their common beginning once: with
+``segment_shared`` a segment also sees the first tokens of an earlier one, before its own, as if it had been laid out
+whole. Its tokens stand at the last places of what it sees, which is where the causal mask is aligned.
+
 Packing is never left to transformers' guess from ``position_ids``, which is silently wrong in its default call.
 
 Axes: H query heads, K key heads (K divides H), T tokens of the packed row, d width of a head.
@@ -13,7 +17,6 @@ Axes: H query heads, K key heads (K divides H), T tokens of the packed row, d wi
 from __future__ import annotations
 
 from functools import lru_cache
-from importlib.util import find_spec
 from itertools import pairwise
 from typing import Any
 
@@ -22,6 +25,9 @@ import torch.nn.functional as F  # noqa: N812 (the name everybody reads)
 from torch import Tensor, nn
 
 from lightning_ft.functional.errors import Refusal
+from lightning_ft.nn.attention_kernels import flex, varlen, varlen_can
+from lightning_ft.nn.prefix_keys import LearnedPrefix, Recorder
+from lightning_ft.nn.shared_segments import Shared, check_shared
 
 NAME = "lightning_ft"
 
@@ -68,12 +74,14 @@ def attention(
     attention_mask: Tensor | None,
     *,
     segment_bounds: tuple[int, ...] | None = None,
+    segment_shared: Shared | None = None,
     scaling: float | None = None,
     dropout: float = 0.0,
     is_causal: bool | None = None,
     sliding_window: int | None = None,
     softcap: float | None = None,
     s_aux: Tensor | None = None,
+    learned_prefix: LearnedPrefix | Recorder | None = None,
     **others: Any,
 ) -> tuple[Tensor, None]:
     """One attention layer, as transformers' attention interface calls it.
@@ -85,12 +93,15 @@ def attention(
         value: (B, K, T, d).
         attention_mask: as transformers made it; not looked at when ``segment_bounds`` is given.
         segment_bounds: cumulative bounds (0, ..., T) of the segments of a packed row.
+        segment_shared: for each segment (index of an earlier one that shares nothing itself, how many of its first tokens are
+            seen before the segment's own), or None; causal layers only.
         scaling: what scores are multiplied by; 1 / sqrt(d) unless given.
         dropout: probability of dropping an attention weight.
         is_causal: overrides the layer's own.
         sliding_window: how many tokens back, itself included, a token sees in its own segment.
         softcap: scores become ``softcap * tanh(scores / softcap)``.
         s_aux: (H,) attention sinks: one more score per head that takes part in the softmax and has no value.
+        learned_prefix: keys and values that every token sees before its own, each segment's tokens too (prefix tuning).
         **others: what else the model passes; anything that could change who sees whom is refused.
 
     Returns:
@@ -101,20 +112,45 @@ def attention(
     """
     if is_causal is None:
         is_causal = bool(getattr(module, "is_causal", True))
+    if isinstance(learned_prefix, Recorder):
+        learned_prefix.see(key, value, sliding_window)
+        learned_prefix = None
     if segment_bounds is None:
+        if learned_prefix is not None:
+            tokens, keys = query.shape[2], key.shape[2]
+            if attention_mask is None and is_causal and tokens > 1:
+                attention_mask = _first_of_keys(tokens, keys, query.device)
+            key, value = learned_prefix.before(key, value)
+            attention_mask, is_causal = learned_prefix.extend(attention_mask, keys), False
+            others = learned_prefix.extend_bias(others)
         # The window is in the mask that transformers made.
         return _unpacked(module, query, key, value, attention_mask, scaling, dropout, is_causal, softcap, s_aux, others)
     _check(query, key, segment_bounds, others)
-    if value.shape[-1] != key.shape[-1] or softcap is not None or s_aux is not None:
+    if segment_shared is not None:
+        check_shared(segment_bounds, segment_shared, is_causal)
+    if value.shape[-1] != key.shape[-1] or softcap is not None or s_aux is not None or learned_prefix is not None:
         out = _by_segment(
-            query, key, value, segment_bounds, scaling, dropout, is_causal, sliding_window, softcap, s_aux
+            query,
+            key,
+            value,
+            segment_bounds,
+            scaling,
+            dropout,
+            is_causal,
+            sliding_window,
+            softcap,
+            s_aux,
+            learned_prefix,
+            segment_shared,
         )
     elif query.device.type == "cpu" or dropout > 0:
-        out = _by_segment(query, key, value, segment_bounds, scaling, dropout, is_causal, sliding_window)
-    elif _varlen_can(query):
-        out = _varlen(query, key, value, segment_bounds, scaling, is_causal, sliding_window)
+        out = _by_segment(
+            query, key, value, segment_bounds, scaling, dropout, is_causal, sliding_window, shared=segment_shared
+        )
+    elif varlen_can(query):
+        out = varlen(query, key, value, segment_bounds, scaling, is_causal, sliding_window, segment_shared)
     else:
-        out = flex(query, key, value, segment_bounds, scaling, is_causal, sliding_window)
+        out = flex(query, key, value, segment_bounds, scaling, is_causal, sliding_window, segment_shared)
     return out.transpose(1, 2).contiguous(), None
 
 
@@ -146,9 +182,12 @@ def _by_segment(
     window: int | None,
     softcap: float | None = None,
     sinks: Tensor | None = None,
+    prefix: LearnedPrefix | None = None,
+    shared: Shared | None = None,
 ) -> Tensor:
     """Each segment on its own; batches of segments of one length, padded or not, measured no faster on a CPU."""
     lengths = [b - a for a, b in pairwise(bounds)]
+    shared = shared if shared is not None else (None,) * len(lengths)
     dtype = query.dtype
     short = 0
     if query.device.type == "cpu" and dtype in (torch.bfloat16, torch.float16):
@@ -156,17 +195,26 @@ def _by_segment(
         if max(lengths) <= short:  # one cast of the row is cheaper than one of each segment
             query, key, value = query.float(), key.float(), value.float()
     grouped = query.shape[1] != key.shape[1]
+    keys, values = key.split(lengths, 2), value.split(lengths, 2)
     parts = []
-    for q, k, v in zip(query.split(lengths, 2), key.split(lengths, 2), value.split(lengths, 2), strict=True):
-        tokens = q.shape[2]
-        if tokens <= short and q.dtype == dtype:
+    for q, k, v, seen in zip(query.split(lengths, 2), keys, values, shared, strict=True):
+        if seen is not None:
+            owner, count = seen
+            k, v = (torch.cat([x[owner][:, :, :count], own], 2) for x, own in ((keys, k), (values, v)))
+        tokens, visible = q.shape[2], k.shape[2]
+        if visible <= short and q.dtype == dtype:
             q, k, v = q.float(), k.float(), v.float()
-        banded = window is not None and tokens > window
-        if softcap is not None or sinks is not None:
-            mask = _band(tokens, causal, window if banded else None, q.device)
+        banded = window is not None and visible > window
+        openly = softcap is not None or sinks is not None
+        mask = None
+        if openly or banded or seen is not None or (prefix is not None and causal):
+            mask = _band(tokens, visible, causal, window if banded else None, q.device)
+        if prefix is not None:
+            k, v = prefix.before(k, v)
+            mask = prefix.extend(mask, visible)
+        if openly:
             parts.append(_openly(q, k, v, mask, scaling, dropout, softcap, sinks))
-        elif banded:
-            mask = _band(tokens, causal, window, q.device)
+        elif mask is not None or prefix is not None:
             parts.append(
                 F.scaled_dot_product_attention(q, k, v, mask, dropout_p=dropout, scale=scaling, enable_gqa=grouped)
             )
@@ -180,13 +228,19 @@ def _by_segment(
 
 
 @lru_cache(maxsize=64)
-def _band(tokens: int, causal: bool, window: int | None, device: torch.device) -> Tensor:
-    """(T, T) bool, True where a token may look."""
+def _band(tokens: int, keys: int, causal: bool, window: int | None, device: torch.device) -> Tensor:
+    """(T, L) bool, True where a token may look; the T tokens are the last of the L keys."""
     with torch.inference_mode(False):  # made during validation, it may be kept for a backward pass later
-        at = torch.arange(tokens, device=device)
-        back = at[:, None] - at[None, :]  # how far back the key is
+        at = torch.arange(keys, device=device)
+        back = at[keys - tokens :, None] - at[None, :]  # how far back the key is
         allowed = back >= 0 if causal else torch.ones_like(back, dtype=torch.bool)
         return allowed if window is None else allowed & (back.abs() < window)
+
+
+def _first_of_keys(tokens: int, keys: int, device: torch.device) -> Tensor:
+    """The causal mask where the tokens are the first of the keys, which is how the kernels align it."""
+    longest = max(tokens, keys)
+    return _band(longest, longest, True, None, device)[:tokens, :keys]
 
 
 def _openly(
@@ -219,99 +273,6 @@ def _openly(
     return weights @ value
 
 
-def _varlen_can(query: Tensor) -> bool:
-    """Whether the variable-length kernel takes these tensors."""
-    if query.device.type != "cuda" or query.dtype not in (torch.float16, torch.bfloat16) or query.shape[-1] > 256:
-        return False
-    if find_spec("torch.nn.attention.varlen") is None:
-        return False
-    return torch.cuda.get_device_capability(query.device) >= (8, 0)
-
-
-@lru_cache(maxsize=8)
-def _bounds_on(bounds: tuple[int, ...], device: torch.device) -> Tensor:
-    """The bounds as the kernel wants them; cached, since every layer of a step asks for the same."""
-    with torch.inference_mode(False):
-        return torch.tensor(bounds, dtype=torch.int32, device=device)
-
-
-def _varlen(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    bounds: tuple[int, ...],
-    scaling: float | None,
-    causal: bool,
-    window: int | None,
-) -> Tensor:
-    """Torch's own kernel for rows laid end to end (GPU, 16 bit)."""
-    from torch.nn.attention.varlen import varlen_attn
-
-    starts = _bounds_on(bounds, query.device)
-    longest = max(b - a for a, b in pairwise(bounds))
-    left = -1 if window is None else window - 1  # the kernel counts the tokens before the token itself
-    q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))  # (T, H, d)
-    out = varlen_attn(
-        q,
-        k,
-        v,
-        starts,
-        starts,
-        longest,
-        longest,
-        scale=scaling,
-        window_size=(left, 0 if causal else left),
-        enable_gqa=query.shape[1] != key.shape[1],
-    )
-    assert isinstance(out, Tensor)  # a pair only if the normaliser is asked for
-    return out.transpose(0, 1).unsqueeze(0)
-
-
-@lru_cache(maxsize=8)
-def _block_mask(bounds: tuple[int, ...], causal: bool, window: int | None, device: torch.device) -> Any:
-    from torch.nn.attention.flex_attention import create_block_mask
-
-    with torch.inference_mode(False):
-        lengths = torch.tensor([b - a for a, b in pairwise(bounds)], device=device)
-        segment = torch.repeat_interleave(torch.arange(len(bounds) - 1, device=device), lengths)
-
-    def allowed(batch: Tensor, head: Tensor, q: Tensor, k: Tensor) -> Tensor:
-        inside = segment[q] == segment[k]
-        if causal:
-            inside = inside & (q >= k)
-        return inside & ((q - k).abs() < window) if window is not None else inside
-
-    with torch.inference_mode(False):
-        return create_block_mask(allowed, None, None, bounds[-1], bounds[-1], device=device)
-
-
-@lru_cache(maxsize=1)
-def _compiled_flex() -> Any:
-    from torch.nn.attention.flex_attention import flex_attention
-
-    return torch.compile(flex_attention, dynamic=True)
-
-
-def flex(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    bounds: tuple[int, ...],
-    scaling: float | None,
-    causal: bool,
-    window: int | None,
-) -> Tensor:
-    """FlexAttention with a block mask: GPUs and dtypes that the variable-length kernel does not serve.
-
-    Compiled on a GPU; elsewhere it runs openly, which is only good for checking it.
-    """
-    from torch.nn.attention.flex_attention import flex_attention
-
-    run = _compiled_flex() if query.device.type == "cuda" else flex_attention
-    mask = _block_mask(bounds, causal, window, query.device)
-    return run(query, key, value, block_mask=mask, scale=scaling, enable_gqa=query.shape[1] != key.shape[1])
-
-
 def _unpacked(
     module: nn.Module,
     query: Tensor,
@@ -337,5 +298,5 @@ def _unpacked(
     tokens, keys = query.shape[2], key.shape[2]
     if mask is None and causal and tokens > 1:
         # sdpa's mask function leaves a plain causal mask to the kernel; the queries are the first of the keys.
-        mask = _band(max(tokens, keys), True, None, query.device)[:tokens, :keys]
+        mask = _first_of_keys(tokens, keys, query.device)
     return _openly(query, key, value, mask, scaling, dropout, softcap, sinks).transpose(1, 2).contiguous(), None

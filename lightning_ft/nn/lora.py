@@ -15,6 +15,8 @@ from typing import Literal, TypeVar, get_args
 from torch import nn
 
 from lightning_ft.functional.errors import Refusal
+from lightning_ft.functional.names import check_name
+from lightning_ft.nn.lora_init import Init
 from lightning_ft.nn.lora_layers import LoRALayer, layer_class
 from lightning_ft.nn.merging import merged_copy
 from lightning_ft.nn.registry import (
@@ -24,9 +26,9 @@ from lightning_ft.nn.registry import (
     innermost,
     pristine_modules,
     replace_module,
-    shared_parameters,
 )
-from lightning_ft.nn.select import ALL_LINEAR, LayerSpec, is_broad, linear_names, matches, select
+from lightning_ft.nn.select import ALL_LINEAR, LayerSpec
+from lightning_ft.nn.targets import freeze_around, is_inside, leave_fused_path, whole_modules, wrapped_names
 from lightning_ft.nn.trainable_tokens import ascending, inject_token_rows, rows_by_table
 
 Biases = Literal["none", "all", "lora_only"]
@@ -49,6 +51,8 @@ class LoRAConfig:
         alpha_pattern: Other alphas, likewise. The first key that matches counts.
         rslora: Scale by ``alpha / sqrt(r)``, which keeps the update's size when r grows (Kalajdzievski 2023).
         dora: Also train the magnitude of each output (Liu et al. 2024); slower, better at small r.
+        init: Where the factors start: ``default``, ``gaussian`` (``A`` normal with deviation 1/r), or at a part of the weight
+            itself, ``pissa`` (its principal singular triplets) or ``olora`` (its QR factors), see `lightning_ft.nn.lora_init`.
         modules_to_save: Patterns of modules to train in full beside the adapter and to store with it (a new head).
         bias: Which of the model's own biases train too: none, all, or only those of the wrapped modules.
         trainable_tokens: Tokens whose rows of the input embedding (and of a head tied to it) train and are stored: their
@@ -69,6 +73,7 @@ class LoRAConfig:
     alpha_pattern: Mapping[str, float] = field(default_factory=dict)
     rslora: bool = False
     dora: bool = False
+    init: Init = "default"
     modules_to_save: tuple[str, ...] = ()
     bias: Biases = "none"
     trainable_tokens: tuple[int, ...] | Mapping[str, tuple[int, ...]] = ()
@@ -95,13 +100,14 @@ class LoRAConfig:
             raise Refusal("LoRAConfig.target is empty; name modules such as 'q_proj', or write 'all-linear'.")
         if self.bias not in get_args(Biases):
             raise Refusal(f"LoRAConfig.bias must be none, all or lora_only, got {self.bias!r}.")
+        if self.init not in get_args(Init):
+            raise Refusal(f"LoRAConfig.init must be default, gaussian, pissa or olora, got {self.init!r}.")
         given, where = self.trainable_tokens, "LoRAConfig.trainable_tokens"
         tokens: object = ascending(given, where) if given and not isinstance(given, Mapping) else ()
         if isinstance(given, Mapping):
             tokens = {table: ascending(ids, f"{where}[{table!r}]") for table, ids in given.items()}
         object.__setattr__(self, "trainable_tokens", tokens)
-        if not self.adapter_name or "." in self.adapter_name:
-            raise Refusal(f"LoRAConfig.adapter_name must be a word without dots, got {self.adapter_name!r}.")
+        check_name(self.adapter_name, "LoRAConfig.adapter_name")
         for key in (*self.rank_pattern, *self.alpha_pattern):
             try:
                 re.compile(key)
@@ -128,8 +134,9 @@ def inject_lora(
 ) -> dict[str, LoRALayer]:
     """Wrap the chosen modules of a model, in place, and return the new layers by pristine name.
 
-    The first forward equals the one before: ``B`` is zero. Initial values depend on the seed and the parameter's name
-    only, so all ranks agree. A model may carry several adapters, on different modules or one around the other.
+    The first forward equals the one before: ``B`` is zero, or the start is subtracted. Initial values depend on the seed
+    and the parameter's name only, or on the weight, so all ranks agree. A model may carry several adapters, on different
+    modules or one around the other.
 
     Args:
         model: Any module, a Hugging Face model or not, possibly with other injected layers.
@@ -172,6 +179,7 @@ def inject_lora(
             dropout=config.dropout,
             rslora=config.rslora,
             dora=config.dora,
+            init=config.init,
             adapter_name=config.adapter_name,
             seed=seed,
             name=name,
@@ -181,15 +189,10 @@ def inject_lora(
         replace_module(model, places[name][0], layer)
     if config.trainable_tokens:
         inject_token_rows(model, config.trainable_tokens, adapter_name=config.adapter_name)
-    _leave_fused_path(model)
+    leave_fused_path(model)
     if freeze_base:
-        keep = {p for x in injected_layers(model).values() for p in x.injected_parameters().values()}
-        for other in adapter_configs(model).values():
-            keep |= {p for module in saved_modules(model, other).values() for p in module.parameters()}
-            keep |= set(bias_parameters(model, other).values())
-        for parameter in model.parameters():
-            if parameter not in keep:
-                parameter.requires_grad_(False)
+        others = adapter_configs(model).values()
+        freeze_around(model, [bias for other in others for bias in bias_parameters(model, other).values()])
     for module in saved.values():
         module.requires_grad_(True)
     for parameter in biases.values():
@@ -203,24 +206,13 @@ def target_names(model: nn.Module, config: LoRAConfig) -> list[str]:
     Raises:
         Refusal: As for `inject_lora`.
     """
-    places = {name: innermost(module) for name, (_, module) in pristine_modules(model).items() if name}
-    if config.target == ALL_LINEAR:
-        linear = set(linear_names(model))
-        if not linear:
-            raise Refusal("'all-linear' found no linear layer in this model; name the modules to wrap.")
-        chosen = select([n for n in places if n in linear], "*", layers=config.layers)
-    else:
-        patterns = (config.target,) if isinstance(config.target, str) else config.target
-        wrappable = {name: module for name, module in places.items() if layer_class(module) is not None}
-        for pattern in patterns:
-            _refuse_unwrappable(model, places, pattern)
-        chosen = select(wrappable, patterns, layers=config.layers)
-    left_out = set(select(places, config.exclude)) if config.exclude else set()
-    left_out |= set(select(places, config.modules_to_save)) if config.modules_to_save else set()
-    chosen = [name for name in chosen if not _is_inside(name, left_out)]
-    if not chosen:
-        raise Refusal("Every module that target selects is excluded or among modules_to_save; nothing is left to wrap.")
-    return chosen
+    return wrapped_names(
+        model,
+        config,
+        lambda module: layer_class(module) is not None,
+        technique="LoRA",
+        kinds="Linear, Conv1D, Conv2d and Embedding",
+    )
 
 
 def saved_modules(model: nn.Module, config: LoRAConfig) -> dict[str, nn.Module]:
@@ -229,19 +221,7 @@ def saved_modules(model: nn.Module, config: LoRAConfig) -> dict[str, nn.Module]:
     Raises:
         Refusal: If a pattern matches nothing, or if another module holds the same parameter.
     """
-    places = {name: innermost(module) for name, (_, module) in pristine_modules(model).items() if name}
-    names = select(places, config.modules_to_save) if config.modules_to_save else []
-    tied = shared_parameters(model)
-    for name in names:
-        for parameter in places[name].parameters():
-            if parameter in tied:
-                raise Refusal(
-                    f"modules_to_save cannot hold {name!r}: its weight is tied ({' = '.join(tied[parameter])}), and "
-                    "a stored "
-                    "adapter would untie it; give the head a weight of its own (tie_word_embeddings=False), or use "
-                    "LoRA there."
-                )
-    return {name: places[name] for name in names}
+    return whole_modules(model, config.modules_to_save)
 
 
 def bias_parameters(
@@ -274,7 +254,7 @@ def bias_parameters(
     found: dict[str, nn.Parameter] = {}
     for name, (_, module) in pristine_modules(model).items():
         bias = innermost(module)._parameters.get("bias")
-        if bias is not None and (config.bias == "all" or name in targets) and not _is_inside(name, saved):
+        if bias is not None and (config.bias == "all" or name in targets) and not is_inside(name, saved):
             found[f"{name}.bias" if name else "bias"] = bias
     if not found:
         raise Refusal(f"bias={config.bias!r} trains nothing: there is no such bias in this model; leave it at 'none'.")
@@ -286,57 +266,14 @@ def adapter_configs(model: nn.Module) -> dict[str, LoRAConfig]:
     return {x.adapter_name: x.config for x in injected_layers(model).values() if isinstance(x, LoRALayer)}
 
 
-def _refuse_unwrappable(model: nn.Module, places: dict[str, nn.Module], pattern: str) -> None:
-    """Refuse a pattern that means parameters, or modules that LoRA cannot wrap."""
-    found = {name: module for name, module in places.items() if matches(name, pattern)}
-    others = {name: module for name, module in found.items() if layer_class(module) is None}
-    if not others and found:
-        return
-    for path, parameter in model.named_parameters():
-        name = base_name(path, model)
-        parent = name.rpartition(".")[0]
-        if parameter.dim() != 3 or isinstance(places.get(parent), nn.modules.conv._ConvNd):
-            continue
-        if (not found and matches(name, pattern)) or (parent in others and len(others) == len(found)):
-            raise Refusal(
-                f"LoRA cannot wrap {name!r}: it is one tensor of shape {tuple(parameter.shape)} that holds all experts "
-                "of a mixture; choose linear layers such as the attention's 'q_proj'."
-            )
-    if others and (not is_broad(pattern) or len(others) == len(found)):
-        name, module = next(iter(others.items()))
-        raise Refusal(
-            f"LoRA cannot wrap {name!r}, a {type(module).__name__}: it wraps Linear, Conv1D, Conv2d and Embedding; "
-            f"to take the layers inside it, write '*{name.split('.')[-1]}.*'."
-        )
-
-
-def _leave_fused_path(model: nn.Module) -> None:
-    """Keep PyTorch's own transformer blocks from computing with the base weights only.
-
-    In evaluation ``nn.TransformerEncoderLayer`` hands the weights of its linear layers to one fused kernel without
-    calling them; a block that carries an injected layer gives up that kernel, which changes no result otherwise.
-    """
-    for module in model.modules():
-        if isinstance(module, nn.TransformerEncoderLayer) and injected_layers(module):
-            module.activation_relu_or_gelu = 0
-        elif isinstance(module, nn.TransformerEncoder) and injected_layers(module):
-            module.use_nested_tensor = False
-
-
 def _check_tokens(model: nn.Module, config: LoRAConfig, targets: list[str], saved: Collection[str]) -> None:
     """Refuse trainable tokens whose table cannot be wrapped, or gets factors or full training as well."""
     for name in rows_by_table(model, config.trainable_tokens) if config.trainable_tokens else ():
-        if name in targets or _is_inside(name, set(saved)):
+        if name in targets or is_inside(name, set(saved)):
             raise Refusal(
                 f"{name!r} cannot have both trainable_tokens and {'factors' if name in targets else 'full training'}: the "
                 "rows would learn twice; drop one of the two."
             )
-
-
-def _is_inside(name: str, containers: set[str]) -> bool:
-    """Say whether a name is one of the containers or lies inside one."""
-    parts = name.split(".")
-    return any(".".join(parts[: i + 1]) in containers for i in range(len(parts)))
 
 
 def _is_match(key: str, name: str) -> bool:

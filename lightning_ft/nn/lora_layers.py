@@ -18,6 +18,8 @@ import torch.nn.functional as F  # noqa: N812 (the name everybody reads)
 from torch import Tensor, nn
 
 from lightning_ft.functional.errors import Refusal
+from lightning_ft.nn.lora_init import FROM_WEIGHT, Init, check_start, difference, factors_of_weight
+from lightning_ft.nn.packed import PackedLayer, is_packed
 from lightning_ft.nn.registry import InjectedLayer, innermost
 from lightning_ft.nn.seeding import seeded_generator
 from lightning_ft.nn.select import is_called_by_weight, is_conv1d
@@ -36,6 +38,7 @@ class LoRALayer(InjectedLayer, ABC):
         dropout: Probability of zeroing an input of ``A`` while training; the path through the base is not dropped.
         rslora: Scale by ``alpha / sqrt(r)`` instead of ``alpha / r`` (Kalajdzievski 2023).
         dora: Also train the magnitude of each output's weight.
+        init: Where the factors start, see `lightning_ft.nn.lora_init`.
         adapter_name: Adapter that the layer belongs to.
         seed: Seed of the initial values.
         name: Pristine name of the wrapped module, for the seed and for messages.
@@ -46,8 +49,12 @@ class LoRALayer(InjectedLayer, ABC):
 
     kind = "lora"
     changes_weight = True
+    takes_strength = True
     lora_A: nn.Parameter
     lora_B: nn.Parameter
+    lora_A0: nn.Parameter | None
+    """Frozen copies of what the factors started with, where that was a part of the weight; it is subtracted."""
+    lora_B0: nn.Parameter | None
     lora_magnitude: nn.Parameter | None
     config: LoRAConfig
     """The configuration of the adapter that this layer belongs to; `inject_lora` sets it."""
@@ -63,12 +70,14 @@ class LoRALayer(InjectedLayer, ABC):
         dropout: float = 0.0,
         rslora: bool = False,
         dora: bool = False,
+        init: Init = "default",
         adapter_name: str = "default",
         seed: int = 0,
         name: str = "",
     ) -> None:
         super().__init__(base, adapter_name)
         self.r, self.alpha, self.dropout, self.rslora, self.name, self.seed = r, alpha, dropout, rslora, name, seed
+        self.init = init
         self.scale = alpha / (math.sqrt(r) if rslora else r)
         if dora and isinstance(base, InjectedLayer):
             raise Refusal(
@@ -77,13 +86,23 @@ class LoRALayer(InjectedLayer, ABC):
             )
         self._check()
         shape_a, shape_b = self._shapes()
+        if init in FROM_WEIGHT:
+            check_start(innermost(self), name, (*shape_b[:1], *shape_a[1:]), r, init)
         device = self.weight.device
         self.lora_A = nn.Parameter(torch.empty(shape_a, dtype=torch.float32, device=device))
         self.lora_B = nn.Parameter(torch.empty(shape_b, dtype=torch.float32, device=device))
         magnitude = torch.empty(shape_b[0], dtype=torch.float32, device=device) if dora else None
         self.lora_magnitude = None if magnitude is None else nn.Parameter(magnitude)
+        starts = init in FROM_WEIGHT
+        for factor, start in ((self.lora_A, "lora_A0"), (self.lora_B, "lora_B0")):
+            self.register_parameter(start, nn.Parameter(torch.empty_like(factor), False) if starts else None)
         self.training = base.training
         self.reset_parameters()
+
+    @property
+    def _gain(self) -> float:
+        """What multiplies ``B A`` in the forward; DoRA's change is multiplied by the strength as a whole."""
+        return self.scale if self.dora else self.scale * self.strength
 
     @property
     def dora(self) -> bool:
@@ -95,27 +114,47 @@ class LoRALayer(InjectedLayer, ABC):
         """Set the initial values: ``A`` uniform in ``+-1/sqrt(in)``, ``B`` zero, the magnitude as the base has it."""
         if self.lora_A.is_meta:
             return
-        # Kaiming's uniform with a = sqrt(5) is U(-1/sqrt(fan_in), 1/sqrt(fan_in)), the initial A of LoRA's authors.
-        bound = 1 / math.sqrt(self.lora_A[0].numel())
-        # On the CPU in fp32, whatever the default device and dtype are where the model is built.
-        drawn = torch.empty(self.lora_A.shape, dtype=torch.float32, device="cpu")
-        self.lora_A.copy_(drawn.uniform_(-bound, bound, generator=self._generator("lora_A")))
-        self.lora_B.zero_()
+        if self.lora_A0 is not None and self.lora_B0 is not None:
+            weight = dense_weight(self.base, self.name)
+            a, b = factors_of_weight(weight.t() if self.out_dim else weight, self.r, self.scale, self.init)
+            for places, values in (((self.lora_A, self.lora_A0), a), ((self.lora_B, self.lora_B0), b)):
+                for place in places:
+                    place.copy_(values)
+        else:
+            self._draw()
         if self.lora_magnitude is not None:
             self.lora_magnitude.copy_(self._norm())
         self.starts_as_identity = True
 
+    def _draw(self) -> None:
+        """Set ``A`` to random values and ``B`` to zero."""
+        # Kaiming's uniform with a = sqrt(5) is U(-1/sqrt(fan_in), 1/sqrt(fan_in)), the initial A of LoRA's authors.
+        bound = 1 / math.sqrt(self.lora_A[0].numel())
+        # On the CPU in fp32, whatever the default device and dtype are where the model is built.
+        drawn = torch.empty(self.lora_A.shape, dtype=torch.float32, device="cpu")
+        generator = self._generator("lora_A")
+        if self.init == "gaussian":
+            self.lora_A.copy_(drawn.normal_(0.0, 1 / self.r, generator=generator))
+        else:
+            self.lora_A.copy_(drawn.uniform_(-bound, bound, generator=generator))
+        self.lora_B.zero_()
+
     def merge_into(self, weight: Tensor) -> Tensor:
-        """Return ``W0 + s B A``, for DoRA with each output's weight rescaled to its magnitude."""
+        """Return ``W0 + s B A``, for DoRA with each output's weight rescaled to its magnitude; of the change, `strength`."""
         merged = weight + self.delta().to(weight.dtype)
         if self.lora_magnitude is not None:
             factor = self.lora_magnitude.to(weight.dtype) / self._norm_of(merged)
             merged = merged * factor.view([-1 if d == self.out_dim else 1 for d in range(merged.dim())])
-        return merged
+        return merged if self.strength == 1.0 else weight + self.strength * (merged - weight)
+
+    def factors(self) -> tuple[Tensor, Tensor]:
+        """Return the factors of the update: ``A`` and ``B``, or those of ``B A - B0 A0``, of twice the rank."""
+        return difference(self.lora_A, self.lora_B, self.lora_A0, self.lora_B0)
 
     def delta(self) -> Tensor:
-        """Return ``s B A`` in fp32, in the shape of the base's weight."""
-        return self.scale * (self.lora_B @ self.lora_A)
+        """Return ``s B A`` (less its start) in fp32, in the shape of the base's weight."""
+        a, b = self.factors()
+        return self.scale * (b @ a)
 
     def extra_repr(self) -> str:
         """Show what distinguishes this layer."""
@@ -161,7 +200,8 @@ class LoRALayer(InjectedLayer, ABC):
         if undropped is None:
             bias = cast("Tensor | None", getattr(self.base, "bias", None))
             undropped = out if bias is None else out - bias.view(shape).to(out.dtype)
-        return out + (ratio - 1).to(out.dtype) * undropped + ratio.to(out.dtype) * low_rank
+        shrink, ratio = self.strength * (ratio - 1), self.strength * ratio
+        return out + shrink.to(out.dtype) * undropped + ratio.to(out.dtype) * low_rank
 
 
 class LoRALinear(LoRALayer):
@@ -173,15 +213,16 @@ class LoRALinear(LoRALayer):
         if not self.enabled:
             return out
         dropped = self._dropped(x)
-        hidden = F.linear(dropped, self.lora_A.to(x.dtype)).to(out.dtype)  # (..., r)
-        factor = (self.lora_B * self.scale).to(out.dtype)  # scaling the small factor is cheaper than scaling the output
+        a, b = self.factors()
+        hidden = F.linear(dropped, a.to(x.dtype)).to(out.dtype)  # (..., r)
+        factor = (b * self._gain).to(out.dtype)  # scaling the small factor is cheaper than scaling the output
         if self.dora:
             undropped = None if dropped is x else self._bare(dropped).to(out.dtype)
             return self._dora_output(out, undropped, F.linear(hidden, factor), feature_dim=-1)
         # One fused multiply-add needs no other tensor of the outputs' size: 4 to 9 percent less time in fp32 than
         # to add two matrix products, 0 to 4 in bf16 (1000 x 576 by 576 and by 1536, forward and backward, one core).
         # An own autograd function was no faster.
-        flat = torch.addmm(out.reshape(-1, out.shape[-1]), hidden.reshape(-1, self.r), factor.t())
+        flat = torch.addmm(out.reshape(-1, out.shape[-1]), hidden.reshape(-1, hidden.shape[-1]), factor.t())
         # As F.linear does inside: the result is no view to autograd, since FSDP2 warns of a unit that returns a view.
         return torch.ops.aten._unsafe_view(flat, out.shape)
 
@@ -201,7 +242,7 @@ class LoRALinear(LoRALayer):
 
 
 class LoRAConv1D(LoRALinear):
-    """LoRA on transformers' ``Conv1D`` (GPT-2), a linear layer whose weight is stored as (in, out)."""
+    """LoRA on transformers' ``Conv1D`` (GPT-2), packed or not, a linear layer whose weight is stored as (in, out)."""
 
     out_dim = 1
 
@@ -213,6 +254,8 @@ class LoRAConv1D(LoRALinear):
         return x @ dense_weight(self.base, self.name).to(x.dtype)
 
     def _shapes(self) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        if isinstance(innermost(self), PackedLayer):
+            return super()._shapes()
         inputs, outputs = self.weight.shape
         return (self.r, inputs), (outputs, self.r)
 
@@ -232,19 +275,16 @@ class LoRAEmbedding(LoRALayer):
         if not self.enabled:
             return out
         hidden = F.embedding(ids, self.lora_A.t(), padding_idx=cast("int | None", self.padding_idx))  # (..., r)
-        low_rank = F.linear(hidden.to(out.dtype), (self.lora_B * self.scale).to(out.dtype))  # (..., D)
+        low_rank = F.linear(hidden.to(out.dtype), (self.lora_B * self._gain).to(out.dtype))  # (..., D)
         scale = output_scale(innermost(self), out)
         low_rank = low_rank if scale is None else low_rank * scale
         return self._dora_output(out, None, low_rank, feature_dim=-1) if self.dora else out + low_rank
 
-    @torch.no_grad()
-    def reset_parameters(self) -> None:
+    def _draw(self) -> None:
         """Set ``A`` to zero and ``B`` to standard normal values."""
-        super().reset_parameters()
-        if not self.lora_A.is_meta:
-            self.lora_A.zero_()
-            drawn = torch.empty(self.lora_B.shape, dtype=torch.float32, device="cpu")
-            self.lora_B.copy_(drawn.normal_(generator=self._generator("lora_B")))
+        self.lora_A.zero_()
+        drawn = torch.empty(self.lora_B.shape, dtype=torch.float32, device="cpu")
+        self.lora_B.copy_(drawn.normal_(generator=self._generator("lora_B")))
 
     def delta(self) -> Tensor:
         """Return ``s B A`` transposed: (V, D)."""
@@ -274,7 +314,7 @@ class LoRAConv2d(LoRALayer):
         conv = cast(nn.Conv2d, innermost(self))
         dropped = self._dropped(x)
         hidden = F.conv2d(dropped, self.lora_A.to(x.dtype), None, conv.stride, conv.padding, conv.dilation)
-        low_rank = F.conv2d(hidden, (self.lora_B * self.scale).to(hidden.dtype), groups=conv.groups).to(out.dtype)
+        low_rank = F.conv2d(hidden, (self.lora_B * self._gain).to(hidden.dtype), groups=conv.groups).to(out.dtype)
         if not self.dora:
             return out + low_rank
         undropped = None
@@ -312,10 +352,10 @@ class LoRAConv2d(LoRALayer):
 
 def layer_class(module: nn.Module) -> type[LoRALayer] | None:
     """Return the LoRA layer that wraps a module of the pristine model, None if there is none."""
+    if is_conv1d(module) or (isinstance(module, PackedLayer) and module.stored_as_inputs_first):
+        return LoRAConv1D
     if isinstance(module, nn.Linear):
         return LoRALinear
-    if is_conv1d(module):
-        return LoRAConv1D
     if isinstance(module, nn.Embedding):
         return LoRAEmbedding
     return LoRAConv2d if isinstance(module, nn.Conv2d) else None
@@ -327,23 +367,23 @@ def output_scale(embedding: nn.Module, like: Tensor) -> Tensor | None:
     return None if scale is None else torch.as_tensor(scale, dtype=like.dtype, device=like.device)
 
 
-def is_packed(weight: Tensor) -> bool:
-    """Say whether a weight is stored quantised, so that its tensor is not the matrix that it stands for."""
-    return hasattr(weight, "quant_state") or not weight.dtype.is_floating_point
-
-
 def dense_weight(module: nn.Module, name: str) -> Tensor:
-    """Return the weight matrix of a module, unpacked if it is stored in 4 bits.
+    """Return the weight matrix of a module, unpacked if it is stored in 4 or 8 bits.
 
     Raises:
         Refusal: If the weight is packed in another way.
     """
+    core = innermost(module)
+    if isinstance(core, PackedLayer):
+        return core.dense()
     weight = cast(Tensor, module.weight)
     if not is_packed(weight):
         return weight
     state = getattr(weight, "quant_state", None)
     if state is None:
-        raise Refusal(f"{name!r} stores its weight as {weight.dtype}; DoRA needs a floating-point or 4-bit weight.")
+        raise Refusal(
+            f"{name!r} stores its weight as {weight.dtype}; DoRA, PiSSA and OLoRA need a floating-point or 4-bit weight."
+        )
     import bitsandbytes.functional as bnb  # only here: an optional dependency, present where such weights are
 
     return cast(Tensor, bnb.dequantize_4bit(weight.data, state))

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from lightning_ft.functional.errors import Refusal
-from lightning_ft.nn.lora_layers import is_packed
+from lightning_ft.nn.packed import is_packed
 from lightning_ft.nn.registry import (
     base_name,
     injected_layers,
@@ -54,16 +54,20 @@ def merge_injected_(model: nn.Module) -> nn.Module:
             )
     merged: dict[nn.Parameter, torch.Tensor] = {}
     for layer in reversed(layers.values()):  # inner wrappers first
-        weight = innermost(layer).weight
-        assert isinstance(weight, nn.Parameter)
         if layer.enabled:
-            wide = merged.get(weight, weight.to(torch.promote_types(weight.dtype, torch.float32)))
-            merged[weight] = layer.merge_into(wide)
-    for weight, value in merged.items():
-        weight.copy_(value)
+            parts = innermost(layer)._parameters
+            for parameter, merge in ((parts["weight"], layer.merge_into), (parts.get("bias"), layer.merge_into_bias)):
+                if parameter is not None:
+                    merged[parameter] = merge(merged.get(parameter, _wide(parameter)))
+    for parameter, value in merged.items():
+        parameter.copy_(value)
     for path in reversed(layers):
         replace_module(model, path, layers[path].base)
     return model
+
+
+def _wide(parameter: nn.Parameter) -> torch.Tensor:
+    return parameter.to(torch.promote_types(parameter.dtype, torch.float32))
 
 
 def merged_copy(model: nn.Module) -> nn.Module:
@@ -74,9 +78,10 @@ def merged_copy(model: nn.Module) -> nn.Module:
     """
     for path, layer in injected_layers(model).items():
         if not layer.changes_weight:
+            why = getattr(layer, "unmergeable", "what it does is not a change of one")
             raise Refusal(
                 f"{base_name(path, model)!r} carries the {layer.kind} adapter {layer.adapter_name!r}, which cannot be merged "
-                "into a weight; export it as an adapter instead."
+                f"into a weight, because {why}; export it as an adapter instead."
             )
     return merge_injected_(copy.deepcopy(model))
 

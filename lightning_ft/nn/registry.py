@@ -36,6 +36,9 @@ class InjectedLayer(nn.Module):
     """The effect is a change of the wrapped module's weight, which `merge_into` makes."""
     decays: bool = True
     """Weight decay may shrink own matrices; rows of an embedding, for one, have no scale to shrink."""
+    takes_strength: bool = False
+    """The effect can be had in part, multiplied by `strength`, which `lightning_ft.nn.adapters.set_adapters` sets."""
+    strength: float = 1.0
 
     def __init__(self, base: nn.Module, adapter_name: str = "default") -> None:
         super().__init__()
@@ -69,6 +72,10 @@ class InjectedLayer(nn.Module):
             Refusal: For a layer whose effect is not a change of weight.
         """
         raise Refusal(f"{type(self).__name__} cannot be merged into a weight; export it as an adapter instead.")
+
+    def merge_into_bias(self, bias: Tensor) -> Tensor:
+        """Return the bias that goes with what `merge_into` returns; most layers leave it as it is."""
+        return bias
 
 
 def innermost(module: nn.Module) -> nn.Module:

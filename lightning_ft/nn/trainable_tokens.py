@@ -18,7 +18,8 @@ import torch.nn.functional as F  # noqa: N812 (the name everybody reads)
 from torch import Tensor, nn
 
 from lightning_ft.functional.errors import Refusal
-from lightning_ft.nn.lora_layers import is_packed, output_scale
+from lightning_ft.nn.lora_layers import output_scale
+from lightning_ft.nn.packed import is_packed
 from lightning_ft.nn.registry import (
     InjectedLayer,
     innermost,

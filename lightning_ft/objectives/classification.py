@@ -12,13 +12,9 @@ import torch.nn.functional as F  # noqa: N812 (the name everybody reads)
 from torch import Tensor
 
 from lightning_ft.engine.batch import Batch
+from lightning_ft.engine.scoring import row_logits
 from lightning_ft.engine.terms import Term
 from lightning_ft.models.classifier import Classifier
-
-
-def row_logits(model: Classifier, batch: Batch) -> Tensor:
-    """Logits of each segment, fillers included: (S, C), fp32; C = 1 for a value."""
-    return model.row_logits(batch.ids, batch.positions, bounds=batch.bounds, mask=batch.mask, types=batch.types).float()
 
 
 def token_logits(model: Classifier, batch: Batch) -> Tensor:

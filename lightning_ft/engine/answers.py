@@ -1,0 +1,56 @@
+"""What modules share that compare answers to one prompt: whether the prompt is held once for both, and no dropout."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import nn
+from torch.nn.modules.dropout import _DropoutNd
+
+from lightning_ft.functional.errors import Refusal
+from lightning_ft.models.admission_sharing import why_no_sharing
+
+
+def prove_sharing(module: Any) -> str:
+    """Find out, once the base is loaded, whether two answers may share one copy of their prompt.
+
+    Args:
+        module: one of our modules, with ``model``, ``view`` and ``admission``.
+
+    Returns:
+        Why they cannot; empty when it is proven that they can.
+
+    Raises:
+        Refusal: they cannot, or the base reads prompt and answer apart, and the data insist.
+    """
+    name = type(module).__name__
+    if module.model.config.is_encoder_decoder:
+        raise Refusal(
+            f"{module.base} is an encoder-decoder, and {name} trains decoders, which read prompt and answer as "
+            "one row; take a decoder."
+        )
+    reason = module.sharing_reason
+    if reason is None and getattr(module.view, "encoder", False):
+        reason = "it is an encoder, in which the prompt sees the answer"
+    elif reason is None:
+        reason = (
+            why_no_sharing(module.view, module.tokenizer)
+            if module.admission.packing
+            else (module.admission.packing_reason or "it cannot take packed rows")
+        )
+    if getattr(module.datamodule, "share_prompts", None) and reason:
+        raise Refusal(
+            f"{module.base} cannot hold a prompt once for two answers, because {reason}; leave data.share_prompts "
+            "out: whole rows give the same numbers, only slower."
+        )
+    return str(reason)
+
+
+def no_dropout(module: nn.Module) -> None:
+    """Switches dropout off for good: layers that drop, and the probabilities that others keep as plain numbers."""
+    for part in module.modules():
+        if isinstance(part, _DropoutNd):
+            part.p = 0.0
+        for name, value in list(vars(part).items()):
+            if "dropout" in name and isinstance(value, float) and part is not module:
+                setattr(part, name, 0.0)

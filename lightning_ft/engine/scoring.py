@@ -1,0 +1,50 @@
+"""What a view of a model makes of a batch: log-probabilities of scored tokens, their sums over segments, logits of rows."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from lightning_ft.engine.batch import Batch
+from lightning_ft.models.causal import CausalLM
+from lightning_ft.models.classifier import Classifier
+
+
+def scores(model: CausalLM, batch: Batch, outputs: Sequence[str] = ("logprob",)) -> dict[str, Tensor]:
+    """Scores of the batch's scored tokens, (N,) each, differentiable in the model.
+
+    Args:
+        model: the view of a causal model.
+        batch: packed or padded rows.
+        outputs: what `lightning_ft.nn.head.score_tokens` can give.
+    """
+    hidden = model.hidden(
+        batch.ids, batch.positions, bounds=batch.bounds, shared=batch.shared, mask=batch.mask
+    )  # (1|B, T, D)
+    chosen = hidden.reshape(-1, hidden.shape[-1])[batch.scored]  # (N, D)
+    return model.score(chosen, batch.labels, outputs=outputs)
+
+
+def segment_logps(model: CausalLM, batch: Batch) -> tuple[Tensor, Tensor]:
+    """Log-probability of each segment's scored tokens given what stands before them, and how many they are.
+
+    Args:
+        model: the view of a causal model.
+        batch: packed or padded rows, whether they share their beginnings or not.
+
+    Returns:
+        (S,) sums in nats, fp32 at least, with a gradient; (S,) counts in the same dtype.
+    """
+    logprob = scores(model, batch)["logprob"]  # (N,)
+    none = logprob.new_zeros(len(batch.rows))
+    counts = none.index_add(0, batch.segment_of_scored, torch.ones_like(logprob))
+    return none.index_add(0, batch.segment_of_scored, logprob), counts
+
+
+def row_logits(model: Classifier, batch: Batch) -> Tensor:
+    """Logits of each segment, fillers included: (S, C), fp32; C = 1 for a value."""
+    return model.row_logits(
+        batch.ids, batch.positions, bounds=batch.bounds, mask=batch.mask, types=batch.types, shared=batch.shared
+    ).float()
