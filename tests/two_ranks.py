@@ -242,6 +242,9 @@ def _serve(pipe: Connection, preload: str) -> None:
         pipe.send_bytes(answer)
     dist.barrier()
     dist.destroy_process_group()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(0)  # the interpreter would take seconds to take every module apart, and the session waits for it
 
 
 def _fresh(environment: dict[str, str], folder: str) -> None:

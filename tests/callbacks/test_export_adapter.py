@@ -8,12 +8,23 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from safetensors.torch import load_file
 
 import lightning_ft
-from lightning_ft import LoRA, Refusal, WeightEMA
+from lightning_ft import (
+    IA3,
+    BottleneckAdapter,
+    Freeze,
+    GradualUnfreezing,
+    LoRA,
+    PrefixTuning,
+    PromptTuning,
+    Refusal,
+    WeightEMA,
+)
 from lightning_ft.callbacks.export_adapter import ExportAdapter
 from lightning_ft.engine.strategies import FSDP2Strategy
 from lightning_ft.formats.peft import export_peft
 from tests.contract import Case, checks_for
 from tests.contract.subjects import AdaptedNet, PlainNet, chat_job, fit, loader, trainer
+from tests.modules import tasks
 
 CASE = Case(ExportAdapter, small={"every": "validation"}, idle={"every": "validation"})
 
@@ -121,6 +132,56 @@ def test_what_cannot_be_exported_is_refused_before_a_step(tmp_path):
         Refusal, match="ExportAdapter.monitor names 'val/los', which was not logged; there are .*val/loss"
     ):
         fit(tmp_path, AdaptedNet(), ExportAdapter("validation", monitor="val/los"), max_steps=4)
+
+
+KINDS = {
+    "adapter": lambda: BottleneckAdapter("pfeiffer", reduction_factor=4.0),
+    "ia3": IA3,
+    "prefix": lambda: PrefixTuning(3),
+    "prompt": lambda: PromptTuning(3),
+}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_kind_is_written_in_its_own_format_with_the_checkpoints_values(kind, chat, tmp_path):
+    module, data = chat_job(chat, tmp_path, model={"lr": 0.05})
+    keep = ModelCheckpoint(tmp_path, save_last=True, save_top_k=0)
+    trainer(tmp_path, KINDS[kind](), ExportAdapter(), keep, enable_checkpointing=True, max_steps=2).fit(module, data)
+    folder = tmp_path / "adapter"
+    again, data = chat_job(chat, tmp_path)
+    start = type(KINDS[kind]())(init_from=str(folder))
+    trainer(tmp_path, start, max_steps=0).fit(again, data)
+    ids = torch.randint(4, 100, (1, 9), generator=torch.Generator().manual_seed(0))
+    loaded = lightning_ft.load(tmp_path / "last.ckpt")
+    expected = loaded.model(ids).logits
+    assert torch.equal(again.model.eval()(ids).logits, expected)
+    assert (folder / "adapter.safetensors").is_file() == (kind == "adapter")
+
+
+def test_what_trains_beside_the_adapter_or_will_is_refused_before_a_step(tmp_path):
+    with pytest.raises(Refusal, match=r"net.2.* trained beside the adapter, .* by lora.modules_to_save"):
+        fit(tmp_path, PlainNet(), LoRA(2, target=["net.0"]), Freeze(["net.2"]), ExportAdapter())
+    with pytest.raises(Refusal, match=r"net.2.* trained beside the adapter"):
+        later = GradualUnfreezing(unit="step", schedule=[{"at": 1, "train": ["net.2"]}])
+        fit(tmp_path, PlainNet(), LoRA(2, target=["net.0"]), later, ExportAdapter())
+
+
+def test_a_classifiers_head_goes_only_where_there_is_a_place_for_it(tmp_path):
+    base = tasks.write_base("bert", tmp_path / "base")
+
+    def run(technique, **given):
+        module, data = tasks.job(base, tmp_path, "sequence_classification")
+        tasks.fit(module, data, tmp_path, technique, ExportAdapter(**given), max_steps=1)
+
+    run(LoRA(2))
+    assert any("classifier" in name for name in tensors(tmp_path / "adapter"))
+    with pytest.raises(
+        Refusal, match="has a head that was trained with the adapter, and this format has no place for it"
+    ):
+        run(BottleneckAdapter(reduction_factor=4.0), output=str(tmp_path / "hub"))
+    assert not (tmp_path / "hub").exists()
+    run(BottleneckAdapter(reduction_factor=4.0), output=str(tmp_path / "hub"), without_head=True)
+    assert (tmp_path / "hub" / "adapter.safetensors").is_file()
 
 
 def sharded(folder, chat):

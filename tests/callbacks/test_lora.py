@@ -7,6 +7,7 @@ import pytest
 import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
 from torch import nn
+from torch.distributed.tensor import DTensor
 from transformers import AutoModelForCausalLM
 
 import lightning_ft
@@ -14,7 +15,7 @@ from lightning_ft import Attachment, Refusal
 from lightning_ft.callbacks.lora import LoRA
 from lightning_ft.engine.strategies import FSDP2Strategy
 from lightning_ft.formats.peft import export_peft
-from lightning_ft.nn.registry import injected_layers
+from lightning_ft.nn.registry import disabled, injected_layers
 from tests.contract import Case, checks_for
 from tests.contract.subjects import QUIET, PlainNet, chat_job, fit, rows, state, trainer
 from tests.tolerances import TOL
@@ -239,3 +240,89 @@ def test_tokens_that_are_none_are_refused(chat, tmp_path):
         rebuilt(LoRA(2, trainable_tokens=["a"]))
     with pytest.raises(Refusal, match=r"LoRAConfig.trainable_tokens must name each token once, got 3 2 times"):
         LoRA(trainable_tokens=[3, 3])
+
+
+@pytest.mark.parametrize("init", ["pissa", "olora"])
+def test_a_start_in_the_weight_is_saved_loaded_and_started_from(init, tmp_path):
+    net = PlainNet()
+    bare = state(net)
+    keep = ModelCheckpoint(tmp_path, save_last=True, save_top_k=0)
+    fit(tmp_path, net, LoRA(2, init=init), keep, enable_checkpointing=True)
+    layer = net.net[0]
+    assert (layer.lora_B - layer.lora_B0).abs().max() > 0 and not layer.lora_B0.requires_grad
+    assert torch.equal(layer.base.weight, bare["net.0.weight"])
+    saved = torch.load(tmp_path / "last.ckpt", weights_only=True)["state_dict"]
+    assert {"net.0.lora_A0", "net.0.lora_B0"} < set(saved) and "net.0.base.weight" not in saved
+    for again in (
+        lightning_ft.load(tmp_path / "last.ckpt", module=PlainNet()),
+        rebuilt(LoRA(init_from=str(tmp_path / "last.ckpt"))),
+    ):
+        assert all(torch.equal(value, state(again)[name]) for name, value in state(net).items())
+    export_peft(net, tmp_path / "peft")
+    started = rebuilt(LoRA(init_from=str(tmp_path / "peft")))
+    torch.testing.assert_close(started(rows()[0]), net(rows()[0]), rtol=TOL[torch.float32], atol=TOL[torch.float32])
+    with pytest.raises(Refusal, match=r"LoRA\.init is 'pissa', but the adapter in .* has 'default'"):
+        rebuilt(LoRA(init="pissa", init_from=str(tmp_path / "peft")))
+
+
+def pissa_and_plus(chat, folder, **options):
+    """The factors of the tiny chat model after three steps from PiSSA's start, B eight times as fast; and the rates."""
+    module, data = chat_job(Path(chat), Path(folder), data={"batch_size": 4 if options else 8}, model={"lr": 0.05})
+    run = trainer(Path(folder), LoRA(2, target=["q_proj"], init="pissa", lr_ratio_b=8.0), **options)
+    run.fit(module, data)
+    named = dict(module.named_parameters())
+    names = ["lora_A", "lora_B", "lora_A0", "lora_B0"]
+    found = [named[f"model.model.layers.0.self_attn.q_proj.{name}"] for name in names]
+    groups = [(group["initial_lr"], [p.shape for p in group["params"]]) for group in run.optimizers[0].param_groups]
+    return [(p.full_tensor() if isinstance(p, DTensor) else p).detach() for p in found], groups
+
+
+def pissa_and_plus_sharded(chat, folder):
+    options = {"devices": 2, "strategy": FSDP2Strategy(process_group_backend="gloo"), "use_distributed_sampler": False}
+    return pissa_and_plus(chat, folder, **options)[0]
+
+
+def test_lora_plus_gives_b_its_own_rate_and_pissa_shards(chat, tmp_path, two_ranks):
+    (a, b, a0, b0), groups = pissa_and_plus(chat, tmp_path)
+    rates = dict(groups)
+    assert set(rates) == {0.05, 0.05 * 8}
+    assert all(shape[0] == 2 for shape in rates[0.05]) and all(shape[1] == 2 for shape in rates[0.05 * 8])
+    assert not torch.equal(a, a0) and not torch.equal(b, b0)
+    for sharded in two_ranks.run(
+        "tests.callbacks.test_lora:pissa_and_plus_sharded", chat=str(chat), folder=str(tmp_path)
+    ):
+        for mine, its in zip((a, b, a0, b0), sharded, strict=True):
+            torch.testing.assert_close(its, mine, rtol=TOL[torch.float32], atol=TOL[torch.float32])
+
+
+def test_lora_plus_steps_b_as_many_times_as_far(chat, tmp_path):
+    moved = {}
+    for ratio in (None, 8.0):
+        module, data = chat_job(chat, tmp_path, model={"lr": 0.05})
+        trainer(tmp_path, LoRA(2, target=["q_proj"], lr_ratio_b=ratio), max_steps=1).fit(module, data)
+        layer = module.model.model.layers[0].self_attn.q_proj
+        moved[ratio] = (layer.lora_A.detach(), layer.lora_B.detach())
+    assert torch.equal(moved[None][0], moved[8.0][0]), "at the start B is zero, so A has no gradient yet"
+    torch.testing.assert_close(moved[8.0][1], 8 * moved[None][1])  # plain SGD: one step is rate times gradient
+    with pytest.raises(Refusal, match="LoRA.lr_ratio_b sets rates .* PlainNet builds its own"):
+        fit(tmp_path, PlainNet(), LoRA(2, lr_ratio_b=16.0))
+
+
+def test_each_of_several_adapters_starts_from_its_own(tmp_path):
+    net = PlainNet()
+    keep = ModelCheckpoint(tmp_path, save_last=True, save_top_k=0)
+    # b wraps a on net.0 alone, so the names in the file say of neither which one it is.
+    both = LoRA(2, target=["net.0"], name="a"), LoRA(2, target=["net.0", "net.3"], name="b")
+    fit(tmp_path, net, *both, keep, enable_checkpointing=True)
+    file = str(tmp_path / "last.ckpt")
+    for name in "ab":
+        export_peft(net, tmp_path / name, adapter_name=name)
+    for name, other in (("a", "b"), ("b", "a")):
+        started = rebuilt(LoRA(init_from=file, name=name))
+        with disabled(net, [other]):
+            assert torch.equal(started(rows()[0]), net(rows()[0]))
+    for sources in ((file, file), (str(tmp_path / "a"), str(tmp_path / "b")), (str(tmp_path / "a"), file)):
+        started = rebuilt(LoRA(init_from=sources[0], name="a"), LoRA(init_from=sources[1], name="b"))
+        torch.testing.assert_close(started(rows()[0]), net(rows()[0]), rtol=TOL[torch.float32], atol=TOL[torch.float32])
+    with pytest.raises(Refusal, match="holds the LoRA adapters 'a', 'b' and none called 'c'"):
+        rebuilt(LoRA(init_from=file, name="c"))

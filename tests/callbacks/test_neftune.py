@@ -9,7 +9,8 @@ import torch
 from torch import nn
 
 from lightning_ft import Attachment, LoRA, Refusal
-from lightning_ft.callbacks.neftune import NEFTune
+from lightning_ft.callbacks.neftune import NEFTune, _layout
+from lightning_ft.engine.batch import Batch
 from tests.contract import Case, checks_for
 from tests.contract.subjects import PlainNet, WordNet, chat_job, fit, rows, state, trainer
 
@@ -160,3 +161,15 @@ def test_where_there_is_no_embedding_or_several_it_asks(tmp_path):
     fit(tmp_path, before)
     fit(tmp_path, after, NEFTune(target="net.0"))  # any module will do
     assert not torch.equal(before(rows()[0]), after(rows()[0]))
+
+
+def test_a_beginning_that_another_row_holds_counts():
+    """The second answer to a prompt gets the noise of the whole row, of which it holds the end."""
+    one = torch.zeros(0, dtype=torch.long)
+    ids = torch.arange(9)[None]
+    batch = Batch(ids, ids, (0, 7, 9), None, one, one, one, torch.tensor([4, 4]), {}, shared=(None, (0, 5)))
+    assert _layout(batch, ids) == [((4, 0), 7, 7, 0), ((4, 0), 7, 7, 5)]
+    technique = NEFTune(alpha=5.0)
+    technique._key = (1, 2)
+    whole, rest = (technique._row_noise(*row, torch.zeros(1, 9, 8)) for row in _layout(batch, ids))
+    assert whole.shape == (7, 8) and torch.equal(rest, whole[5:])

@@ -68,6 +68,27 @@ def test_written_folders_give_the_checkpoint_s_logits(
     assert outcome.code == 2 and "--output out already holds something" in outcome.err
 
 
+@pytest.mark.parametrize(
+    ("slot", "files"),
+    [
+        ("--adapter.style=pfeiffer", {"adapter.safetensors", "adapter_config.json"}),
+        ("--ia3={}", {"adapter_model.safetensors", "adapter_config.json"}),
+        ("--prefix.tokens=3", {"adapter_model.safetensors", "adapter_config.json"}),
+        ("--prompt.tokens=3", {"adapter_model.safetensors", "adapter_config.json"}),
+    ],
+)
+def test_every_kind_of_adapter_is_written_in_its_own_format(
+    real: Run, tiny_model: Path, rows: Path, tmp_path: Path, slot: str, files: set[str]
+) -> None:
+    short = ("--trainer.max_steps=2", "--trainer.accelerator=cpu", "--trainer.enable_progress_bar=false", "--name=a")
+    outcome = real("fit", f"--model.base={tiny_model}", f"--data.path={rows}", "--data.val_fraction=0.1", slot, *short)
+    assert outcome.code == 0, outcome.err
+    outcome = real("export", "--ckpt_path=runs/a/checkpoints/last.ckpt", "--output=out")
+    assert outcome.code == 0, outcome.err
+    assert {file.name for file in (tmp_path / "out").iterdir()} == files
+    assert ("AdapterHub" in outcome.out) == slot.startswith("--adapter")
+
+
 TOL32 = TOL[torch.float32]
 
 

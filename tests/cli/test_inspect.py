@@ -1,6 +1,7 @@
 """inspect: rows as the model sees them, scored tokens marked, without a weight being read."""
 
 import io
+import json
 from collections.abc import Callable
 from pathlib import Path
 
@@ -58,3 +59,41 @@ def test_bad_input(real: Run, tiny_model: Path, rows: Path) -> None:
     assert outcome.code == 2 and "rows must be a whole number, at least 0, got -1." in outcome.err
     outcome = real("inspect", f"--model.base={tiny_model}", f"--data.path={rows}x")
     assert outcome.code == 2 and "rows.jsonl" in outcome.err
+
+
+def preferences(folder: Path) -> Path:
+    """Four pairs as whole conversations, and one that teaches nothing."""
+    asked = [{"role": "user", "content": "hello"}]
+    answers = [("yes " * n, "no") for n in range(1, 5)] + [("no", "no")]
+    pairs = [[[*asked, {"role": "assistant", "content": text}] for text in pair] for pair in answers]
+    file = folder / "pairs.jsonl"
+    file.write_text("".join(json.dumps({"chosen": one, "rejected": other}) + "\n" for one, other in pairs))
+    return file
+
+
+def test_pairs(real: Run, tiny_model: Path, tmp_path: Path) -> None:
+    words = [f"--model.base={tiny_model}", "--data=PreferenceData", f"--data.path={preferences(tmp_path)}", "--rows=1"]
+    outcome = real("inspect", *words)
+    assert outcome.code == 2 and "pairs.jsonl, line 5: chosen and rejected are the same tokens" in outcome.err
+    outcome = real("inspect", *words, "--data.bad_rows=drop", "--data.packing=true", "--data.share_prompts=true")
+    assert outcome.code == 0, outcome.err
+    assert "── chosen: [[yes <|im_end|>]]" in outcome.out and "── rejected: [[no<|im_end|>]]" in outcome.out
+    assert outcome.out.count("<|im_start|>user\nhello") == 1
+    assert "1 rows are left out: chosen and rejected are the same." in outcome.out
+    assert "train: prompts laid out once: saves " in outcome.out
+
+
+def test_single_answers(real: Run, tiny_model: Path, tmp_path: Path) -> None:
+    words = [
+        "--data=UnpairedPreferenceData",
+        f"--data.path={preferences(tmp_path)}",
+        "--data.bad_rows=drop",
+        "--rows=2",
+    ]
+    outcome = real("inspect", f"--model.base={tiny_model}", *words)
+    assert outcome.code == 0, outcome.err
+    assert "line 1 (chosen)" in outcome.out and "── desirable: [[yes <|im_end|>]]" in outcome.out
+    assert "line 1 (rejected)" in outcome.out and "── undesirable: [[no<|im_end|>]]" in outcome.out
+    assert "2 rows are left out: chosen and rejected are the same." in outcome.out
+    outcome = real("inspect", f"--model.base={tiny_model}", *words, "--data.label=1")
+    assert outcome.code == 2 and "label" in outcome.err

@@ -12,6 +12,7 @@ import pytest
 import torch
 from torch import nn
 
+from lightning_ft.nn.registry import base_name
 from tests.contract.case import Case, Check, Place, collect, require
 from tests.contract.subjects import PlainNet, differing, fit, loader, state, subject, trainer
 
@@ -124,7 +125,7 @@ def _hooks(net: nn.Module) -> dict[str, int]:
 
 
 def _modes(net: nn.Module) -> dict[str, bool]:
-    return {path: module.training for path, module in net.named_modules()}
+    return {base_name(path, net): module.training for path, module in net.named_modules()}
 
 
 def _flags() -> dict[str, Any]:

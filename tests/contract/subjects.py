@@ -94,6 +94,24 @@ class AdaptedNet(PlainNet):
         inject_lora(self.net, LoRAConfig(r=2), seed=0)
 
 
+class AttentionNet(PlainNet):
+    """The same behind a tiny Llama that reads those words."""
+
+    def __init__(self, dtype: str = "float32", fail_at: int | None = None) -> None:
+        from transformers import LlamaConfig, LlamaModel
+
+        super().__init__(dtype, fail_at)
+        sizes = {"hidden_size": FEATURES, "intermediate_size": 6, "num_hidden_layers": 2, "num_attention_heads": 2}
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(1)
+            self.reader = LlamaModel(LlamaConfig(**sizes, vocab_size=7, initializer_range=0.5))
+        self.reader.to(getattr(torch, dtype)).train(self.training)
+
+    def forward(self, x: Tensor) -> Tensor:
+        words = (x.float() * 2).round().clamp(-3, 3).long() + 3  # (B, FEATURES), numbers from 0 to 6
+        return self.net(self.reader(words, use_cache=False).last_hidden_state.mean(1))
+
+
 class PlainData(pl.LightningDataModule):
     """The rows as a data module, for the command line."""
 
@@ -106,7 +124,7 @@ class PlainData(pl.LightningDataModule):
 
 def subject(technique: type[Technique]) -> type[PlainNet]:
     """The plain module that has what the technique needs."""
-    kinds = {"generator": SpeakingNet, "embedding": WordNet, "adapter": AdaptedNet}
+    kinds = {"generator": SpeakingNet, "embedding": WordNet, "adapter": AdaptedNet, "attention": AttentionNet}
     return next((kind for need, kind in kinds.items() if need in technique.traits.needs), PlainNet)
 
 

@@ -103,7 +103,7 @@ def test_windows_of_drawn_rows_are_exact(batch_size, accumulate, world, epoch):
     shares = Shares((4, 6), (7, 3))
     rows = shares.rows(seed=1, epoch=epoch)
     plan = plan_epoch(
-        lengths, batch_size=batch_size, scored=lengths - 1, accumulate=accumulate, world_size=world, rows=rows
+        lengths, batch_size=batch_size, units={"token": lengths - 1}, accumulate=accumulate, world_size=world, rows=rows
     )
     dealt = [
         np.concatenate([part for micro in plan.micro[i : i + accumulate] for part in micro])

@@ -57,7 +57,7 @@ def test_window_totals_are_the_brute_force_sums(lengths, place, limit, bins):
     batch_size, accumulate, world = place
     scored = lengths // 2
     size = {"max_tokens": 40} if bins else {"batch_size": batch_size}
-    plan = plan_epoch(lengths, **size, scored=scored, accumulate=accumulate, world_size=world, limit=limit)
+    plan = plan_epoch(lengths, **size, units={"token": scored}, accumulate=accumulate, world_size=world, limit=limit)
     assert limit is None or len(plan) <= limit
     for i in range(len(plan)):
         token = row = 0

@@ -116,7 +116,8 @@ class Rows:
     """Rows of a number each, as a loader sees them: row i has ``lengths[i]`` tokens, of which every second one is scored."""
 
     def __init__(self, lengths: np.ndarray) -> None:
-        self.lengths, self.scored = lengths, lengths // 2
+        self.lengths = self.widths = lengths
+        self.units, self.copies = {"token": lengths // 2}, 1
 
     def __len__(self) -> int:
         return len(self.lengths)

@@ -1,7 +1,7 @@
 """What README.md and docs/ tell a reader to type works: shell lines, YAML, Python, links and generated tables.
 
-Everything runs in a folder that holds what the pages speak of: ``my.jsonl``, ``reviews.csv``, ``my/model`` (a tiny random model),
-``configs/`` and a finished run ``runs/sft_lora``. ``fit`` lines are parsed, the other commands run.
+Everything runs in a folder that holds what the pages speak of: ``my.jsonl``, ``reviews.csv``, ``pairs.jsonl``, ``rated.jsonl``,
+``my/model`` (a tiny random model), ``configs/`` and a finished run ``runs/sft_lora``. ``fit`` lines are parsed, the others run.
 """
 
 import importlib.util
@@ -60,6 +60,10 @@ def newcomer(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
         (folder / "my.jsonl").write_text("".join(json.dumps({"messages": chat}) + "\n" for chat in chats))
         labelled = [f"answer {n} {'good' if n % 2 else 'bad'},{'up' if n % 2 else 'down'}" for n in range(24)]
         (folder / "reviews.csv").write_text("\n".join(["text,label", *labelled]) + "\n")
+        answers = [{"prompt": f"{n}+1=", "chosen": f" {n + 1}.", "rejected": " no."} for n in range(24)]
+        (folder / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in answers))
+        rated = [{"prompt": f"{n}+1=", "completion": f" {n + n % 2}.", "label": n % 2 == 1} for n in range(24)]
+        (folder / "rated.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rated))
         from lightning_ft.cli.training import run
 
         words = ["--config", "configs/sft_lora.yaml", "--data.path", "my.jsonl", "--model.base", "my/model"]

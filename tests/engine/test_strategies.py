@@ -17,7 +17,8 @@ from torch.distributed.checkpoint import FileSystemReader
 from torch.distributed.tensor import DTensor
 from torch.utils.data import DataLoader, Sampler
 
-from lightning_ft.engine.strategies import KEYS, FSDP2Strategy
+from lightning_ft.engine.sharded_files import KEYS
+from lightning_ft.engine.strategies import FSDP2Strategy
 from lightning_ft.functional.errors import Refusal
 from lightning_ft.models.sharding import shard_
 from tests.two_ranks import TwoRanks

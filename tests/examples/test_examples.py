@@ -3,6 +3,7 @@
 import importlib.util
 import inspect
 import json
+import math
 from pathlib import Path
 from types import ModuleType
 
@@ -11,7 +12,7 @@ import pytest
 from benchmarks.random_model import write_model
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
-TESTED = {"lora_on_your_module", "lora_on_a_cnn", "sft_from_python"}
+TESTED = {"dpo_on_sft_adapter", "lora_on_your_module", "lora_on_a_cnn", "sft_from_python"}
 
 
 def example(name: str) -> ModuleType:
@@ -65,3 +66,18 @@ def test_sft_from_python(model: str, tmp_path: Path, monkeypatch: pytest.MonkeyP
         "adapter_config.json",
         "adapter_model.safetensors",
     }
+
+
+def test_dpo_on_sft_adapter(model: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("LIGHTNING_FT_CACHE", str(tmp_path / "cache"))
+    chats, pairs = tmp_path / "chats.jsonl", tmp_path / "pairs.jsonl"
+    chats.write_text("".join(json.dumps({"prompt": f"{n}+1=", "completion": f"{n + 1}"}) + "\n" for n in range(40)))
+    rows = [{"prompt": f"{n}+1=", "chosen": f"{n + 1}", "rejected": "none"} for n in range(40)]
+    pairs.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    found = example("dpo_on_sft_adapter").main(
+        model, str(chats), str(pairs), max_steps=4, batch_size=4, output=tmp_path / "out"
+    )
+    assert found["first"] == pytest.approx(math.log(2), abs=1e-5)
+    assert found["val/rewards/margins"] > 0
+    assert (tmp_path / "out/dpo/adapter_model.safetensors").is_file()

@@ -2,6 +2,7 @@
 
 import importlib
 import pkgutil
+import warnings
 from dataclasses import replace
 from datetime import timedelta
 from types import SimpleNamespace
@@ -10,7 +11,7 @@ import pytest
 import torch
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import EMAWeightAveraging, ModelCheckpoint
-from lightning.pytorch.plugins.precision import DeepSpeedPrecision
+from lightning.pytorch.plugins.precision import BitsandbytesPrecision, DeepSpeedPrecision
 from lightning.pytorch.strategies import DDPStrategy, DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy
 
 import lightning_ft.callbacks
@@ -18,6 +19,7 @@ from lightning_ft.callbacks.lora import LoRA
 from lightning_ft.callbacks.samples import SampleGenerations
 from lightning_ft.engine import compatibility
 from lightning_ft.engine.attachment import Attachment
+from lightning_ft.engine.strategies import FSDP2Strategy
 from lightning_ft.engine.technique import Technique
 from lightning_ft.engine.traits import Traits
 from lightning_ft.functional.errors import Refusal
@@ -61,6 +63,26 @@ def stub(strategy, **more):
     return SimpleNamespace(strategy=strategy, **{**facts, **more})
 
 
+class Quantised(Plain):
+    """As a module of ours says it."""
+
+    quantize = "nf4"
+
+
+class Packed(Plain):
+    """A user's own, with a weight that is stored as integers."""
+
+    def __init__(self):
+        super().__init__()
+        self.net.weight = torch.nn.Parameter(torch.zeros(2, 2, dtype=torch.uint8), requires_grad=False)
+
+
+def packing_plugin(_):
+    strategy = DDPStrategy()
+    strategy._precision_plugin = object.__new__(BitsandbytesPrecision)  # its constructor wants CUDA's library
+    return stub(strategy)
+
+
 def deepspeed():
     strategy = object.__new__(DeepSpeedStrategy)  # the package itself is not needed to be refused
     strategy._precision_plugin = object.__new__(DeepSpeedPrecision)
@@ -84,6 +106,8 @@ CASES = {
     "spawn": (lambda _: real(strategy="ddp_spawn", devices=2), Plain, LoRA),
     "tensor_parallel": (lambda _: stub(ModelParallelStrategy(tensor_parallel_size=2)), Plain, LoRA),
     "stock_fsdp2_files": (lambda _: stub(ModelParallelStrategy()), Plain, LoRA),
+    "fsdp2+quantised": (lambda _: stub(FSDP2Strategy()), Quantised, LoRA),
+    "bitsandbytes_precision": (packing_plugin, Plain, LoRA),
     "weight_averaging": (lambda _: stub(DDPStrategy(), callbacks=[EMAWeightAveraging()]), Plain, LoRA),
     "manual_optimization": (lambda _: real(), Manual, LossEdit),
     "dataloader_iter": (lambda _: real(), Iterates, LossEdit),
@@ -122,6 +146,29 @@ def test_a_rule_for_some_techniques_lets_the_others_pass(words, tmp_path):
 @pytest.mark.parametrize("options", [{}, {"accumulate_grad_batches": 4}, {"precision": "bf16-mixed"}])
 def test_what_works_passes(options):
     compatibility.check([LoRA(), LossEdit()], compatibility.situation(real(**options), Plain()))
+
+
+def test_packed_weights_are_seen_wherever_they_come_from():
+    where = compatibility.situation(stub(FSDP2Strategy()), Packed())
+    assert {"fsdp2", "quantised"} <= where.words
+    assert "quantised" not in compatibility.situation(stub(FSDP2Strategy()), Plain()).words
+    with pytest.raises(Refusal, match="FSDP2 and a quantised base, because .* use ddp, or FSDP2 without quantize"):
+        compatibility.check_packed_for_fsdp2(Packed())  # those that configure_model has packed
+    compatibility.check_packed_for_fsdp2(Plain())
+
+
+def test_lightnings_plugin_would_thaw_frozen_biases():
+    """Why it is refused: it makes new layers once techniques have frozen and wrapped the old ones."""
+    pytest.importorskip("bitsandbytes")
+    from lightning.fabric.plugins.precision import bitsandbytes as plugin
+
+    with warnings.catch_warnings():  # it adds filters
+        plugin._import_bitsandbytes()
+    module = Plain()
+    Attachment.of(module).rebuild([LoRA(2)], seed=0)
+    assert not module.net.base.bias.requires_grad
+    plugin._convert_layers(module, type("Packing", (torch.nn.Linear,), {}), set())
+    assert module.net.base.bias.requires_grad
 
 
 def techniques():

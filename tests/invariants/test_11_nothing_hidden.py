@@ -56,7 +56,8 @@ filters, hook = list(warnings.filters), sys.excepthook
 import lightning_ft
 every = ["lightning_ft"]
 for found in pkgutil.walk_packages(lightning_ft.__path__, "lightning_ft."):
-    if not found.name.endswith("__main__"):
+    # packed_linear is imported only where a base is packed: bitsandbytes compiles functions of torch when it is imported.
+    if not found.name.endswith(("__main__", ".packed_linear")):
         importlib.import_module(found.name)
         every.append(found.name)
 for name in lightning_ft.__all__:

@@ -126,7 +126,7 @@ def test_what_the_variable_length_kernel_is_told(
 
     monkeypatch.setattr("torch.nn.attention.varlen.varlen_attn", kernel)
     q, k, v = qkv()
-    found = at._varlen(q, k, v, BOUNDS, 0.4, causal, window).transpose(1, 2)
+    found = at.varlen(q, k, v, BOUNDS, 0.4, causal, window).transpose(1, 2)
     torch.testing.assert_close(found, oracle(q, k, v, BOUNDS, causal=causal, window=window, scale=0.4))
 
 

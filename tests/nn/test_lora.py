@@ -7,7 +7,14 @@ import pytest
 import torch
 import torch.nn.functional as F  # noqa: N812
 from torch import nn
-from transformers import LlamaConfig, LlamaForCausalLM, MixtralConfig, MixtralForCausalLM
+from transformers import (
+    GptOssConfig,
+    GptOssForCausalLM,
+    LlamaConfig,
+    LlamaForCausalLM,
+    MixtralConfig,
+    MixtralForCausalLM,
+)
 from transformers.pytorch_utils import Conv1D
 
 import lightning_ft.nn.lora as lora_module
@@ -395,6 +402,13 @@ def test_meaningless_configurations_are_refused(options, message):
         (dict(target=("input_layernorm",)), "a MixtralRMSNorm: it wraps Linear"),
         (dict(target=("gate_up_proj",)), "one tensor of shape .* holds all experts"),
         (dict(target=("experts",)), "one tensor of shape .* holds all experts"),
+        (
+            dict(target=("*.experts.*",)),
+            r"'model.layers.0.mlp.experts.gate_up_proj': it is one tensor of shape \(2, 48, 16\)",
+        ),
+        (dict(target=("re:.*mlp.experts.down_proj",)), "one tensor of shape .* holds all experts"),
+        (dict(target=("w1",)), "one tensor of shape .* holds all experts"),
+        (dict(target=("experts.0.w2",)), "one tensor of shape .* holds all experts"),
         (dict(target=("q_proj",), exclude=("q_proj",)), "nothing is left to wrap"),
         (dict(target=("q_proj",), exclude=("qproj",)), "'qproj' matches nothing"),
         (dict(target=("q_proj",), rank_pattern={"k_proj": 2}), "rank_pattern key 'k_proj' matches none"),
@@ -410,6 +424,16 @@ def test_a_target_that_cannot_be_wrapped_is_refused_and_the_model_unchanged(opti
         inject_lora(model, LoRAConfig(**options))
     assert not injected_layers(model)
     assert all(parameter.requires_grad for parameter in model.parameters())
+
+
+def test_experts_of_another_layout_are_refused_too_and_all_linear_goes_around_them():
+    model = GptOssForCausalLM(GptOssConfig(**SMALL, head_dim=8, num_local_experts=2, num_key_value_heads=1))
+    for target in ("experts", "gate_up_proj", "down_proj"):
+        with pytest.raises(
+            Refusal, match=r"layers.0.mlp.experts.* one tensor of shape .* holds all experts of a mixture"
+        ):
+            inject_lora(model, LoRAConfig(target=(target,)))
+    assert {name.rpartition(".")[2] for name in inject_lora(model, LoRAConfig())} >= {"q_proj", "v_proj", "o_proj"}
 
 
 def test_globs_pass_over_what_cannot_be_wrapped():

@@ -19,7 +19,8 @@ from lightning_ft.callbacks.freeze import Freeze
 from lightning_ft.callbacks.lora import LoRA
 from lightning_ft.data.sft_data import SFTData
 from lightning_ft.engine.attachment import Attachment
-from lightning_ft.engine.strategies import KEYS, FSDP2Strategy
+from lightning_ft.engine.sharded_files import KEYS
+from lightning_ft.engine.strategies import FSDP2Strategy
 from lightning_ft.engine.technique import Technique
 from lightning_ft.engine.terms import Term
 from lightning_ft.engine.traits import Traits

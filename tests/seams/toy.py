@@ -69,7 +69,7 @@ class Rows:
     """What a `PlannedLoader` asks of a data set."""
 
     lengths = LENGTHS
-    scored = np.array([LENGTHS[row] - first_scored(row) for row in range(ROWS)])
+    units = {"token": np.array([LENGTHS[row] - first_scored(row) for row in range(ROWS)])}
 
     def __len__(self) -> int:
         return ROWS
