@@ -13,7 +13,7 @@ STAMP := .venv/.installed
 ONE_THREAD := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false
 
 .DEFAULT_GOAL := help
-.PHONY: help install fetch quickstart test lint format matrix bench reproduce-supervised gpu clean
+.PHONY: help install fetch quickstart test lint format matrix bench reproduce-supervised reproduce-methods gpu clean
 
 help:  ## list the targets
 	@awk -F':.*## ' '/^[a-z-]+:.*## / { printf "  make %-20s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -46,14 +46,19 @@ format: install  ## let ruff rewrite what it can
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-matrix: install fetch  ## every technique with every other, strategy and precision
-	$(ONE_THREAD) $(BIN)/python -m pytest -n 2 --dist loadgroup tests/matrix $(PYTEST_FLAGS)
+matrix: install  ## every part with every task and placement (an hour at most; goes on where it stopped)
+	MATRIX=all $(ONE_THREAD) $(BIN)/python -m pytest -n 2 --dist loadgroup tests/matrix $(PYTEST_FLAGS)
+	$(ONE_THREAD) $(BIN)/python docs/render_matrix.py
 
 bench: install fetch  ## measure against peers (run nothing else meanwhile)
 	$(BIN)/python -m benchmarks.sft
 
 reproduce-supervised: install fetch  ## full training against few parameters, on one encoder (an hour; goes on where it stopped)
 	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.supervised
+
+reproduce-methods: install fetch  ## every method on both starter models (hours; goes on where it stopped), then its speed
+	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.methods
+	$(BIN)/python -m benchmarks.methods --speed
 
 gpu: install  ## one offline script with random weights for a machine with a GPU
 	$(BIN)/python -m benchmarks.gpu
