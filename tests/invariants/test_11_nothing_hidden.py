@@ -111,12 +111,24 @@ def test_every_torch_load_is_weights_only():
     found = 0
     for file, tree in TREES.items():
         for name, words, line in calls(tree):
-            assert "allow_pickle" not in words, (file.name, line)
+            if "allow_pickle" in words:
+                assert ast.unparse(words["allow_pickle"]) == "False", (file.name, line)
             if name.endswith("torch.load") or name == "load" and "map_location" in words:
                 found += 1
                 value = words.get("weights_only")
                 assert isinstance(value, ast.Constant) and value.value is True, f"{file.name}:{line}"
     assert found >= 4
+
+
+def reads_named_classes_only(tree):
+    """Whether all that a file does with pickle is a reader that looks each class up in a list of its own."""
+    readers = [
+        c for c in ast.walk(tree) if isinstance(c, ast.ClassDef) and "pickle.Unpickler" in map(ast.unparse, c.bases)
+    ]
+    closed = readers and all(any(getattr(f, "name", "") == "find_class" for f in reader.body) for reader in readers)
+    used = {ast.unparse(n) for n in ast.walk(tree) if isinstance(n, ast.Attribute) and ast.unparse(n.value) == "pickle"}
+    bases = sum(ast.unparse(n) == "pickle.Unpickler" for n in ast.walk(tree) if isinstance(n, ast.Attribute))
+    return closed and used <= {"pickle.Unpickler", "pickle.UnpicklingError"} and bases == len(readers)
 
 
 def test_no_unpickler_is_imported_and_no_text_is_executed():
@@ -125,7 +137,8 @@ def test_no_unpickler_is_imported_and_no_text_is_executed():
         for node in ast.walk(tree):
             names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
             names += [node.module or ""] if isinstance(node, ast.ImportFrom) else []
-            assert not banned & {name.split(".")[0] for name in names}, (file.name, node.lineno)
+            found = banned & {name.split(".")[0] for name in names}
+            assert not found or found == {"pickle"} and reads_named_classes_only(tree), (file.name, node.lineno)
         for name, _, line in calls(tree):
             assert name not in ("eval", "exec", "compile", "__import__", "yaml.load"), (file.name, line)
 

@@ -47,8 +47,8 @@ class RoundRows:
         return np.array([len(ids) for ids in self.data.round["rows"]])
 
     @property
-    def scored(self) -> np.ndarray:
-        return self.lengths - 1
+    def units(self) -> dict[str, np.ndarray]:
+        return {"token": self.lengths - 1}
 
     def segments(self, rows: Any) -> list[Segment]:
         found = [(int(r), np.array(self.data.round["rows"][r])) for r in rows]
