@@ -11,7 +11,7 @@ from lightning_ft.functional.errors import Refusal
 
 
 def parser(command: str, description: str) -> SmallParser:
-    """The flags that both commands take."""
+    """The flags that these commands and ``adapters`` take."""
     flags = small_parser(command, description)
     flags.add_argument("--ckpt_path", type=str | None, default=None, help="A checkpoint that fit has written.")
     flags.add_argument("--output", type=str | None, default=None, help="The folder to write; new, or empty.")
@@ -36,7 +36,8 @@ def export_command(argv: list[str]) -> None:
         help="Leave a trained head out where the format has no place for it.",
     )
     config = flags.parse_args(argv)
-    module, output = _loaded(config)
+    required(config, "ckpt_path", "output")
+    module, output = loaded(config)
     from lightning_ft.formats.adapter_folder import adapter_files, check_adapter
     from lightning_ft.formats.heads import auto_class, kind_of, task_type, trained_head
     from lightning_ft.formats.padding import padding_of
@@ -80,7 +81,8 @@ def merge_command(argv: list[str]) -> None:
         help="Dtype of the stored weights; null keeps the base's. Merging is done in float32 in any case.",
     )
     config = flags.parse_args(argv)
-    module, output = _loaded(config, unquantised=config.weights == "original")
+    required(config, "ckpt_path", "output")
+    module, output = loaded(config, unquantised=config.weights == "original")
     packed = _packing_of(Path(config.ckpt_path))
     if packed is None and config.weights == "dequantised":
         raise Refusal("--weights dequantised: the run's base was not packed; leave it out.")
@@ -115,11 +117,10 @@ def _packing_of(path: Path) -> str | None:
     return found
 
 
-def _loaded(config: Any, *, unquantised: bool = True) -> tuple[Any, Path]:
-    """The checkpoint's module and the folder to write, both checked before the base model is loaded."""
-    required(config, "ckpt_path", "output")
-    path, output = Path(config.ckpt_path), Path(config.output)
-    if output.is_file() or (output.is_dir() and any(output.iterdir())):
+def loaded(config: Any, *, unquantised: bool = True) -> tuple[Any, Any]:
+    """The checkpoint's module and the folder to write, if one is given; both are checked before the base model is loaded."""
+    path, output = Path(config.ckpt_path), Path(config.output) if config.output is not None else None
+    if output is not None and (output.is_file() or (output.is_dir() and any(output.iterdir()))):
         raise Refusal(f"--output {output} already holds something, and nothing is overwritten; give a new folder.")
     checkpoint_argument.check(path, resume=False, ours=True)
     import lightning_ft

@@ -46,6 +46,12 @@ def parser() -> SmallParser:
     flags.add_argument(
         "--compare", type=bool, default=False, help="Answer without what was trained too, and show both side by side."
     )
+    flags.add_argument(
+        "--adapters",
+        type=dict[str, float] | None,
+        default=None,
+        help="Of a checkpoint with several adapters those to answer with, and the weight of each: '{tone: 1}'; the others are off.",
+    )
     flags.add_argument("--seed", type=Annotated[int, Ge(0)], default=0, help="Seed of the sampling.")
     return flags
 
@@ -62,6 +68,8 @@ def generate_command(argv: list[str]) -> None:
         raise Refusal("Give a checkpoint as --ckpt_path, or a model as --model.base.")
     if config.compare and config.ckpt_path is None:
         raise Refusal("--compare true shows a checkpoint beside its base, so it needs --ckpt_path.")
+    if config.adapters is not None and config.ckpt_path is None:
+        raise Refusal("--adapters chooses among the adapters of a checkpoint, so it needs --ckpt_path.")
     if (config.prompt is None) == (config.messages is None):
         raise Refusal("Give either --prompt TEXT or --messages FILE.")
     path = Path(config.ckpt_path) if config.ckpt_path is not None else None
@@ -72,6 +80,10 @@ def generate_command(argv: list[str]) -> None:
     from lightning.pytorch import seed_everything
 
     module = load_module(path, base)
+    if config.adapters is not None:
+        from lightning_ft.nn.adapters import set_adapters
+
+        set_adapters(module.model, config.adapters)
     if not config.raw and config.prompt is not None and module.tokenizer.chat_template is not None:
         chats = [[{"role": "user", "content": config.prompt}]]
     options = {"max_new_tokens": config.max_new_tokens, "temperature": config.temperature}

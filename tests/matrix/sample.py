@@ -16,8 +16,9 @@ LEGAL, REFUSED, SEED = 44, 8, 0
 def chosen() -> tuple[Cell, ...]:
     """The cells of this session."""
     if os.environ.get(results.WANTED) == "all":
-        found = results.open_cells(cells())
-        return tuple(random.Random(SEED).sample(found, len(found)))  # a run that is stopped has something of everything
+        found, known = results.open_cells(cells()), results.latest()
+        mixed = random.Random(SEED).sample(found, len(found))  # a run that is stopped has something of everything
+        return tuple(sorted(mixed, key=lambda cell: cell.key in known))  # first those that were never run
     return tuple(sample())
 
 
