@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import threading
+import time
 from typing import Any
 
 import pytest
@@ -11,7 +13,7 @@ from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
-from tests.two_ranks import RankFailure, TwoRanks
+from tests.two_ranks import MOST_THREADS, RankFailure, TwoRanks
 
 
 class Line(LightningModule):
@@ -98,5 +100,21 @@ def test_a_failing_job_is_reported_and_the_pair_replaced(job: str, timeout: floa
         assert pair.pids == []
         if job == "one_rank_hangs":  # one restart is enough to see that the pair can be replaced
             assert pair.run("tests.failing_jobs:rank") == [0, 1]
+    finally:
+        pair.close()
+
+
+def job_threads(more: int) -> int:
+    """Leaves threads behind, as gloo does."""
+    for _ in range(more):
+        threading.Thread(target=time.sleep, args=(600,), daemon=True).start()
+    return os.getpid()
+
+
+def test_a_pair_full_of_threads_is_replaced() -> None:
+    pair = TwoRanks(preload="torch")
+    try:
+        crowded = pair.run("tests.test_two_ranks:job_threads", more=MOST_THREADS)
+        assert pair.run("tests.test_two_ranks:job_threads", more=0)[0] not in crowded
     finally:
         pair.close()

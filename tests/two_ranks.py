@@ -37,6 +37,9 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
 START_SECONDS = 120.0  # importing torch and lightning twice on a busy machine
+MOST_THREADS = (
+    200  # gloo keeps the threads of groups that are gone: after hundreds of jobs they take the machine's time
+)
 
 
 class RankFailure(AssertionError):
@@ -74,6 +77,8 @@ class TwoRanks:
             RankFailure: with the tracebacks of both ranks. The pair is then replaced: the collectives of two ranks that
                 did not leave a job together would pair up wrongly in the next one.
         """
+        if any(threads_of(pid) > MOST_THREADS for pid in self.pids):
+            self._leave()
         if not self._processes:
             self._start()
         message = pickle.dumps((target, kwargs))
@@ -92,6 +97,11 @@ class TwoRanks:
         raise RankFailure("\n".join(report))
 
     def close(self) -> None:
+        """Let both ranks leave, and remove what they wrote."""
+        self._leave()
+        self._folder.cleanup()
+
+    def _leave(self) -> None:
         """Let both ranks meet at a barrier, leave the process group and exit; kill what does not."""
         with contextlib.suppress(OSError):
             for pipe in self._pipes:
@@ -101,7 +111,6 @@ class TwoRanks:
             with contextlib.suppress(subprocess.TimeoutExpired):
                 process.wait(max(0.1, deadline - time.monotonic()))
         self.kill()
-        self._folder.cleanup()
 
     def kill(self) -> None:
         """End both processes at once; the next :meth:`run` starts a new pair."""
@@ -184,6 +193,12 @@ class TwoRanks:
 
     def _tail(self, rank: int, characters: int = 4000) -> str:
         return self._logs[rank].read_text(errors="replace")[-characters:]
+
+
+def threads_of(pid: int) -> int:
+    """How many threads a process has; 0 where the system does not say."""
+    tasks = Path(f"/proc/{pid}/task")
+    return len(list(tasks.iterdir())) if tasks.is_dir() else 0
 
 
 @pytest.fixture(scope="session")
