@@ -135,10 +135,11 @@ class GenerationMetrics(Technique):
         own = getattr(module, "prompts_and_references", None)
         if own is not None:
             self._pairs += own(batch)
-        elif isinstance(batch, Batch) and batch.targets is None:
+        elif isinstance(batch, Batch) and (batch.targets is None or hasattr(module, "good_answers")):
+            good = module.good_answers(batch) if hasattr(module, "good_answers") else None
             self._pairs += [
                 (prompt, module.tokenizer.decode(reference, skip_special_tokens=True))
-                for prompt, reference in prompts_and_references(batch)
+                for prompt, reference in prompts_and_references(batch, good)
                 if not hasattr(module, "model") or fits(module.model, len(prompt), self.max_new_tokens)
             ]
         else:

@@ -45,7 +45,7 @@ def export_command(argv: list[str]) -> None:
     check_adapter(module.model, config.adapter, without_head=config.without_head)
     with module.exported() as said:
         files = adapter_files(module.model, config.adapter, base_model_name=module.base)
-    files.write(output)
+        files.write(output)  # inside: its tensors are the model's own
     if files.format == "AdapterHub":
         print(f"{output}: an AdapterHub adapter; load_adapter({str(output)!r}) of the library adapters loads it.")
         return

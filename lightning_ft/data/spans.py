@@ -64,6 +64,8 @@ class SpecialTokens:
     def of(cls, tokenizer: PreTrainedTokenizerBase) -> SpecialTokens:
         """Reads them off a tokenizer."""
         bos, eos = tokenizer.bos_token_id, tokenizer.eos_token_id
+        if bos is None and eos is None:  # BERT's begins a text with [CLS] and ends it with [SEP]
+            bos, eos = tokenizer.cls_token_id, tokenizer.sep_token_id
         puts_bos = bos is not None and list(tokenizer("a")["input_ids"])[:1] == [bos]
         closers = set(tokenizer.added_tokens_decoder) | set(tokenizer.all_special_ids)
         closers -= {bos, tokenizer.unk_token_id}

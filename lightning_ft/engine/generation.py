@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import Any, cast
 
 import torch
@@ -25,17 +25,21 @@ def prompt_ids(tokenizer: Any, prompt: Prompt) -> list[int]:
     return list(tokenizer(rendered, add_special_tokens=False)["input_ids"])
 
 
-def prompts_and_references(batch: Batch) -> list[tuple[list[int], list[int]]]:
+def prompts_and_references(batch: Batch, segments: Collection[int] | None = None) -> list[tuple[list[int], list[int]]]:
     """(ids to continue, ids to expect) of each row that has scored tokens, fillers left out.
 
     The last run of scored tokens is what is expected, and all before it what is continued: of a conversation, the last answer
     after everything said before. With an encoder, what it reads is continued and all scored tokens are expected.
+
+    Args:
+        batch: packed or padded rows.
+        segments: numbers of those that are wanted, each laid out with its own prompt; None: all.
     """
     ids, width = batch.ids.reshape(-1), batch.ids.shape[-1]
     found = []
     for number, row in enumerate(batch.rows.tolist()):
         own = batch.segment_of_scored == number
-        if row < 0 or not own.any():
+        if row < 0 or not own.any() or (segments is not None and number not in segments):
             continue
         positions, labels = batch.scored[own], batch.labels[own]
         if batch.source is not None:

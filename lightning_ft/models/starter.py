@@ -336,7 +336,11 @@ def _unzip_folder(package: Path, prefix: str, target: Path, asset: Asset) -> Non
 
 def _untar_ratings(package: Path, target: Path) -> None:
     nested = "vaderSentiment-2.5/additional_resources/hutto_ICWSM_2014.tar.gz"
+    lexicon = "vaderSentiment-2.5/vaderSentiment/vader_lexicon.txt"
     with tarfile.open(package) as outer:
+        words = outer.extractfile(lexicon)
+        assert words is not None  # as below
+        _copy(words, target / "vader_lexicon.txt")
         inner_file = outer.extractfile(nested)
         assert inner_file is not None  # the archive's checksum was verified
         with tarfile.open(fileobj=inner_file) as inner:

@@ -201,6 +201,10 @@ class DPO(PolicyModule):
         """Log-probability of each answer: ``rows`` (2P,), which come twice, the chosen answer first, and ``logprob`` (2P,)."""
         return {"rows": batch.rows, "logprob": segment_logps(self.view, batch)[0]}
 
+    def good_answers(self, batch: Batch) -> range:
+        """Numbers of the segments that are chosen answers: what `GenerationMetrics` compares with."""
+        return range(0, 2 * int(batch.counts["pair"]), 2)
+
     def _pairs(self, batch: Batch) -> Any:
         if "pair" not in batch.counts:
             raise Refusal(

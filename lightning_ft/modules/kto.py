@@ -150,6 +150,10 @@ class KTO(PolicyModule):
             "desirable": desirable,
         }
 
+    def good_answers(self, batch: Batch) -> list[int]:
+        """Numbers of the segments that are good answers: what `GenerationMetrics` compares with."""
+        return [number for number, target in enumerate(kto.targets_of(batch).tolist()) if target > 0.5]
+
     def _measure(self, batch: Batch) -> tuple[Term, kto.Measured]:
         with self.at_reference():
             reference = segment_logps(self.view, batch)[0]

@@ -56,6 +56,19 @@ class Answers:
     mismatched: Tensor | None
 
 
+def targets_of(batch: Batch) -> Tensor:
+    """(S,) 1 for a good answer, 0 for a bad one.
+
+    Raises:
+        Refusal: the batch does not say.
+    """
+    if batch.targets is None:
+        raise Refusal(
+            "KTO needs rows that are labelled good or bad; use UnpairedPreferenceData (prompt, completion, label)."
+        )
+    return batch.targets
+
+
 def answers_of(batch: Batch, logps: Tensor, reference: Tensor) -> Answers:
     """The answers of a batch.
 
@@ -64,15 +77,12 @@ def answers_of(batch: Batch, logps: Tensor, reference: Tensor) -> Answers:
         logps: (S,) or (2S,) summed log-probability of each segment's answer, mismatched ones last.
         reference: the same by the reference.
     """
-    if batch.targets is None:
-        raise Refusal(
-            "KTO needs rows that are labelled good or bad; use UnpairedPreferenceData (prompt, completion, label)."
-        )
-    own = len(batch.targets)
+    targets = targets_of(batch)
+    own = len(targets)
     real = batch.rows[:own] >= 0
     apart = (logps - reference)[own:].detach()
     mismatched = apart * real if len(apart) else None
-    return Answers(logps[:own], reference[:own], batch.targets > 0.5, real, mismatched)
+    return Answers(logps[:own], reference[:own], targets > 0.5, real, mismatched)
 
 
 def mismatched_sum(answers: Answers) -> Tensor:
@@ -123,4 +133,14 @@ def with_margins(means: dict[str, Tensor]) -> dict[str, Tensor]:
     return {**means, "rewards/margins": means["rewards/chosen"] - means["rewards/rejected"]}
 
 
-__all__ = ["Answers", "Measured", "Settings", "answers_of", "measured", "mismatched_sum", "term", "with_margins"]
+__all__ = [
+    "Answers",
+    "Measured",
+    "Settings",
+    "answers_of",
+    "measured",
+    "mismatched_sum",
+    "targets_of",
+    "term",
+    "with_margins",
+]

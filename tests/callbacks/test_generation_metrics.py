@@ -15,6 +15,7 @@ from lightning_ft.engine.batch import Source
 from lightning_ft.engine.generation import fits, generate, prompts_and_references
 from tests.contract import Case, checks_for
 from tests.contract.subjects import PlainNet, SpeakingNet, chat_job, fit, loader, trainer
+from tests.modules.preference import dpo, kto, write_job
 
 SMALL = {"rows": 6, "max_new_tokens": 3, "batch_size": 4}
 CASE = Case(GenerationMetrics, small=SMALL, idle=SMALL)
@@ -224,3 +225,25 @@ def test_modules_and_batches_without_answers_are_refused(tmp_path):
 
     with pytest.raises(Refusal, match="compares texts, and sequence_classification writes none"):
         fit(tmp_path, Classes(), GenerationMetrics())
+
+
+@pytest.mark.parametrize("packing", [True, False])
+def test_of_preferences_the_better_answers_are_compared_with(tmp_path, packing):
+    """Shared prompts, rejected and mismatched answers and bad ones are left out."""
+    job = write_job(tmp_path)
+    for make, file, answer in ((dpo, "pairs.jsonl", "chosen"), (kto, "rated.jsonl", "completion")):
+        rows = [json.loads(line) for line in (job / file).read_text().splitlines()]
+        rows = [row for row in rows if row.get("label", True)]
+        module, data = make(job, tmp_path, data={"packing": packing})
+        metrics = Watched(rows=99, max_new_tokens=2)
+        trainer(tmp_path, metrics, limit_val_batches=None).validate(module, data, verbose=False)
+        told = {module.tokenizer.decode(prompt): reference for prompt, reference in metrics.told}
+        assert told == {row["prompt"]: row[answer] for row in rows}
+
+
+class Watched(GenerationMetrics):
+    """Keeps what it has compared."""
+
+    def _answers(self, module):
+        self.told = list(self._pairs)
+        return super()._answers(module)

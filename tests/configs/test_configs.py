@@ -23,7 +23,7 @@ ORDER = ["name", "model", "data", None, "trainer"]  # None: techniques
 FILES = [pytest.param(path, id=f"{path.parent.name}/{path.stem}") for path in (*JOBS, *PARTS)]
 COMMAND = re.compile(r" {5}(lightning-ft fit --config \S+.*)$")
 ANSWERED = {"PreferenceData": "pairs", "UnpairedPreferenceData": "rated"}
-HEAD = ("model.classifier.", "model.bert.pooler.")
+HEAD = ("model.classifier.", "model.bert.pooler.", "model.score.")
 Run = Callable[..., Outcome]
 Flags = Callable[[Path], tuple[str, ...]]
 

@@ -70,7 +70,8 @@ def test_a_merged_folder_scores_the_same_with_any_padding(bases, tmp_path, capsy
         assert (
             rows[0][-1] == module.tokenizer.pad_token_id != pad
         )  # transformers would read these rows before their end
-    for side in ("right", "left"):
+    # BERT's pooler reads the first place, whatever stands there.
+    for side in ("right", "left") if kind != "bert" else ("right",):
         torch.testing.assert_close(scores(model, rows, pad, side) - offset, ours, rtol=1e-4, atol=1e-5)
     for row, score in zip(rows, ours, strict=True):
         torch.testing.assert_close(scores(model, [row], pad, "right")[0] - offset, score, rtol=1e-4, atol=1e-5)

@@ -1,9 +1,11 @@
 """Starter assets: what is fetched is what is pinned, once, by however many processes, and failures say why."""
 
 import hashlib
+import io
 import json
 import multiprocessing
 import os
+import tarfile
 import zipfile
 from dataclasses import replace
 from pathlib import Path
@@ -120,6 +122,28 @@ class TestPlaces:
 
 
 class TestFetch:
+    def test_of_ratings_and_words_that_people_rated(self, tmp_path):
+        """The files of the archive within the archive, and the lexicon, as the package of the index has them."""
+
+        def packed(files):
+            whole = io.BytesIO()
+            with tarfile.open(fileobj=whole, mode="w:gz") as archive:
+                for name, content in files.items():
+                    about = tarfile.TarInfo(name)
+                    about.size = len(content)
+                    archive.addfile(about, io.BytesIO(content))
+            return whole.getvalue()
+
+        inner = packed({"hutto/a_GroundTruth.txt": b"a", "hutto/._a_GroundTruth.txt": b"no", "hutto/other.txt": b"no"})
+        top = "vaderSentiment-2.5"
+        words = {f"{top}/vaderSentiment/vader_lexicon.txt": b"good\t1.9\n", f"{top}/setup.py": b"no"}
+        (tmp_path / "sdist").write_bytes(
+            packed({f"{top}/additional_resources/hutto_ICWSM_2014.tar.gz": inner, **words})
+        )
+        starter._untar_ratings(tmp_path / "sdist", tmp_path / "made")
+        laid = {file.name: file.read_bytes() for file in (tmp_path / "made").iterdir()}
+        assert laid == {"a_GroundTruth.txt": b"a", "vader_lexicon.txt": b"good\t1.9\n"}
+
     def test_lays_down_only_the_model_and_leaves_nothing_else(self, local_index, empty_cache):
         assert not starter.is_fetched("minilm-l6")
         folder = starter.fetch("minilm-l6", progress=quiet)

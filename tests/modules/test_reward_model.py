@@ -19,7 +19,7 @@ from lightning_ft import (
     SFTData,
 )
 from lightning_ft.engine.attachment import Attachment
-from tests.contract.subjects import trainer
+from tests.contract.subjects import Steps, trainer
 from tests.modules.rewards import KINDS, ROWS, fit, job, on_ranks, pairs, weights, write_base, write_pairs
 
 pytestmark = [
@@ -53,7 +53,8 @@ def predicted(made, module, data):
 def alone(module, data):
     """The same by the model's own forward, one whole row at a time: without padding its last token is the last."""
     found = []
-    for segment in data._get("train"):
+    rows = data._get("train")
+    for segment in rows.segments(range(len(rows))):
         prompt = segment.ids[: segment.prompt]
         for answer in (segment.chosen, segment.rejected):
             row = torch.from_numpy(np.concatenate([prompt, answer.ids]).astype(np.int64))[None]
@@ -97,20 +98,23 @@ STEPS = {
 def test_steps_are_the_formulas_whatever_the_layout(bases, tmp_path):
     """Two steps of SGD by hand, on padded rows, in the loss with margins and centring."""
     module, data = job(bases["llama"], tmp_path, data=LAYOUTS["padded"], center_rewards_coefficient=0.1)
-    made = fit(tmp_path, module, data, log_every_n_steps=1)
+    steps = Steps()
+    made = fit(tmp_path, module, data, steps, log_every_n_steps=1)
     after, logged = weights(module), {k: float(v) for k, v in made.callback_metrics.items()}
     again, _ = job(bases["llama"], tmp_path)
     Attachment.of(again).rebuild([], seed=0)
     again.train()
     margins = torch.tensor([row["margin"] for row in pairs(margins=True)])
     optimizer = torch.optim.SGD(again.parameters(), lr=0.1)
-    for half, batch in enumerate(data._eval_loader("train")):
+    assert sorted(row for batch in steps.batches for row in batch.rows[::2].tolist()) == list(range(ROWS))
+    for batch in steps.batches:
         rewards = again.view.row_logits(batch.ids, batch.positions, mask=batch.mask)[:, 0]
-        w, lose, m = rewards[0::2], rewards[1::2], margins[6 * half : 6 * half + 6]
+        w, lose, m = rewards[0::2], rewards[1::2], margins[batch.rows[::2]]
         loss = -F.logsigmoid(w - lose - m).mean() + 0.1 * (w + lose).square().mean()
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
+    loss, w, lose = loss.detach(), w.detach(), lose.detach()
     assert logged["train/loss"] == pytest.approx(float(loss), rel=1e-5)
     assert logged["train/accuracy"] == pytest.approx(float((w > lose).float().mean()))
     assert logged["train/rewards/margins"] == pytest.approx(float((w - lose).mean()), rel=1e-4, abs=1e-6)
@@ -181,7 +185,7 @@ def test_rewards_of_reference_rows_have_mean_0_and_deviation_1(bases, tmp_path, 
     module, data = job(
         bases["llama"], tmp_path, data={"val_path": None} if rows == "training" else {}, normalise="after", **model
     )
-    made = fit(tmp_path, module, data, LoRA(r=4))
+    made = fit(tmp_path, module, data, LoRA(r=4), limit_val_batches=0 if rows == "training" else None)
     raw = module.normalisation.clone()
     if rows == "file":
         data.path = str(other)
@@ -207,7 +211,7 @@ def test_training_can_begin_at_deviation_1(bases, tmp_path, kind):
 def test_normalising_needs_rows():
     module = RewardModel("nowhere", normalise="after")
     with pytest.raises(Refusal, match="needs rows to measure rewards on"):
-        trainer(".").fit(module, torch.utils.data.DataLoader([0]))
+        trainer(".", limit_val_batches=0).fit(module, *[torch.utils.data.DataLoader([0])] * 2)
     with pytest.raises(Refusal, match="normalise is null"):
         RewardModel("nowhere", normalise_path="x.jsonl")
 
@@ -246,7 +250,7 @@ def test_groups_of_answers_are_scored_behind_one_prompt(bases, kind):
 PARTS = {
     "full": [],
     "lora": [LoRA(r=2)],
-    "freeze": [Freeze("re:.*", exclude=["*.layers.1.*"])],
+    "freeze": [Freeze(freeze=["re:.*\\.layers\\.1\\..*"])],
     "prefix": [PrefixTuning(2)],
     "prompt": [PromptTuning(3)],
     "adapter": [BottleneckAdapter()],
@@ -263,7 +267,7 @@ def test_every_part_trains_resumes_and_is_loaded(bases, tmp_path, part):
     model = {"normalise": "after", "lr": 1e-2, "optimizer": None, **model}
 
     def run(name, steps, layout="shared", **options):
-        module, data = job(bases["llama"], tmp_path, data=LAYOUTS[layout], **model)
+        module, data = job(bases["llama"], tmp_path, data={**LAYOUTS[layout], "batch_size": 4}, **model)
         made = trainer(tmp_path, *PARTS[part], max_steps=steps, max_epochs=2, limit_val_batches=None)
         made.fit(module, data, **options)
         made.save_checkpoint(tmp_path / name)
@@ -291,7 +295,7 @@ def test_it_writes_no_text_and_takes_no_rows_without_pairs(bases, tmp_path):
         module.generate(["hello"])
     rows = write_pairs(tmp_path / "rows.jsonl", [{"prompt": "hello", "completion": " you"}] * 4)
     with pytest.raises(Refusal, match="learns from pairs of answers"):
-        trainer(tmp_path).fit(module, SFTData(str(rows), cache_dir=str(tmp_path / "cache")))
+        trainer(tmp_path, limit_val_batches=0).fit(module, SFTData(str(rows), cache_dir=str(tmp_path / "cache")))
 
 
 @pytest.mark.parametrize(
