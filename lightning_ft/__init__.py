@@ -13,6 +13,7 @@ from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from lightning_ft.adapt import adapt
     from lightning_ft.callbacks.bottleneck_adapter import BottleneckAdapter
     from lightning_ft.callbacks.ema import WeightEMA
     from lightning_ft.callbacks.export_adapter import ExportAdapter
@@ -26,6 +27,7 @@ if TYPE_CHECKING:
     from lightning_ft.callbacks.prompt_tuning import PromptTuning
     from lightning_ft.callbacks.samples import SampleGenerations
     from lightning_ft.data.classification_data import ClassificationData
+    from lightning_ft.data.episode_data import EpisodeData
     from lightning_ft.data.preference_data import PreferenceData
     from lightning_ft.data.seq2seq_data import Seq2SeqData
     from lightning_ft.data.sft_data import SFTData
@@ -37,6 +39,10 @@ if TYPE_CHECKING:
     from lightning_ft.load import load
     from lightning_ft.modules.dpo import DPO
     from lightning_ft.modules.kto import KTO
+    from lightning_ft.modules.linear_probe import LinearProbe
+    from lightning_ft.modules.maml import MAML
+    from lightning_ft.modules.protonet import ProtoNet
+    from lightning_ft.modules.reptile import Reptile
     from lightning_ft.modules.reward_model import RewardModel
     from lightning_ft.modules.sft import SFT
     from lightning_ft.nn.adapters import set_adapters
@@ -52,6 +58,7 @@ _HOMES = {
     "BottleneckAdapter": "callbacks.bottleneck_adapter",
     "ClassificationData": "data.classification_data",
     "DPO": "modules.dpo",
+    "EpisodeData": "data.episode_data",
     "ExportAdapter": "callbacks.export_adapter",
     "FSDP2Strategy": "engine.strategies",
     "Freeze": "callbacks.freeze",
@@ -60,12 +67,16 @@ _HOMES = {
     "IA3": "callbacks.ia3",
     "InBackward": "engine.in_backward",
     "KTO": "modules.kto",
+    "LinearProbe": "modules.linear_probe",
     "LoRA": "callbacks.lora",
+    "MAML": "modules.maml",
     "NEFTune": "callbacks.neftune",
     "PreferenceData": "data.preference_data",
     "PrefixTuning": "callbacks.prefix_tuning",
     "PromptTuning": "callbacks.prompt_tuning",
+    "ProtoNet": "modules.protonet",
     "Refusal": "functional.errors",
+    "Reptile": "modules.reptile",
     "RewardModel": "modules.reward_model",
     "SFT": "modules.sft",
     "SFTData": "data.sft_data",
@@ -73,6 +84,7 @@ _HOMES = {
     "Seq2SeqData": "data.seq2seq_data",
     "UnpairedPreferenceData": "data.unpaired_data",
     "WeightEMA": "callbacks.ema",
+    "adapt": "adapt",
     "inject_ia3": "nn.ia3",
     "inject_lora": "nn.lora",
     "inject_prefix": "nn.prefix",
@@ -85,22 +97,27 @@ __all__ = [
     "DPO",
     "IA3",
     "KTO",
+    "MAML",
     "SFT",
     "Attachment",
     "BottleneckAdapter",
     "ClassificationData",
+    "EpisodeData",
     "ExportAdapter",
     "FSDP2Strategy",
     "Freeze",
     "GenerationMetrics",
     "GradualUnfreezing",
     "InBackward",
+    "LinearProbe",
     "LoRA",
     "NEFTune",
     "PreferenceData",
     "PrefixTuning",
     "PromptTuning",
+    "ProtoNet",
     "Refusal",
+    "Reptile",
     "RewardModel",
     "SFTData",
     "SampleGenerations",
@@ -108,6 +125,7 @@ __all__ = [
     "UnpairedPreferenceData",
     "WeightEMA",
     "__version__",
+    "adapt",
     "inject_ia3",
     "inject_lora",
     "inject_prefix",

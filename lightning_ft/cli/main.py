@@ -20,6 +20,7 @@ OTHERS = {
     "generate": ("Answer a prompt with a trained checkpoint or a base model.", "generate"),
     "export": ("Write a checkpoint's adapter as a PEFT folder.", "export"),
     "adapters": ("List the adapters that a checkpoint carries, or combine several into one.", "adapters"),
+    "adapt": ("Adapt a meta-learned checkpoint to a few examples of a new task, in seconds.", "adapt"),
     "merge": ("Write a checkpoint as a plain Hugging Face folder, the adapter merged in.", "export"),
     "report": ("Draw a run as one HTML page: curves, speed, a row, answers before and after.", "report"),
     "compare": ("Run several configurations on one budget and print a table of what came out.", "compare"),

@@ -79,9 +79,14 @@ class FineTuningCLI(LightningCLI):
             from lightning_ft import (
                 DPO,
                 KTO,
+                MAML,
                 SFT,
                 ClassificationData,
+                EpisodeData,
+                LinearProbe,
                 PreferenceData,
+                ProtoNet,
+                Reptile,
                 RewardModel,
                 Seq2SeqData,
                 SFTData,
@@ -90,6 +95,7 @@ class FineTuningCLI(LightningCLI):
 
             # A class that is loaded may be given by its bare name: --data ClassificationData.
             _ = (DPO, KTO, RewardModel, ClassificationData, PreferenceData, Seq2SeqData, UnpairedPreferenceData)
+            _ = (MAML, Reptile, ProtoNet, LinearProbe, EpisodeData)
             model, data = model or SFT, data or SFTData
         mode = register_mode()
         self.command = command

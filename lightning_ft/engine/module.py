@@ -244,7 +244,7 @@ class FineTuningModule(pl.LightningModule):
         groups = parameter_groups(
             self, lr=self.resolved_lr(), weight_decay=self.weight_decay, rates=rates, late=attachment.late
         )
-        optimizer = build_optimizer(groups, self.optimizer)
+        optimizer = build_optimizer(groups, self._optimizer_factory())
         steps = self.trainer.estimated_stepping_batches
         if math.isinf(steps):
             raise Refusal(
@@ -255,6 +255,10 @@ class FineTuningModule(pl.LightningModule):
         warmup = self.warmup_steps if self.warmup_steps is not None else max(1, round(0.03 * total))
         scheduler = build_scheduler(optimizer, total=total, warmup=warmup, schedule=self.schedule)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
+
+    def _optimizer_factory(self) -> OptimizerFactory | None:
+        """What makes the optimizer of its groups; None is AdamW."""
+        return self.optimizer
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Refuses to go on with a run whose base was packed otherwise; anything else may be measured on it.

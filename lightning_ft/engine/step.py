@@ -12,6 +12,7 @@ from torch import Tensor
 
 from lightning_ft.engine import in_backward
 from lightning_ft.engine.batch import Batch
+from lightning_ft.engine.episodes import MetaBatch
 from lightning_ft.engine.terms import Term, Window
 from lightning_ft.functional.errors import Refusal
 
@@ -74,7 +75,7 @@ class Step:
             terms += extra
         if not terms:
             return output
-        totals = batch.window if isinstance(batch, Batch) else None
+        totals = batch.window if isinstance(batch, (Batch, MetaBatch)) else None
         losses = [self.window.loss(term, totals) for term in terms]
         if totals is None and terms[0].unit != "mean":
             in_backward.refuse_uncounted(self.attachment.trainer)

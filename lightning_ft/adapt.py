@@ -1,0 +1,155 @@
+"""`lightning_ft.adapt`: what was meta-learned, and a few examples of a new task -> a classifier of that task."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import lightning.pytorch as pl
+import torch
+
+from lightning_ft.data.episode_data import EpisodeData
+from lightning_ft.engine.adapting import AdaptingModule
+from lightning_ft.engine.attachment import Attachment
+from lightning_ft.engine.checkpoints import kept_keys
+from lightning_ft.functional.errors import Refusal
+from lightning_ft.load import load
+from lightning_ft.modules.sft import SFT
+
+CHECKPOINT = "adapted.ckpt"
+
+
+def adapt(
+    path: str | Path,
+    support: str | Path,
+    *,
+    steps: int | None = None,
+    base: str | None = None,
+    text_column: str | None = None,
+    label_column: str | None = None,
+    max_length: int | None = 128,
+    cache_dir: str | None = None,
+) -> SFT:
+    """A classifier of a new task: the start of a `MAML` or `Reptile` checkpoint after its inner steps on your examples.
+
+    Args:
+        path: a checkpoint of a fit of `MAML` or `Reptile` over a base.
+        support: your examples: JSON lines, CSV ... with ``text`` and ``label``; no more classes than the episodes had.
+        steps: of the inner loop; None: as many as in training.
+        base: another place of the same base model.
+        text_column: where the text is; None: ``text``.
+        label_column: where the class is; None: ``label``.
+        max_length: most tokens of a text; longer ones are cut.
+        cache_dir: where tokenised rows are kept, as in `EpisodeData`.
+
+    Returns:
+        An `SFT` of the task sequence_classification with your classes as its labels, in eval mode: to predict, save (`save`),
+        merge, export, or train on.
+
+    Raises:
+        Refusal: another kind of checkpoint, a net without a base, too many classes, or unfit examples.
+
+    Example::
+
+        module = lightning_ft.adapt("runs/maml_lora_text/checkpoints/last.ckpt", "my_20_examples.jsonl")
+    """
+    meta = load(path, base=base)
+    if not isinstance(meta, AdaptingModule):
+        raise Refusal(
+            f"{path} was written by {type(meta).__name__}, which has no inner loop; give a checkpoint of MAML or Reptile."
+        )
+    if meta.base is None:
+        raise Refusal(
+            "adapt makes a classifier of texts; of a net's checkpoint call load(..., module=...) and module.adapt_."
+        )
+    data = EpisodeData(
+        str(support),
+        text_column=text_column,
+        label_column=label_column,
+        max_length=max_length,
+        cache_dir=cache_dir,
+    )
+    data.use_tokenizer(meta.tokenizer)
+    rows, labels = data.everything()
+    meta.keep_classes_(len(labels))
+    meta.adapt_(rows, steps=steps)
+    return _classifier(meta, labels)
+
+
+def _classifier(meta: AdaptingModule, labels: list[str]) -> SFT:
+    """The same model under the module of an ordinary classification, weights copied."""
+    found = SFT(
+        meta.base,
+        task="sequence_classification",
+        labels=labels,
+        base_dtype=meta.base_dtype,
+        attention=meta.attention,
+        trust_remote_code=meta.trust_remote_code,
+        revision=meta.revision,
+        quantize=meta.quantize,
+    )
+    given = Attachment.of(meta)
+    techniques = [type(one)(**one.resolved_arguments()) for one in given.techniques]
+    Attachment.of(found).rebuild(techniques, seed=given.seed)
+    theirs, own = meta.state_dict(keep_vars=True), found.state_dict(keep_vars=True)
+    with torch.no_grad():
+        for name in kept_keys(found):
+            if name.startswith("model."):
+                own[name].copy_(theirs[name])
+    found.eval()
+    return found
+
+
+def save(module: SFT, folder: str | Path) -> Path:
+    """Writes an adapted classifier as a checkpoint in a folder, which `lightning_ft.load`, merge and export read."""
+    path = Path(folder) / CHECKPOINT
+    path.parent.mkdir(parents=True, exist_ok=True)
+    trainer = pl.Trainer(
+        accelerator="cpu",
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        default_root_dir=folder,
+    )
+    trainer.strategy.connect(module)
+    module.trainer = trainer
+    trainer.save_checkpoint(path, weights_only=True)
+    return path
+
+
+@torch.no_grad()
+def classify(module: SFT, texts: Sequence[str], *, batch_size: int = 32) -> Iterator[tuple[str, float]]:
+    """The most likely class of each text, and its probability.
+
+    Args:
+        module: an adapted classifier.
+        texts: any number.
+        batch_size: texts at once.
+    """
+    tokenizer: Any = module.tokenizer
+    labels = module.view.labels
+    for begin in range(0, len(texts), batch_size):
+        rows = tokenizer(
+            list(texts[begin : begin + batch_size]),
+            padding=True,
+            truncation=True,
+            max_length=_longest(module),
+            return_tensors="pt",
+        )
+        mask = rows["attention_mask"].bool()
+        positions = (mask.long().cumsum(-1) - 1).clamp(min=0)
+        types = rows.get("token_type_ids")
+        logits = module.view.row_logits(rows["input_ids"], positions, mask=mask, types=types)
+        for line in logits.float().softmax(-1):
+            number = int(line.argmax())
+            yield labels[number], float(line[number])
+
+
+def _longest(module: SFT) -> int:
+    """Most tokens that the model can read."""
+    return int(getattr(module.view.config, "max_position_embeddings", None) or 512)
+
+
+__all__ = ["CHECKPOINT", "adapt", "classify", "save"]

@@ -1,0 +1,95 @@
+"""A folder with one folder for each class: images, or tensors that were saved one by one."""
+
+from __future__ import annotations
+
+from functools import lru_cache
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from lightning_ft.functional.errors import Refusal
+
+IMAGES = (".png", ".jpg", ".jpeg", ".bmp", ".webp", ".gif", ".ppm")
+TENSORS = (".npy", ".pt")
+
+
+def classes_in(folder: Path) -> dict[str, list[Path]]:
+    """Class -> its files, sorted; hidden files and others are passed over.
+
+    Raises:
+        Refusal: no folder holds a file that can be read.
+    """
+    found: dict[str, list[Path]] = {}
+    for child in sorted(folder.iterdir()):
+        if child.is_dir() and not child.name.startswith("."):
+            files = sorted(p for p in child.rglob("*") if p.suffix.lower() in (*IMAGES, *TENSORS))
+            if files:
+                found[child.name] = files
+    if len(found) < 2:
+        raise Refusal(
+            f"{folder} holds {len(found)} folders with images or tensors, and each class needs one ({folder}/CLASS/FILE, of "
+            f"{', '.join((*IMAGES, *TENSORS))})."
+        )
+    return found
+
+
+class FileReader:
+    """Reads items as float32 tensors of one shape, and keeps what it has read.
+
+    Args:
+        image_size: height and width to which images are resized (bilinear, the whole image).
+        channels: 1 for grey, 3 for RGB.
+        kept: items that stay in memory.
+    """
+
+    def __init__(self, *, image_size: int, channels: int, kept: int = 50_000) -> None:
+        self.image_size, self.channels = image_size, channels
+        self._read = lru_cache(maxsize=kept)(self._item)
+        self._shape: tuple[tuple[int, ...], Path] | None = None
+
+    def batch(self, files: list[Path]) -> torch.Tensor:
+        """(N, ...) float32; images (N, channels, size, size) from 0 to 1.
+
+        Raises:
+            Refusal: a file that cannot be read, or has another shape than the first.
+        """
+        items = []
+        for file in files:
+            item = self._read(file)
+            if self._shape is None:
+                self._shape = (item.shape, file)
+            elif item.shape != self._shape[0]:
+                raise Refusal(
+                    f"{file} has shape {item.shape}, and {self._shape[1]} {self._shape[0]}: all must be alike."
+                )
+            items.append(item)
+        stacked = torch.from_numpy(np.stack(items))
+        return stacked.float() / 255 if stacked.dtype == torch.uint8 else stacked
+
+    def _item(self, file: Path) -> np.ndarray:
+        suffix = file.suffix.lower()
+        try:
+            if suffix == ".npy":
+                return np.load(file, allow_pickle=False).astype(np.float32)
+            if suffix == ".pt":
+                return torch.load(file, map_location="cpu", weights_only=True).float().numpy()  # type: ignore[no-any-return]
+            return self._image(file)
+        except Refusal:
+            raise
+        except Exception as error:
+            raise Refusal(f"{file} cannot be read ({type(error).__name__}: {error}).") from error
+
+    def _image(self, file: Path) -> np.ndarray:
+        try:
+            from PIL import Image
+        except ImportError as error:
+            raise Refusal('Images need Pillow, which is not installed: pip install "lightning-ft[vision]".') from error
+        with Image.open(file) as opened:
+            image = opened.convert("L" if self.channels == 1 else "RGB")
+            image = image.resize((self.image_size, self.image_size), Image.Resampling.BILINEAR)
+            pixels = np.asarray(image, dtype=np.uint8)
+        return pixels[None] if self.channels == 1 else np.ascontiguousarray(pixels.transpose(2, 0, 1))
+
+
+__all__ = ["FileReader", "classes_in"]

@@ -1,0 +1,554 @@
+"""Episodes for meta-learning: N classes with K examples each, drawn from a table, folders of images, or a function."""
+
+import hashlib
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import numpy as np
+import torch
+from annotated_types import Ge
+from datasets import Dataset
+from lightning.pytorch.trainer.states import TrainerFn
+
+from lightning_ft.data.class_folders import FileReader, classes_in
+from lightning_ft.data.collate_labelled import LabelledSegment, collate_labelled
+from lightning_ft.data.episode_draw import TEST, TRAIN, VAL, check_pools, draw_episode, split_classes
+from lightning_ft.data.episode_loader import EpisodeLoader
+from lightning_ft.data.frames import Frame
+from lightning_ft.data.labelled_rows import LabelledRows, select_labelled, tokenise_labelled
+from lightning_ft.data.labels import Asked, Columns, answers_of, asked_of, columns_of
+from lightning_ft.data.mixture import Files, mixed
+from lightning_ft.data.named_files import Split
+from lightning_ft.data.planned import PlannedData
+from lightning_ft.data.preview import Piece, Preview, pieces_between
+from lightning_ft.data.sources import Source, open_source
+from lightning_ft.data.task_functions import DrawnTasks
+from lightning_ft.data.token_rows import BadRows, Report, TokenRows, Truncation
+from lightning_ft.engine.arguments import check_arguments
+from lightning_ft.engine.episodes import Episode, Rows
+from lightning_ft.functional.dotted import named_function
+from lightning_ft.functional.errors import Refusal
+
+_STREAMS: dict[Split, int] = {"train": TRAIN, "val": VAL, "test": TEST}
+_STAGES = {"fit": ("train", "val"), "validate": ("val",), "test": ("test",), "predict": ("test",)}
+
+
+class EpisodeData(PlannedData):
+    """Small tasks, each of a few classes with a few examples: support rows to adapt on, query rows to be measured on.
+
+    Rows come from a table of ``text`` and ``label``, or from a folder with a folder of images (or tensors) for each class; or
+    whole tasks from a function. Classes of training, validation and test are disjoint, so that what is measured is learning of
+    new classes. Support and query share no row, and of texts no two rows alike. Episode i of an epoch depends on the seed alone,
+    whatever the batch size, accumulation or number of ranks; those of validation and test are the same in each epoch.
+
+    Args:
+        path: labelled texts (JSON lines, a JSON list, CSV, TSV, Parquet, ``starter:vader/train``, a Hugging Face data set), or a
+            folder with one folder for each class, of images or tensors (.npy, .pt). None: see ``tasks``.
+        val_path: the same with the classes to validate on; None: see ``val_classes``.
+        test_path: the same with the classes to test on.
+        val_classes: of ``path``, how many (chosen by the seed) or which classes are kept for validation.
+        test_classes: likewise for test.
+        tasks: instead of a path, a function by its dotted path, such as ``lightning_ft.data.sinusoids.sinusoids``:
+            ``(rng, count, **tasks_args)`` gives support x and y, query x and y of ``count`` tasks, arrays with a first axis of
+            tasks, drawn from the `numpy.random.Generator` alone.
+        tasks_args: arguments of that function.
+        eval_tasks_args: those that differ in validation and test.
+        way: classes of an episode.
+        shot: support rows of each class.
+        query: query rows of each class.
+        permute_labels: deal the labels 0 to way - 1 anew in each episode, so that a head cannot learn classes by heart.
+        episodes: of a training epoch, over all ranks.
+        val_episodes: of a validation; its intervals shrink with the root of it.
+        test_episodes: of a test; 600 as in most papers.
+        batch_size: episodes a micro-batch on one device. Steps stay the same where ``batch_size * accumulate_grad_batches *
+            devices`` does.
+        val_batch_size: episodes a batch in validation and test; None: ``batch_size``.
+        small_classes: what happens to classes with fewer than ``shot + query`` rows: ``error`` refuses, ``drop`` leaves them out.
+        text_column: where the text is; None: ``text``.
+        label_column: where the class is; None: ``label``.
+        max_length: most tokens of a text, special ones included; longer ones are cut as ``truncation`` says. None: any length.
+        truncation: what happens to a longer row: ``error``, ``drop``, ``keep_start`` or ``keep_end``.
+        bad_rows: what happens to a row whose text or label is missing or unfit: ``error`` or ``drop``.
+        image_size: height and width to which images are resized; 28 and 84 are usual.
+        channels: of images: 3, or 1 for grey.
+        seed: of everything drawn; None: the seed of ``seed_everything``, else 0.
+        tokenizer: a model id, folder or starter asset; None: the tokenizer of the module that is trained.
+        cache_dir: where tokenised rows are kept; None: as in `ClassificationData`.
+
+    Raises:
+        Refusal: an argument out of bounds; from ``check_files`` and ``setup`` whatever is wrong with the data.
+
+    Example:
+        >>> EpisodeData("intents.csv", val_classes=20, test_classes=30, way=5, shot=1)
+        EpisodeData(path='intents.csv', val_classes=20, test_classes=30, shot=1)
+
+    References:
+        Vinyals et al., 2016, section 4.1 (episodes); Finn et al., 2017, section 5.1 (sinusoids).
+    """
+
+    # What `PlannedData` asks of others: episodes are padded, and dealt by number.
+    packing = False
+    max_tokens = None
+    val_fraction = 0.0
+    predict_path = None
+    shuffle = False
+    decides = (
+        "way",
+        "shot",
+        "query",
+        "permute_labels",
+        "episodes",
+        "val_classes",
+        "test_classes",
+        "small_classes",
+        "tasks_args",
+    )
+
+    def __init__(
+        self,
+        path: Files | None = None,
+        *,
+        val_path: Files | None = None,
+        test_path: Files | None = None,
+        val_classes: int | list[str] = 0,
+        test_classes: int | list[str] = 0,
+        tasks: str | None = None,
+        tasks_args: dict[str, Any] | None = None,
+        eval_tasks_args: dict[str, Any] | None = None,
+        way: Annotated[int, Ge(2)] = 5,
+        shot: Annotated[int, Ge(1)] = 5,
+        query: Annotated[int, Ge(1)] = 15,
+        permute_labels: bool = True,
+        episodes: Annotated[int, Ge(1)] = 1000,
+        val_episodes: Annotated[int, Ge(1)] = 100,
+        test_episodes: Annotated[int, Ge(1)] = 600,
+        batch_size: Annotated[int, Ge(1)] = 4,
+        val_batch_size: Annotated[int, Ge(1)] | None = None,
+        small_classes: Literal["error", "drop"] = "error",
+        text_column: str | None = None,
+        label_column: str | None = None,
+        max_length: Annotated[int, Ge(2)] | None = 128,
+        truncation: Truncation = "keep_start",
+        bad_rows: BadRows = "error",
+        image_size: Annotated[int, Ge(1)] = 84,
+        channels: Literal[1, 3] = 3,
+        seed: Annotated[int, Ge(0)] | None = None,
+        tokenizer: str | None = None,
+        cache_dir: str | None = None,
+    ) -> None:
+        super().__init__()
+        self.path = path  # type: ignore[assignment]
+        self.val_path = val_path
+        self.test_path = test_path
+        self.val_classes = val_classes
+        self.test_classes = test_classes
+        self.tasks = tasks
+        self.tasks_args = tasks_args
+        self.eval_tasks_args = eval_tasks_args
+        self.way = way
+        self.shot = shot
+        self.query = query
+        self.permute_labels = permute_labels
+        self.episodes = episodes
+        self.val_episodes = val_episodes
+        self.test_episodes = test_episodes
+        self.batch_size = batch_size
+        self.val_batch_size = val_batch_size
+        self.small_classes = small_classes
+        self.text_column = text_column
+        self.label_column = label_column
+        self.max_length = max_length
+        self.truncation = truncation
+        self.bad_rows = bad_rows
+        self.image_size = image_size
+        self.channels = channels
+        self.seed = seed
+        self.tokenizer = tokenizer
+        self.cache_dir = cache_dir
+        self._asked: Asked | None = None
+        self._made: dict[Split, Callable[[int, np.ndarray], tuple[Episode, ...] | Episode]] = {}
+        self.pools: dict[Split, dict[str, np.ndarray]] = {}
+        self.check()
+
+    def check(self) -> None:
+        """Refuses arguments out of bounds, and those that contradict each other."""
+        check_arguments(self)
+        if (self.path is None) == (self.tasks is None):
+            raise Refusal("EpisodeData takes rows of a path, or a function in tasks: give one of them.")
+        if self.tasks is None and (self.tasks_args or self.eval_tasks_args):
+            raise Refusal("EpisodeData.tasks_args are arguments of the function in tasks, which is not given.")
+        for split in ("val", "test"):
+            classes = getattr(self, f"{split}_classes")
+            if isinstance(classes, int) and (classes < 0 or isinstance(classes, bool)):
+                raise Refusal(f"EpisodeData.{split}_classes must be at least 0, got {classes}.")
+            if classes and (self.tasks is not None or getattr(self, f"{split}_path") is not None):
+                raise Refusal(
+                    f"EpisodeData.{split}_classes keeps classes of path, and {split} has tasks of its own; leave it out."
+                )
+
+    # -- for the module that is trained -------------------------------------------------------------------------------
+
+    def multi_label(self) -> bool:
+        """No: a row has one class."""
+        return False
+
+    @property
+    def has_classes(self) -> bool:
+        """Whether targets are classes, not numbers."""
+        if self.tasks is None:
+            return True
+        return DrawnTasks(self._function(), self.tasks_args or {}, (0,), self.tasks).has_classes
+
+    # -- Lightning's hooks ----------------------------------------------------------------------------------------------
+
+    def check_files(self, stage: str | None = None) -> None:
+        """Reads what the stage needs, and refuses what is wrong with it; needs neither model nor tokenizer."""
+        if self.tasks is not None:
+            self._function()
+        elif self.folders:
+            self._class_files()
+        else:
+            super().check_files(stage)
+            self._asks()
+
+    def setup(self, stage: str | None = None) -> None:
+        """Finds the classes of each split of this stage."""
+        if stage in ("fit", None):
+            self._clock = type(self._clock)()
+            self._refuse_overlap()
+        for split in _STAGES.get(stage or "", ("train", "val", "test")):
+            self._prepare_split(split)  # type: ignore[arg-type]
+
+    def train_dataloader(self) -> EpisodeLoader:  # type: ignore[override]
+        """Meta-batches of new episodes in each epoch."""
+        return EpisodeLoader(
+            self._get_made("train"),
+            episodes=self.episodes,
+            batch_size=self.batch_size,
+            placement=self._train_placement,
+            clock=self._clock,
+        )
+
+    def val_dataloader(self) -> EpisodeLoader | list[EpisodeLoader]:  # type: ignore[override]
+        """The validation's episodes, the same each time; no loader where there are no classes to validate on."""
+        return self._eval("val", self.val_episodes) if self._has("val") else []
+
+    def test_dataloader(self) -> EpisodeLoader:  # type: ignore[override]
+        """The test's episodes."""
+        if not self._has("test"):
+            raise Refusal("EpisodeData has no classes for test: set EpisodeData.test_path or test_classes.")
+        return self._eval("test", self.test_episodes)
+
+    def predict_dataloader(self) -> EpisodeLoader:  # type: ignore[override]
+        """As for test."""
+        return self.test_dataloader()
+
+    def _eval(self, split: Split, episodes: int) -> EpisodeLoader:
+        made = self._get_made(split)
+        return EpisodeLoader(
+            lambda epoch, numbers: made(0, numbers),
+            episodes=episodes,
+            batch_size=self.val_batch_size or self.batch_size,
+            placement=self._placement,
+        )
+
+    # -- splits -----------------------------------------------------------------------------------------------------------
+
+    @property
+    def folders(self) -> bool:
+        """Whether ``path`` is a folder of classes."""
+        return isinstance(self.path, str) and Path(self.path).expanduser().is_dir()
+
+    def _has(self, split: Split) -> bool:
+        if split == "train" or self.tasks is not None:
+            return True
+        return bool(getattr(self, f"{split}_path") or getattr(self, f"{split}_classes"))
+
+    def _get_made(self, split: Split) -> Callable[[int, np.ndarray], tuple[Episode, ...] | Episode]:
+        self._prepare_split(split)
+        return self._made[split]
+
+    def _prepare_split(self, split: Split) -> None:
+        if split in self._made or not self._has(split):
+            return
+        if self.tasks is not None:
+            given = {**(self.tasks_args or {}), **((self.eval_tasks_args or {}) if split != "train" else {})}
+            drawn = DrawnTasks(self._function(), given, (self._seed, _STREAMS[split]), self.tasks)
+            self._made[split] = drawn.episodes
+        elif self.folders:
+            self._prepare_folders(split)
+        else:
+            self._prepare_texts(split)
+
+    def _function(self) -> Callable[..., Any]:
+        assert self.tasks is not None
+        return named_function(self.tasks, "EpisodeData.tasks")
+
+    def _checked(self, pools: Mapping[str, np.ndarray], split: Split) -> dict[str, np.ndarray]:
+        return check_pools(
+            pools,
+            split,
+            way=self.way,
+            rows=self.shot + self.query,
+            drop=self.small_classes == "drop",
+            owner="EpisodeData",
+        )
+
+    def _draws(self, split: Split, epoch: int, numbers: np.ndarray) -> list[Any]:
+        pools = list(self.pools[split].values())
+        return [
+            draw_episode(
+                pools,
+                way=self.way,
+                shot=self.shot,
+                query=self.query,
+                permute=self.permute_labels,
+                key=(self._seed, _STREAMS[split], epoch, number),
+            )
+            for number in numbers.tolist()
+        ]
+
+    def _split(self, names: list[str]) -> dict[str, list[str]]:
+        return split_classes(names, self.val_classes, self.test_classes, seed=self._seed, owner="EpisodeData")
+
+    @staticmethod
+    def _refuse_shared(split: str, names: set[str], others: set[str]) -> None:
+        if both := sorted(names & others):
+            raise Refusal(
+                f"EpisodeData: the class {both[0]!r} is trained on and in {split}_path too ({len(both)} classes in all); what is "
+                "measured there would not be new to the model: take it out of one."
+            )
+
+    # -- folders ------------------------------------------------------------------------------------------------------------
+
+    def _class_files(self) -> dict[Split, dict[str, list[Path]]]:
+        found = classes_in(Path(str(self.path)).expanduser())
+        split = self._split(list(found))
+        files: dict[Split, dict[str, list[Path]]] = {
+            "train": {name: found[name] for name in split["train"]},
+            "val": {name: found[name] for name in split["val"]},
+            "test": {name: found[name] for name in split["test"]},
+        }
+        for other in ("val", "test"):
+            given = getattr(self, f"{other}_path")
+            if given is not None:
+                theirs = Path(str(given)).expanduser()
+                if not theirs.is_dir():
+                    raise Refusal(f"EpisodeData.{other}_path {given} is no folder of classes, as path is.")
+                files[other] = classes_in(theirs)  # type: ignore[index]
+                self._refuse_shared(other, set(files[other]), set(files["train"]))  # type: ignore[index]
+        return files
+
+    def _prepare_folders(self, split: Split) -> None:
+        classes = self._class_files()[split]
+        items = [file for files in classes.values() for file in files]
+        ends = np.cumsum([0, *(len(files) for files in classes.values())])
+        pools = {name: np.arange(begin, end) for name, begin, end in zip(classes, ends[:-1], ends[1:], strict=True)}
+        self.pools[split] = self._checked(pools, split)
+        reader = FileReader(image_size=self.image_size, channels=self.channels)
+
+        def made(epoch: int, numbers: np.ndarray) -> Episode:
+            draws = self._draws(split, epoch, numbers)
+            sides = []
+            for side in ("support", "query"):
+                x = torch.stack([reader.batch([items[n] for n in getattr(draw, side)]) for draw in draws])
+                y = torch.stack([torch.from_numpy(getattr(draw, f"{side}_labels")) for draw in draws])
+                sides.append(Rows(x, y))
+            return Episode(*sides)
+
+        self._made[split] = made
+
+    # -- texts ----------------------------------------------------------------------------------------------------------------
+
+    def _prepare_texts(self, split: Split) -> None:
+        rows, names = self._texts_of(split)
+        asked = self._asks()
+        classes = np.concatenate([part.classes() for part in _parts(rows)])
+        pools = {name: np.flatnonzero(classes == asked.names.index(name)) for name in names}
+        pools = {name: self._without_twins(rows, places) for name, places in pools.items()}
+        self.pools[split] = self._checked(pools, split)
+        self._rows[split] = rows
+
+        def made(epoch: int, numbers: np.ndarray) -> tuple[Episode, ...]:
+            return tuple(
+                Episode(self._side(rows, d.support, d.support_labels), self._side(rows, d.query, d.query_labels))
+                for d in self._draws(split, epoch, numbers)
+            )
+
+        self._made[split] = made
+
+    def _side(self, rows: Any, places: np.ndarray, labels: np.ndarray) -> Rows:
+        """Rows with the labels of their episode, padded."""
+        segments = [
+            replace(segment, target=np.asarray(label, dtype=np.int64))
+            for segment, label in zip(rows.segments(places), labels.tolist(), strict=True)
+        ]
+        batch = collate_labelled(segments, packed=False)
+        assert batch.targets is not None
+        return Rows(batch, batch.targets)
+
+    @staticmethod
+    def _without_twins(rows: Any, places: np.ndarray) -> np.ndarray:
+        """Of texts that are alike to the model the first, so that none stands in support and query."""
+        seen: set[bytes] = set()
+        kept = []
+        for place, segment in zip(places.tolist(), rows.segments(places), strict=True):
+            ids = segment.ids.tobytes()
+            if ids not in seen:
+                seen.add(ids)
+                kept.append(place)
+        return np.array(kept, dtype=np.int64)
+
+    def _texts_of(self, split: Split) -> tuple[Any, list[str]]:
+        """The rows of a split, and the names of its classes."""
+        own = split != "train" and getattr(self, f"{split}_path") is not None
+        of: Split = split if own else "train"
+        parts = [self._select(file) for file in self._files(of)]
+        asked = self._asks()
+        present = self._names_in(of)
+        if own:
+            chosen = sorted(present)
+            self._refuse_shared(split, present, set(self._split(sorted(self._names_in("train")))["train"]))
+        else:
+            chosen = self._split(sorted(present))[split]
+        numbers = np.array([asked.names.index(name) for name in chosen])
+        kept = []
+        for part in parts:
+            assert isinstance(part, LabelledRows)
+            kept.append(part.subset(np.flatnonzero(np.isin(part.classes(), numbers))))
+        kept = [part for part in kept if len(part)]
+        if not kept:
+            raise Refusal(
+                f"EpisodeData has no rows for {split}: {', '.join(self._files(of))} hold none of its classes."
+            )
+        return mixed(kept), chosen
+
+    def _names_in(self, split: Split) -> set[str]:
+        """Classes that occur in the files of a split."""
+        asked, found = self._asks(), set()
+        for file in self._files(split):
+            answers = answers_of(self._source(file), self._columns(file).label, asked)
+            found |= {asked.names[number] for number in np.unique(answers.values).tolist()}
+        return found
+
+    def _paths(self, stage: str | None) -> list[str]:
+        """All files: that classes are disjoint needs a look at each."""
+        if self.tasks is not None or self.folders:
+            return []
+        splits: list[Split] = ["train", "val", "test"]
+        given = [split for split in splits if split == "train" or getattr(self, f"{split}_path") is not None]
+        return list(dict.fromkeys(file for split in given for file in self._files(split)))
+
+    def _refuse_overlap(self) -> None:
+        """One file for two splits has the same classes in both, which is refused when they are known."""
+
+    def _check(self, source: Source) -> None:
+        answers = answers_of(source, self._columns(source.name).label, self._asks())
+        if answers.problems and self.bad_rows == "error":
+            row = min(answers.problems)
+            raise Refusal(f"{source.where(row)}: {answers.problems[row]}")
+
+    def _open(self, path: str) -> Source:
+        return open_source(path, any_columns=True)
+
+    def _columns(self, path: str) -> Columns:
+        source = self._source(path)
+        return columns_of(source, "sequence_classification", self.text_column, None, self.label_column, labelled=True)
+
+    def _asks(self) -> Asked:
+        if self._asked is None:
+            files = self._paths(None)
+            sources, columns = [self._source(file) for file in files], [self._columns(file) for file in files]
+            self._asked = asked_of(sources, columns, "sequence_classification", None)
+            if self._asked.multi_label:
+                raise Refusal("EpisodeData takes rows of one class each, and these have lists of classes.")
+        return self._asked
+
+    def _tokenised(self, path: str) -> Dataset:
+        return tokenise_labelled(
+            self._source(path),
+            self.resolve_tokenizer(),
+            self._columns(path),
+            keep_bad_rows=self.bad_rows == "drop",
+            cache_dir=self.cache_dir,
+        )
+
+    def _select(self, path: str) -> TokenRows:
+        return select_labelled(
+            self._tokenised(path),
+            self._source(path),
+            Frame.of(self.resolve_tokenizer(), pair=False),
+            self._asks(),
+            answers_of(self._source(path), self._columns(path).label, self._asks()),
+            max_length=self.max_length,
+            truncation=self.truncation,
+            bad_rows=self.bad_rows,
+        )
+
+    def everything(self) -> tuple[Rows, list[str]]:
+        """All rows of ``path`` as one support set, and the names of its classes in the order of their labels."""
+        self.check_files("fit")
+        files = self._files("train")
+        if len(files) > 1:
+            raise Refusal("A support set is one file; put its rows together.")
+        rows = self._select(files[0])
+        assert isinstance(rows, LabelledRows)
+        return self._side(rows, np.arange(len(rows)), rows.classes()), list(self._asks().names)
+
+    # -- for people, and for checkpoints --------------------------------------------------------------------------------------
+
+    def reports(self) -> dict[str, Report]:
+        """What became of the rows of each split of texts."""
+        if self.tasks is not None or self.folders:
+            return {}
+        if not self._rows:
+            self.setup()
+        found = {}
+        for split, rows in self._rows.items():
+            pools = self.pools[split]
+            facts = {"classes": f"{len(pools)}", "different rows of a class": _span([len(p) for p in pools.values()])}
+            found[split] = replace(rows.report, facts=facts, parts=())
+        return found  # type: ignore[return-value]
+
+    def preview(self, n: int = 3, split: Split = "train") -> list[Preview]:
+        """The first rows of a split of texts with their classes."""
+        if self.tasks is not None or self.folders:
+            return []
+        self._prepare_split(split)
+        return super().preview(n, split) if split in self._rows else []
+
+    def _places(self, split: Split) -> Any:
+        own = split != "train" and getattr(self, f"{split}_path") is not None
+        return super()._places(split if own else "train")
+
+    def _pieces(self, segment: Any) -> list[Piece]:
+        assert isinstance(segment, LabelledSegment) and segment.target is not None
+        shown = self._asks().names[int(segment.target)]
+        return [*pieces_between(segment.ids, segment.at, self.resolve_tokenizer()), Piece(f" {shown}", True, 0)]
+
+    def _content(self) -> dict[str, Any]:
+        if self.tasks is not None:
+            return {"content": self.tasks}
+        if self.folders:
+            files = self._class_files()["train"]
+            listed = repr([(name, [file.name for file in found]) for name, found in files.items()])
+            return {"content": hashlib.sha256(listed.encode()).hexdigest()}
+        return super()._content()
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Refuses to go on in the middle of an epoch that would now be dealt otherwise."""
+        if self.trainer is not None and self.trainer.state.fn == TrainerFn.FITTING:
+            super().load_state_dict(state_dict)
+
+
+def _parts(rows: Any) -> list[LabelledRows]:
+    return list(rows.parts) if hasattr(rows, "parts") else [rows]
+
+
+def _span(sizes: list[int]) -> str:
+    return f"{min(sizes)} to {max(sizes)}" if sizes else "none"
+
+
+__all__ = ["EpisodeData"]

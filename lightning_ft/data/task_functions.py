@@ -1,0 +1,70 @@
+"""Task distributions that are a function: tasks made in blocks, so that episode i is the same in whatever batch it comes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from functools import lru_cache
+from typing import Any
+
+import numpy as np
+import torch
+
+from lightning_ft.engine.episodes import Episode, Rows
+from lightning_ft.functional.errors import Refusal
+
+BLOCK = 64
+"""Tasks that are drawn by one generator: few enough to be made anew on each rank, enough for one call to pay."""
+
+
+class DrawnTasks:
+    """The tasks of a split.
+
+    Args:
+        function: ``(rng, count, **arguments) -> support x, support y, query x, query y``, arrays (count, ...).
+        arguments: of the function.
+        key: of the split.
+        said: how the user named the function.
+    """
+
+    def __init__(
+        self, function: Callable[..., Any], arguments: Mapping[str, Any], key: tuple[int, ...], said: str
+    ) -> None:
+        self.function, self.arguments, self.key, self.said = function, dict(arguments), key, said
+        self._block = lru_cache(maxsize=4)(self._made)
+
+    def episodes(self, epoch: int, numbers: np.ndarray) -> Episode:
+        """These episodes of an epoch, stacked."""
+        parts = []
+        for block in np.unique(numbers // BLOCK).tolist():
+            inside = torch.from_numpy(numbers[numbers // BLOCK == block] % BLOCK)
+            parts.append([array[inside] for array in self._block(epoch, block)])
+        xs, ys, xq, yq = (torch.cat(arrays) if len(arrays) > 1 else arrays[0] for arrays in zip(*parts, strict=True))
+        return Episode(Rows(xs, ys), Rows(xq, yq))
+
+    @property
+    def has_classes(self) -> bool:
+        """Whether targets are classes."""
+        return not self._block(0, 0)[1].is_floating_point()
+
+    def _made(self, epoch: int, block: int) -> list[torch.Tensor]:
+        rng = np.random.Generator(np.random.PCG64(np.random.SeedSequence([*self.key, epoch, block])))
+        try:
+            made = [np.asarray(array) for array in self.function(rng, BLOCK, **self.arguments)]
+        except TypeError as error:
+            raise Refusal(
+                f"tasks {self.said!r} cannot be called with (rng, count) and tasks_args {self.arguments}: {error}."
+            ) from error
+        if len(made) != 4 or any(len(array) != BLOCK for array in made) or len(made[0][0]) != len(made[1][0]):
+            shapes = [array.shape for array in made]
+            raise Refusal(
+                f"tasks {self.said!r} must give support x, support y, query x, query y, each of {BLOCK} tasks where asked for "
+                f"{BLOCK}; it gave arrays of shapes {shapes}."
+            )
+        return [torch.from_numpy(_plain(array)) for array in made]
+
+
+def _plain(array: np.ndarray) -> np.ndarray:
+    return array.astype(np.float32) if array.dtype.kind == "f" else array.astype(np.int64)
+
+
+__all__ = ["DrawnTasks"]

@@ -1,0 +1,319 @@
+"""The base of modules with an inner loop: which weights adapt, at which rates, and what is measured before and after."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call
+
+from lightning_ft.engine.attachment import Attachment
+from lightning_ft.engine.batch import Batch
+from lightning_ft.engine.episode_module import EpisodeModule
+from lightning_ft.engine.episodes import Episode, MetaBatch, Rows
+from lightning_ft.engine.freezing import parameters_named
+from lightning_ft.functional.episode_losses import row_losses
+from lightning_ft.functional.errors import Refusal
+from lightning_ft.functional.inner_loop import Order, Weights, by_autograd, by_transform, inner_loop
+from lightning_ft.nn.double_backward import (
+    check_graph,
+    check_net,
+    explained,
+    no_checkpointing,
+    twice_differentiable,
+)
+from lightning_ft.nn.registry import injected_layers
+
+Inner = Literal["all", "head", "adapter", "adapter_and_head"]
+Tasks = Literal["auto", "at_once", "one_by_one"]
+MEASURED = (0, 1, 5, 10)
+"""Numbers of inner steps after which papers report: before adapting, after training's one or five, and beyond them."""
+
+
+class AdaptingModule(EpisodeModule):
+    """Subclasses store ``inner``, ``steps``, ``inner_lr``, ``inner_loss``, ``outer_loss``, ``eval_steps`` and ``tasks``."""
+
+    inner: Inner | list[str]
+    steps: int
+    inner_lr: float
+    inner_loss: str
+    outer_loss: str
+    eval_steps: list[int] | None
+    tasks: Tasks
+    order: Order = 1
+
+    inner_names: list[str]
+    _at_once: bool | None = None
+    _tied = True
+    _looked_at = False
+
+    # -- what adapts --------------------------------------------------------------------------------------------------
+
+    def _prepare(self) -> None:
+        """Finds the weights of the inner loop, once everything is injected, and refuses nets that cannot have one."""
+        check_net(self.model, order=self.order, owner=type(self).__name__)
+        parameters = dict(self.named_parameters())
+        self._tied = len(parameters) != len(list(self.named_parameters(remove_duplicate=False)))
+        self.inner_names = [name for name in parameters if name in self._wanted() and parameters[name].requires_grad]
+        if not self.inner_names:
+            raise Refusal(
+                f"{type(self).__name__}.inner {self.inner!r} names nothing that is trained, so no task could be adapted to; "
+                + (
+                    "add LoRA, a prefix or another adapter."
+                    if "adapter" in str(self.inner)
+                    else "thaw it, or take another."
+                )
+            )
+        self._at_once, self._looked_at = None, False
+
+    def _wanted(self) -> set[str]:
+        """Names of all parameters that ``inner`` means."""
+        ids: set[int] = set()
+        injected = {
+            f"{path}.{name}" for path, layer in injected_layers(self).items() for name in layer.injected_parameters()
+        }
+        if isinstance(self.inner, list):
+            ids = {id(p) for p in parameters_named(self.model, self.inner).values()}
+        elif self.inner in ("head", "adapter_and_head"):
+            ids = self._head()
+        everything = {name for name, p in self.named_parameters() if self.inner == "all" or id(p) in ids}
+        return everything | (injected if self.inner in ("adapter", "adapter_and_head") else set())
+
+    def _head(self) -> set[int]:
+        if self.base is None:
+            return {id(p) for p in parameters_named(self.model, ["head"]).values()}
+        own = dict(self.model.named_parameters())
+        return {id(own[name]) for name in self.view.head_parameter_names()}
+
+    def start(self) -> Weights:
+        """The weights that the inner loop begins with, by name; the parameters themselves."""
+        parameters = dict(self.named_parameters())
+        return {name: parameters[name] for name in self.inner_names}
+
+    def step_rates(self, step: int) -> Mapping[str, Tensor | float]:
+        """The rate of each of them at a step of the inner loop, from 0."""
+        return dict.fromkeys(self.inner_names, self.inner_lr)
+
+    # -- a task -------------------------------------------------------------------------------------------------------
+
+    def outputs(self, weights: Mapping[str, Tensor], inputs: Tensor | Batch) -> Tensor:
+        """What the model gives for rows with some of its weights replaced."""
+        found: Tensor = functional_call(self, dict(weights), (inputs,), tie_weights=self._tied)
+        return found
+
+    def adapted(
+        self,
+        support: Rows,
+        *,
+        steps: int,
+        order: Order,
+        theta: Weights | None = None,
+        transform: bool = False,
+    ) -> Iterator[Weights]:
+        """The weights of a task before its first step and after each.
+
+        Args:
+            support: the rows to adapt on.
+            steps: how many.
+            order: of the graph that is kept through them.
+            theta: the start; None: `start`, with its graph.
+            transform: for use inside `torch.vmap`.
+        """
+        guard: Callable[[], AbstractContextManager[Any]]
+        owner = type(self).__name__
+        guard = nullcontext if transform else (lambda: no_checkpointing(owner))
+        attention = twice_differentiable if order == 2 or transform else nullcontext
+
+        def loss_of(weights: Weights) -> Tensor:
+            with attention(), guard():
+                losses = row_losses(self.inner_loss, self.outputs(weights, support.inputs), support.targets)
+            loss = losses.mean()
+            if not (transform or self._looked_at):
+                check_graph(loss, owner)
+                self._looked_at = True
+            return loss
+
+        gradient = by_transform if transform else by_autograd
+        try:
+            yield from inner_loop(
+                loss_of, theta or self.start(), self.step_rates, steps=steps, order=order, gradient=gradient
+            )
+        except RuntimeError as error:
+            raise explained(error, owner) from error
+
+    def maps_tasks(self, batch: MetaBatch) -> bool:
+        """Whether the tasks of a batch are computed at once: as asked for, else where that was found to give the same."""
+        stacked = batch.stacked
+        if stacked is None or self.tasks == "one_by_one":
+            return False
+        if self._at_once is None:
+            self._at_once = self._same_at_once(batch)
+            if self.tasks == "at_once" and not self._at_once:
+                raise Refusal(
+                    f"{type(self).__name__}.tasks at_once: torch.vmap over this net fails, or gives other losses than the tasks "
+                    "one by one; set tasks to one_by_one."
+                )
+        return self._at_once
+
+    def _same_at_once(self, batch: MetaBatch) -> bool:
+        """Tries the first two tasks of a batch both ways, without learning from it."""
+        stacked = batch.stacked
+        assert stacked is not None
+        two = stacked.apply(lambda t: t[:2])
+        theta = {name: weight.detach() for name, weight in self.start().items()}
+
+        def loss(episode: Episode, transform: bool) -> Tensor:
+            *_, weights = self.adapted(episode.support, steps=1, order=1, theta=theta, transform=transform)
+            return row_losses(
+                self.outer_loss, self.outputs(weights, episode.query.inputs), episode.query.targets
+            ).mean()
+
+        one_by_one = [
+            loss(episode, False).detach() for episode in MetaBatch(two, {"task": len(two.query.targets)}).episodes()
+        ]
+        try:
+            at_once = mapped(lambda episode: loss(episode, True), two)
+        except (RuntimeError, ValueError):
+            return False  # an operation without a rule for it, or code that asks for values
+        return bool(torch.allclose(at_once.detach(), torch.stack(one_by_one), rtol=1e-4, atol=1e-6))
+
+    # -- what is measured -------------------------------------------------------------------------------------------------
+
+    @property
+    def measured_steps(self) -> list[int]:
+        """Numbers of inner steps after which an episode is measured."""
+        return sorted({*(MEASURED if self.eval_steps is None else self.eval_steps), self.steps})
+
+    def _measured(self) -> list[str]:
+        names = ["loss", "accuracy"] if self.classifies else ["loss"]
+        return [*names, *(f"step_{step}/{name}" for step in self.measured_steps for name in names)]
+
+    @property
+    def classifies(self) -> bool:
+        """Whether the outer loss is one of classes, told by its name, the base, or the data's targets."""
+        if self.outer_loss != "auto":
+            return self.outer_loss == "cross_entropy"
+        return self.base is not None or bool(getattr(self.datamodule, "has_classes", True))
+
+    def _measure(self, batch: MetaBatch) -> Tensor:
+        if self.maps_tasks(batch):
+            stacked = batch.stacked
+            assert stacked is not None
+            return mapped(lambda episode: self._numbers(episode, transform=True), stacked)
+        return super()._measure(batch)
+
+    def _measure_one(self, episode: Episode) -> Tensor:
+        return self._numbers(episode, transform=False)
+
+    def _numbers(self, episode: Episode, *, transform: bool) -> Tensor:
+        theta = {name: weight.detach() for name, weight in self.start().items()}
+        of_step: dict[int, list[Tensor]] = {}
+        steps = self.measured_steps
+        run = self.adapted(episode.support, steps=steps[-1], order=1, theta=theta, transform=transform)
+        for step, weights in enumerate(run):
+            if step in steps:
+                with torch.no_grad():
+                    of_step[step] = self.measure(self.outputs(weights, episode.query.inputs), episode.query.targets)
+        return torch.stack([*of_step[self.steps], *(value for step in steps for value in of_step[step])]).detach()
+
+    def measure(self, outputs: Tensor, targets: Tensor) -> list[Tensor]:
+        """The mean loss of rows, and of classes the share that is right."""
+        losses = row_losses(self.outer_loss, outputs, targets).mean()
+        return [losses, right(outputs, targets).mean().to(losses.dtype)] if self.classifies else [losses]
+
+    # -- use ----------------------------------------------------------------------------------------------------------
+
+    def adapt(self, support: Rows, *, steps: int | None = None) -> Weights:
+        """The weights that this module takes on for a task, by name; the module itself stays as it is.
+
+        Args:
+            support: the rows to adapt on.
+            steps: of the inner loop; None: as many as in training.
+
+        Returns:
+            name -> adapted weight, without a graph; `adapt_` writes them in.
+        """
+        theta = {name: weight.detach() for name, weight in self.start().items()}
+        with torch.inference_mode(False), torch.enable_grad():
+            *_, weights = self.adapted(
+                support.apply(torch.clone), steps=self.steps if steps is None else steps, order=1, theta=theta
+            )
+        return {name: weight.detach() for name, weight in weights.items()}
+
+    @torch.no_grad()
+    def adapt_(self, support: Rows, *, steps: int | None = None) -> None:
+        """Adapts the module itself."""
+        parameters = dict(self.named_parameters())
+        for name, weight in self.adapt(support, steps=steps).items():
+            parameters[name].copy_(weight)
+
+    @torch.no_grad()
+    def keep_classes_(self, count: int) -> None:
+        """Leaves the first outputs of a base's head, for a task with fewer classes than the episodes had.
+
+        Args:
+            count: how many.
+
+        Raises:
+            Refusal: more than there are.
+        """
+        outputs = self._outputs()
+        if count > outputs:
+            raise Refusal(
+                f"The support rows have {count} classes, and {type(self).__name__} has learned to tell {outputs} apart; learn from "
+                f"episodes of at least as many (data.way {count})."
+            )
+        if count == outputs:
+            return
+        layer = self.view.output_layer()[1]
+        cut = {id(p): nn.Parameter(p[:count].clone(), requires_grad=p.requires_grad) for p in layer.parameters()}
+        rates: Any = getattr(self, "inner_rates", {})
+        for name, parameter in self.named_parameters():
+            key = name.replace(".", "/")
+            if id(parameter) in cut and key in rates and rates[key].numel() == parameter.numel():
+                rates[key] = nn.Parameter(rates[key].view(parameter.shape)[:count].reshape(-1).clone())
+        for name, parameter in list(layer.named_parameters()):
+            setattr(layer, name, cut[id(parameter)])
+        layer.out_features = count
+        self.model.config.num_labels = count
+        self.way = count
+
+    def trained(self) -> list[nn.Parameter]:
+        """What the outer loop trains."""
+        return Attachment.of(self).trained()
+
+
+def right(outputs: Tensor, targets: Tensor) -> Tensor:
+    """(S,) 1 where the most likely class is the right one."""
+    return (outputs.argmax(-1) == targets).float()
+
+
+def mapped(function: Callable[[Episode], Any], stacked: Episode) -> Any:
+    """A function of an episode, over all of a stack at once by `torch.vmap`."""
+    tensors: list[Any] = [
+        stacked.support.inputs,
+        stacked.support.targets,
+        stacked.query.inputs,
+        stacked.query.targets,
+    ]
+
+    def one(*parts: Tensor) -> Any:
+        return function(Episode(Rows(parts[0], parts[1]), Rows(parts[2], parts[3])))
+
+    return torch.vmap(one)(*tensors)
+
+
+def check_steps(owner: str, eval_steps: Sequence[int] | None) -> None:
+    """Refuses numbers of steps that are none.
+
+    Raises:
+        Refusal: ``MAML.eval_steps must be numbers of steps, 0 or more, got [-1].``
+    """
+    if not all(isinstance(step, int) and not isinstance(step, bool) and step >= 0 for step in eval_steps or ()):
+        raise Refusal(f"{owner}.eval_steps must be numbers of steps, 0 or more, got {eval_steps}.")
+
+
+__all__ = ["AdaptingModule", "Inner", "Tasks", "check_steps", "mapped", "right"]

@@ -1,0 +1,271 @@
+"""The base of modules that learn from episodes: a base model or any net, and what is measured over episodes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from lightning.pytorch.strategies import ModelParallelStrategy
+from torch import Tensor, nn
+
+from lightning_ft.engine.answers import no_dropout
+from lightning_ft.engine.arguments import arguments_of
+from lightning_ft.engine.attachment import Attachment
+from lightning_ft.engine.batch import Batch
+from lightning_ft.engine.compatibility import situation
+from lightning_ft.engine.episode_evaluation import EpisodeMeans
+from lightning_ft.engine.episodes import Episode, MetaBatch
+from lightning_ft.engine.module import DtypePolicy, FineTuningModule, OptimizerFactory
+from lightning_ft.engine.optimizer import Schedule
+from lightning_ft.engine.scoring import row_logits
+from lightning_ft.engine.terms import Term
+from lightning_ft.functional.errors import Refusal
+from lightning_ft.functional.inner_loop import with_gradients
+from lightning_ft.models.quantize import Mode
+
+NET_LR = 1e-3
+"""Rate of a net that is trained from nothing: Adam's own default, and that of Finn et al., 2017, for the sinusoids."""
+
+
+class EpisodeModule(FineTuningModule):
+    """A module whose batches are episodes: subclasses say what a step learns, and what is measured of an episode.
+
+    Attributes:
+        whole_weights: whether a step needs parameters that are not sharded.
+    """
+
+    whole_weights = True
+    way: int | None
+
+    def __init__(
+        self,
+        base: str | None,
+        *,
+        net: nn.Module | None,
+        lr: float | None,
+        weight_decay: float,
+        warmup_steps: int | None,
+        schedule: Schedule,
+        optimizer: OptimizerFactory | None,
+        base_dtype: DtypePolicy,
+        attention: Any,
+        trust_remote_code: bool,
+        revision: str | None,
+        quantize: Mode | None,
+    ) -> None:
+        super().__init__(
+            base or "",
+            lr=lr,
+            weight_decay=weight_decay,
+            warmup_steps=warmup_steps,
+            schedule=schedule,
+            optimizer=optimizer,
+            base_dtype=base_dtype,
+            attention=attention,
+            gradient_checkpointing=False,
+            trust_remote_code=trust_remote_code,
+            revision=revision,
+            quantize=quantize,
+        )
+        self.task = "sequence_classification"
+        self.base = base  # type: ignore[assignment]
+        self.model = net
+        self.evaluation: EpisodeMeans | None = None
+
+    def check(self) -> None:
+        """Refuses arguments out of bounds, and both or neither of ``base`` and ``net``."""
+        super().check()
+        name = type(self).__name__
+        if self.base is None and self.model is None:
+            raise Refusal(
+                f"{name} needs something to learn: give base (a folder or Hugging Face id, for texts) or net (any nn.Module). "
+                f"A checkpoint of a net is loaded by lightning_ft.load(path, module={name}(net=...))."
+            )
+        if self.base is not None and self.model is not None:
+            raise Refusal(f"{name} takes base or net, not both; leave one of them out.")
+        if self.quantize is not None and self.base is None:
+            raise Refusal(f"{name}.quantize packs a base that is loaded; pack your net before you give it (quantize_).")
+
+    @property
+    def net(self) -> nn.Module | None:
+        """The net as it was given; None where a base is loaded."""
+        found: nn.Module | None = self.model if self.base is None else None
+        return found
+
+    def resolved_arguments(self) -> dict[str, Any]:
+        """With the number of classes, which was the data's to say."""
+        arguments = arguments_of(self)
+        if self.base is not None and self.model is not None and "way" in arguments:
+            arguments["way"] = self.way or getattr(self.datamodule, "way", None) or self._outputs()
+        return arguments
+
+    def _outputs(self) -> int:
+        return int(self.model.config.num_labels)
+
+    # -- loading ------------------------------------------------------------------------------------------------------
+
+    def configure_model(self) -> None:
+        """Loads the base, or takes the net."""
+        if self.base is not None:
+            super().configure_model()
+        else:
+            self.model.train()
+        if self.evaluation is None:
+            self.evaluation = EpisodeMeans(self._measured())
+
+    def _classes(self) -> tuple[list[str] | None, bool]:
+        """As many as an episode has, without names: each episode deals them anew."""
+        way = self.way or getattr(self.datamodule, "way", None)
+        theirs = getattr(self.datamodule, "way", None)
+        name = type(self).__name__
+        if way is None:
+            raise Refusal(f"{name}.way, the number of classes of an episode, is not known; give it, or EpisodeData.")
+        if theirs is not None and theirs != way:
+            raise Refusal(f"{name}.way is {way}, and the episodes have {theirs} classes; set data.way to {way}.")
+        return [str(number) for number in range(way)], False
+
+    def register(self, attachment: Attachment) -> None:
+        """The base's own edits, and no dropout: two passes over one row must be of one function."""
+        self._refuse_place()
+        if self.base is not None:
+            super().register(attachment)
+        name = type(self).__name__
+        for technique in attachment.techniques:
+            if getattr(technique, "dropout", None):
+                given = type(technique).__name__
+                raise Refusal(
+                    f"{given}.dropout is {technique.dropout}, and {name} differentiates through several passes over "  # type: ignore[attr-defined]
+                    "one task, which must be of one function; leave it out."
+                )
+        attachment.edit("hooks", "no dropout", no_dropout)
+        attachment.edit("hooks", "episodes", lambda module: self._prepare(), order=1)
+
+    def _refuse_place(self) -> None:
+        if self._trainer is None or not self.whole_weights:
+            return
+        where, name = situation(self._trainer, self).words, type(self).__name__
+        if isinstance(self._trainer.strategy, ModelParallelStrategy):
+            raise Refusal(
+                f"{name} cannot work with FSDP2, because a task's weights would have to be gathered and kept whole at every inner "
+                "step; use ddp."
+            )
+        if "fp16" in where:
+            raise Refusal(
+                f"{name} cannot work with fp16 gradient scaling, because the inner gradients never pass the scaler; use "
+                "bf16-mixed or 32-true."
+            )
+
+    def _prepare(self) -> None:
+        """What is to be found and checked once everything is injected."""
+
+    def resolved_lr(self) -> float:
+        """``lr``; else that of what is trained, or `NET_LR` for a net."""
+        if self.lr is not None or self.base is not None:
+            return super().resolved_lr()
+        suggested = [t.traits.suggested_lr for t in Attachment.of(self).techniques if t.traits.suggested_lr is not None]
+        return min(suggested, default=NET_LR)
+
+    # -- rows -----------------------------------------------------------------------------------------------------------
+
+    def forward(self, inputs: Tensor | Batch) -> Tensor:
+        """Outputs of rows: (S, C) logits in fp32, or whatever the net gives."""
+        if isinstance(inputs, Batch):
+            if self.base is None:
+                raise Refusal(
+                    f"{type(self).__name__}.net takes tensors, and these episodes are texts; give a base instead."
+                )
+            return row_logits(self.view, inputs)
+        if self.base is not None:
+            raise Refusal(f"{self.base} reads texts, and these episodes are tensors; give a net instead.")
+        outputs: Tensor = self.model(inputs)
+        return outputs
+
+    def accumulated(
+        self, batch: MetaBatch, task: Callable[[Episode], tuple[Tensor, Sequence[Tensor | None], Tensor]]
+    ) -> tuple[Tensor, Tensor]:
+        """The tasks' losses, summed, with the sum of their gradients: no more than one task's graph is ever held.
+
+        Args:
+            batch: the tasks.
+            task: an episode -> (its loss, the gradient of each trained parameter or None, its share of right rows).
+
+        Returns:
+            The sum of the losses, whose backward pass hands the gradients out; the sum of the shares.
+        """
+        parameters = Attachment.of(self).trained()
+        total, correct = (torch.zeros((), device=self.device) for _ in range(2))
+        sums: list[Tensor | None] = [None] * len(parameters)
+        for episode in batch.episodes():
+            loss, found, hits = task(episode)
+            for at, gradient in enumerate(found):
+                before = sums[at]
+                if gradient is not None:
+                    sums[at] = gradient if before is None else before + gradient
+            total, correct = total + loss.detach(), correct + hits.detach()
+        if not batch.counts["task"]:  # a rank without tasks takes part in the backward pass of the others
+            sums = [torch.zeros_like(p) for p in parameters]
+        return with_gradients(total, list(parameters), sums), correct
+
+    def _hand_over(self, name: str, batch: MetaBatch, total: Tensor, correct: Tensor | None) -> Tensor:
+        attachment, count = Attachment.of(self), batch.counts["task"]
+        attachment.terms([Term(name, total, count, unit="task")])
+        if correct is not None:
+            attachment.observe({"accuracy": (correct, count)})
+        return total
+
+    # -- what is measured -------------------------------------------------------------------------------------------------
+
+    def _measured(self) -> list[str]:
+        """Names of the numbers that are measured of an episode."""
+        raise NotImplementedError
+
+    def _measure(self, batch: MetaBatch) -> Tensor:
+        """(E, K) numbers of the episodes of a micro-batch."""
+        return torch.stack([self._measure_one(episode) for episode in batch.episodes()])
+
+    def _measure_one(self, episode: Episode) -> Tensor:
+        """(K,) numbers of an episode, gradients allowed."""
+        raise NotImplementedError
+
+    def validation_step(self, batch: MetaBatch, batch_idx: int) -> None:
+        """Adds the episodes of a batch to what is measured."""
+        self._evaluate(batch)
+
+    def test_step(self, batch: MetaBatch, batch_idx: int) -> None:
+        """As validation, under ``test/``."""
+        self._evaluate(batch)
+
+    def _evaluate(self, batch: MetaBatch) -> None:
+        if not batch.counts["task"]:
+            return
+        # Lightning validates under inference mode, whose tensors can never take part in a gradient: those of the batch are copied.
+        with torch.inference_mode(False), torch.enable_grad():
+            found = self._measure(batch.apply(torch.clone))
+        assert self.evaluation is not None
+        self.evaluation.update(found)
+
+    def on_validation_epoch_end(self) -> None:
+        """Computes and forgets what a validation measured."""
+        self._log_evaluation("val")
+
+    def on_test_epoch_end(self) -> None:
+        """Computes and forgets what a test measured."""
+        self._log_evaluation("test")
+
+    def _log_evaluation(self, stage: str) -> None:
+        assert self.evaluation is not None
+        found = self.evaluation.compute()
+        self.evaluation.reset()
+        for name, (mean, half) in found.items():
+            # compute() has summed over ranks already; the logger is told of one number each
+            shown = name in ("loss", "accuracy")
+            self.log(f"{stage}/{name}", mean, prog_bar=shown, rank_zero_only=False)
+            self.log(f"{stage}/{name}_ci95", half, rank_zero_only=False)
+
+    def generate(self, *_: Any, **__: Any) -> list[str]:
+        """Refused: what is learned from episodes gives classes or numbers."""
+        raise Refusal(f"{type(self).__name__} gives classes or numbers and writes no text; use adapt.")
+
+
+__all__ = ["NET_LR", "EpisodeModule"]

@@ -1,0 +1,66 @@
+"""Losses of single rows, by name, for the inner and the outer loop.
+
+cross_entropy: - log softmax(z)_y in nats; mse: the mean of (z - y)^2 over a row's outputs; mae: of |z - y|; huber: of
+(z - y)^2 / 2 where |z - y| < 1, else |z - y| - 1/2. All in fp32 at least.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Literal
+
+import torch
+import torch.nn.functional as F  # noqa: N812 (the name everybody reads)
+from torch import Tensor
+
+from lightning_ft.functional.errors import Refusal
+
+LossName = Literal["auto", "cross_entropy", "mse", "mae", "huber"]
+
+
+def _mean(of: Callable[..., Tensor], outputs: Tensor, targets: Tensor) -> Tensor:
+    losses = of(outputs, targets.to(outputs.dtype), reduction="none")
+    return losses.flatten(1).mean(1) if losses.ndim > 1 else losses
+
+
+LOSSES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
+    "cross_entropy": lambda z, y: F.cross_entropy(z, y, reduction="none"),
+    "mse": lambda z, y: _mean(F.mse_loss, z, y),
+    "mae": lambda z, y: _mean(F.l1_loss, z, y),
+    "huber": lambda z, y: _mean(F.huber_loss, z, y),
+}
+
+
+def row_losses(name: str, outputs: Tensor, targets: Tensor) -> Tensor:
+    """The loss of each row.
+
+    Args:
+        name: one of `LOSSES`, or ``auto``: cross_entropy where the targets are whole numbers, else mse.
+        outputs: (S, C) logits, or (S, ...) values.
+        targets: (S,) int64 classes, or float values of the outputs' shape ((S,) meets (S, 1)).
+
+    Returns:
+        (S,).
+
+    Raises:
+        Refusal: targets that the loss cannot compare with.
+    """
+    if name == "auto":
+        name = "mse" if targets.is_floating_point() else "cross_entropy"
+    if targets.is_floating_point() == (name == "cross_entropy"):
+        wanted = "classes" if name == "cross_entropy" else "values with a fraction"
+        raise Refusal(
+            f"The loss {name} compares with {wanted}, and the targets are {targets.dtype}; take another loss."
+        )
+    outputs = outputs.to(torch.promote_types(outputs.dtype, torch.float32))
+    if name != "cross_entropy" and outputs.ndim == targets.ndim + 1 and outputs.shape[-1] == 1:
+        outputs = outputs[..., 0]
+    if name != "cross_entropy" and outputs.shape != targets.shape:
+        raise Refusal(
+            f"The net gives outputs of shape {tuple(outputs.shape)} for targets of shape {tuple(targets.shape)}; give it as "
+            "many outputs as a row has values."
+        )
+    return LOSSES[name](outputs, targets)
+
+
+__all__ = ["LOSSES", "LossName", "row_losses"]

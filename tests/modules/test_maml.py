@@ -1,0 +1,406 @@
+"""MAML: one step is the plain loop's, however its tasks are dealt; what adapts; what composes; what is measured and refused."""
+
+import math
+
+import pytest
+import torch
+from lightning.pytorch.callbacks import Callback, ModelCheckpoint
+from torch import nn
+from torch.func import functional_call
+
+import lightning_ft
+from lightning_ft import MAML, Freeze, LoRA, PrefixTuning, Refusal
+from lightning_ft.engine.attachment import Attachment
+from lightning_ft.functional.inner_loop import multi_step_weights
+from tests.contract.subjects import differing, trainer
+from tests.modules.episodes import Normed, fit, mlp, module, on_ranks, sines, text_on_ranks, words, write_words
+from tests.modules.tasks import write_base
+
+pytestmark = pytest.mark.filterwarnings("ignore:Be aware that when using `ckpt_path`")
+
+
+@pytest.fixture(scope="module")
+def texts(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("episodes")
+    return write_base("bert", folder / "bert"), write_words(folder), folder
+
+
+def tasks(data, epoch=0):
+    """The episodes of an epoch, one after the other."""
+    loader = data.train_dataloader()
+    loader.set_epoch(epoch)
+    return [episode for batch in loader for episode in batch.episodes()]
+
+
+def plain_loop(net, episodes, *, order, steps, alpha, inner=None, weights=None):
+    """(mean query loss, its gradient by name): copies of weights, torch.func, no code of the library."""
+    theta = {name: p.detach().clone().requires_grad_() for name, p in net.named_parameters()}
+    total = 0.0
+    for episode in episodes:
+        phi = {name: weight for name, weight in theta.items() if inner is None or name in inner}
+        loss_of = lambda fast, rows: ((functional_call(net, {**theta, **fast}, rows.inputs) - rows.targets) ** 2).mean()  # noqa: E731
+        for j in range(steps):
+            grads = torch.autograd.grad(loss_of(phi, episode.support), list(phi.values()), create_graph=order == 2)
+            phi = {
+                name: weight - alpha * (g if order == 2 else g.detach())
+                for (name, weight), g in zip(phi.items(), grads, strict=True)
+            }
+            if weights is not None:
+                total = total + weights[j] * loss_of(phi, episode.query) / len(episodes)
+        if weights is None:
+            total = total + loss_of(phi, episode.query) / len(episodes)
+    found = torch.autograd.grad(total, list(theta.values()))
+    return float(total.detach()), dict(zip(theta, found, strict=True))
+
+
+LAYOUTS = {
+    "at once": ({}, {}, {"tasks": "at_once"}),
+    "one by one": ({}, {}, {"tasks": "one_by_one"}),
+    "accumulated": ({"batch_size": 2}, {"accumulate_grad_batches": 4}, {}),
+    "uneven": ({"batch_size": 3}, {"accumulate_grad_batches": 3}, {"tasks": "one_by_one"}),
+    "not to be mapped": ({}, {}, {"net": Normed}),
+}
+
+
+@pytest.mark.parametrize("order", [1, 2])
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_the_step_of_a_plain_loop(tmp_path, layout, order):
+    data, options, model = LAYOUTS[layout]
+    model = {name: value() if name == "net" else value for name, value in model.items()}
+    made = module(order=order, **model)
+    steps, runner = fit(tmp_path, made, sines(**data), max_steps=1, **options)
+    value, gradients = plain_loop(mlp(), tasks(sines()), order=order, steps=2, alpha=0.1)
+    assert steps.losses == pytest.approx([value], rel=1e-5)
+    assert made._at_once is (None if model.get("tasks") == "one_by_one" else "net" not in model)
+    prefix = "model.inner." if "net" in model else "model."
+    for name, gradient in gradients.items():
+        assert float(gradient.abs().max()) > 1e-4
+        torch.testing.assert_close(steps.gradients[0][prefix + name], gradient, rtol=1e-4, atol=1e-6)
+
+
+def test_the_order_matters(tmp_path):
+    first, second = (plain_loop(mlp(), tasks(sines()), order=order, steps=2, alpha=0.1)[1] for order in (1, 2))
+    assert max(float((first[n] - second[n]).abs().max()) for n in first) > 1e-2
+
+
+def test_the_head_alone_adapts(tmp_path):
+    """ANIL: the body learns through the head's steps."""
+    for how in ("at_once", "one_by_one"):
+        steps, _ = fit(tmp_path, module(inner="head", tasks=how), sines(), max_steps=1)
+        _, gradients = plain_loop(mlp(), tasks(sines()), order=2, steps=2, alpha=0.1, inner=("4.weight", "4.bias"))
+        for name, gradient in gradients.items():
+            torch.testing.assert_close(steps.gradients[0][f"model.{name}"], gradient, rtol=1e-4, atol=1e-6)
+
+
+def test_multi_step_loss(tmp_path):
+    steps, _ = fit(tmp_path, module(multi_step=4), sines(), max_steps=2)
+    value, gradients = plain_loop(
+        mlp(), tasks(sines()), order=2, steps=2, alpha=0.1, weights=multi_step_weights(2, 0.0)
+    )
+    assert steps.losses[0] == pytest.approx(value, rel=1e-5)
+    torch.testing.assert_close(steps.gradients[0]["model.4.weight"], gradients["4.weight"], rtol=1e-4, atol=1e-6)
+    made = module(multi_step=4)
+    made.trainer = type("At", (), {"global_step": 1})()
+    assert made._step_weights() == dict(zip((1, 2), multi_step_weights(2, 0.25), strict=True))
+    made.trainer = type("At", (), {"global_step": 4})()
+    assert made._step_weights() == {2: 1.0}
+
+
+@pytest.mark.parametrize("rates", ["per_parameter", "per_step"])
+def test_learned_rates(tmp_path, rates):
+    """They start as the fixed one, get the finite difference of the query loss as gradient, are stepped, and never decay."""
+    made = module(rates=rates, weight_decay=0.5, optimizer=None)
+    steps, runner = fit(tmp_path, made, sines(), max_steps=1)
+    value, _ = plain_loop(mlp(), tasks(sines()), order=2, steps=2, alpha=0.1)
+    assert steps.losses == pytest.approx([value], rel=1e-5)
+    own = {name: p for name, p in made.named_parameters() if name.startswith("inner_rates")}
+    assert len(own) == 6 and all(p.ndim == 1 for p in own.values())
+    assert {p.numel() for p in own.values()} == ({2} if rates == "per_step" else {6, 36, 1})
+    groups = runner.optimizers[0].param_groups
+    assert {g["weight_decay"] for g in groups if any(p is q for p in g["params"] for q in own.values())} == {0.0}
+    assert all(float((p.detach() - 0.1).abs().max()) > 1e-4 for p in own.values())
+    name, place = "4.weight", 1
+    slope = float(steps.gradients[0][f"inner_rates.model/{name.replace(chr(46), chr(47))}"][place])
+    ends = [moved_rate(name, place, rates, sign) for sign in (1, -1)]
+    assert slope == pytest.approx((ends[0] - ends[1]) / 2e-4, rel=1e-3, abs=1e-6)
+
+
+def moved_rate(name, place, rates, sign):
+    """The mean query loss in float64 with one rate changed."""
+    net, total = mlp().double(), 0.0
+    for episode in tasks(sines()):
+        phi = {n: p.detach().clone() for n, p in net.named_parameters()}
+        for step in range(2):
+            leaves = {n: p.clone().requires_grad_() for n, p in phi.items()}
+            loss = (
+                (functional_call(net, leaves, episode.support.inputs.double()) - episode.support.targets) ** 2
+            ).mean()
+            loss.backward()
+            for n, p in leaves.items():
+                alpha = torch.full_like(p, 0.1)
+                if n == name and rates == "per_parameter":
+                    alpha.view(-1)[place] += sign * 1e-4
+                elif n == name and step == place:
+                    alpha += sign * 1e-4
+                phi[n] = phi[n] - alpha * p.grad
+        total += float(((functional_call(net, phi, episode.query.inputs.double()) - episode.query.targets) ** 2).mean())
+    return total / 8
+
+
+@pytest.mark.parametrize("model", [{}, {"tasks": "one_by_one", "order": 1, "rates": "per_step"}], ids=["vmap", "loop"])
+def test_two_ranks(tmp_path, two_ranks, model):
+    """Seven tasks: the ranks have unequal shares."""
+    one, left = on_ranks(str(tmp_path / "one"), "MAML", 1, model, episodes=7)
+    asked = {"folder": str(tmp_path), "kind": "MAML", "devices": 2, "model": model, "episodes": 7}
+    for measured, found in two_ranks.run("tests.modules.episodes:on_ranks", **asked):
+        assert measured == pytest.approx(one, rel=1e-4)
+        for name, value in left.items():
+            torch.testing.assert_close(found[name], value, rtol=1e-4, atol=1e-6, msg=name)
+
+
+def test_two_ranks_over_lora(texts, tmp_path, two_ranks):
+    base, path, folder = texts
+    one, left = text_on_ranks(str(base), str(path), str(folder), 1)
+    assert any(".lora_" in name for name in left)
+    for measured, found in two_ranks.run(
+        "tests.modules.episodes:text_on_ranks", base=str(base), path=str(path), folder=str(folder), devices=2
+    ):
+        assert measured == pytest.approx(one, rel=1e-3, abs=1e-5)
+        for name, value in left.items():
+            torch.testing.assert_close(found[name], value, rtol=1e-3, atol=1e-5, msg=name)
+
+
+@pytest.mark.parametrize("step", [2, 3])
+def test_resume_is_exact(tmp_path, step):
+    """From the middle of an epoch and from its end."""
+    save = ModelCheckpoint(tmp_path / "saved", filename="{step}", save_top_k=-1, every_n_train_steps=1)
+    data = {"batch_size": 2, "episodes": 12}
+    options = {"max_steps": 6, "accumulate_grad_batches": 2}
+    model = {"rates": "per_step", "optimizer": None}
+    whole = module(**model)
+    fit(tmp_path, whole, sines(**data), save, enable_checkpointing=True, **options)
+    again = module(**model)
+    made = trainer(tmp_path, limit_val_batches=0, max_epochs=3, **options)
+    made.fit(again, sines(**data), ckpt_path=tmp_path / f"saved/step={step}.ckpt")
+    assert not differing(dict(whole.state_dict()), dict(again.state_dict()))
+
+
+class Pull(Callback):
+    """What EWC does: a closed form added to the gradients, towards the start."""
+
+    def on_fit_start(self, trainer, pl_module):
+        star = {name: p.detach().clone() + 1 for name, p in pl_module.named_parameters()}
+
+        class Edit:
+            name = "pull"
+
+            def edit_(self, parameters):
+                for name, p in parameters.items():
+                    p.grad.add_(0.5 * (p.detach() - star[name]))
+
+        Attachment.of(pl_module).gradient_edit(Edit())
+
+
+def test_with_an_edit_of_gradients_and_clipping(tmp_path):
+    steps, _ = fit(tmp_path, module(), sines(), Pull(), max_steps=1, gradient_clip_val=0.1)
+    _, gradients = plain_loop(mlp(), tasks(sines()), order=2, steps=2, alpha=0.1)
+    pulled = {name: gradient - 0.5 for name, gradient in gradients.items()}
+    norm = math.sqrt(sum(float(g.square().sum()) for g in pulled.values()))
+    assert norm > 0.2
+    for name, gradient in pulled.items():
+        torch.testing.assert_close(steps.gradients[0][f"model.{name}"], gradient * 0.1 / norm, rtol=1e-4, atol=1e-6)
+
+
+# ---- what is measured
+
+
+def test_validation_adapts_under_inference_mode(tmp_path):
+    """Each number by a loop over copies of the net, with torch's own optimizer."""
+    made, data = module(eval_steps=[0, 3]), sines()
+    _, runner = fit(tmp_path, made, data, max_steps=1, limit_val_batches=None, val_check_interval=1)
+    values = {step: [] for step in (0, 2, 3)}
+    for batch in data.val_dataloader():
+        for episode in batch.episodes():
+            net = mlp()
+            net.load_state_dict(made.model.state_dict())
+            optimizer = torch.optim.SGD(net.parameters(), lr=0.1)
+            for step in range(4):
+                if step in values:
+                    with torch.no_grad():
+                        loss = nn.functional.mse_loss(net(episode.query.inputs), episode.query.targets)
+                    values[step].append(float(loss))
+                optimizer.zero_grad()
+                nn.functional.mse_loss(net(episode.support.inputs), episode.support.targets).backward()
+                optimizer.step()
+    logged = {name: float(value) for name, value in runner.callback_metrics.items() if name.startswith("val/")}
+    expected = {}
+    for step, found in values.items():
+        x = torch.tensor(found, dtype=torch.float64)
+        half = 1.959964 * float(x.std()) / math.sqrt(len(found))
+        expected |= {f"val/step_{step}/loss": float(x.mean()), f"val/step_{step}/loss_ci95": half}
+    expected |= {"val/loss": expected["val/step_2/loss"], "val/loss_ci95": expected["val/step_2/loss_ci95"]}
+    assert len(values[0]) == 6 and logged == pytest.approx(expected, rel=1e-4)
+    # The same one by one, and in a validation by itself.
+    alone = module(eval_steps=[0, 3], tasks="one_by_one", net=made.model)
+    (again,) = trainer(tmp_path, limit_val_batches=None).validate(alone, sines(val_batch_size=2), verbose=False)
+    assert again == pytest.approx(expected, rel=1e-4)
+
+
+def test_a_start_that_was_learned_adapts_better(tmp_path):
+    """Fifty steps on sine waves: after two steps of adapting the loss is lower than it was."""
+    losses = []
+    for steps in (1, 50):
+        made = module(optimizer=None, lr=1e-2, net=mlp(1))
+        data = sines(batch_size=25, episodes=25 * steps, val_episodes=100)
+        _, runner = fit(tmp_path, made, data, max_epochs=1, max_steps=-1, limit_val_batches=None)
+        losses.append(float(runner.callback_metrics["val/loss"]))
+    assert losses[1] < 0.9 * losses[0]
+
+
+# ---- over a base
+
+
+PARTS = {
+    "lora": (lambda: [LoRA(r=2)], "adapter", "lora_"),
+    "lora and head": (lambda: [LoRA(r=2)], "adapter_and_head", "lora_"),
+    "prefix": (lambda: [PrefixTuning(tokens=2)], "adapter_and_head", "prefix_"),
+    "biases": (lambda: [Freeze(["biases"])], ["biases"], "bias"),
+    "head": (lambda: [], "head", "classifier"),
+}
+
+
+@pytest.mark.parametrize("part", PARTS)
+def test_over_an_encoder(texts, tmp_path, part):
+    """What the callbacks train is trained, what ``inner`` names adapts, to order 2; the rest stays, bit for bit."""
+    base, path, folder = texts
+    callbacks, inner, mark = PARTS[part]
+    made = MAML(str(base), inner=inner, inner_lr=0.5, steps=2, lr=0.1, optimizer=torch.optim.SGD, eval_steps=[0, 4])
+    start = {}
+
+    class Keep(Callback):
+        def on_train_start(self, trainer, pl_module):
+            start.update({n: p.detach().clone() for n, p in pl_module.named_parameters()})
+
+    steps, runner = fit(tmp_path, made, words(path, folder), *callbacks(), Keep(), max_steps=2, limit_val_batches=None)
+    assert made.inner_names and all(
+        mark in name or "classifier" in name or "pooler" in name for name in made.inner_names
+    )
+    trained = {name for name, p in made.named_parameters() if p.requires_grad}
+    assert set(made.inner_names) <= trained and trained == set(steps.gradients[0])
+    assert all(name in trained or torch.equal(p, start[name]) for name, p in made.named_parameters())
+    assert {f"val/step_{n}/accuracy" for n in (0, 2, 4)} <= set(runner.callback_metrics)
+    # Adapting changes what adapts, and leaves the module as it is.
+    episode = next(iter(words(path, folder, tokenizer=str(base)).train_dataloader())).episodes()[0]
+    before = {n: p.detach().clone() for n, p in made.named_parameters()}
+    fast = made.adapt(episode.support, steps=2)
+    assert fast.keys() == set(made.inner_names) and any(not torch.equal(fast[n], before[n]) for n in fast)
+    assert not differing(before, {n: p.detach() for n, p in made.named_parameters()})
+
+
+def test_the_second_order_over_lora_is_a_finite_difference(texts, tmp_path):
+    """In float64, through attention, norms and factors, with the fused kernel as the default."""
+    base, path, folder = texts
+    made = MAML(str(base), inner="adapter_and_head", inner_lr=0.5, steps=2, lr=0.1, optimizer=torch.optim.SGD)
+    data = words(path, folder)
+    steps, _ = fit(tmp_path, made, data, LoRA(r=2), max_steps=1)
+    made.double()
+    (episode,) = words(path, folder, episodes=1, batch_size=1, tokenizer=str(base)).train_dataloader()
+    (episode,) = episode.episodes()
+    name = next(n for n in made.inner_names if "lora_A" in n)
+    parameter = dict(made.named_parameters())[name]
+
+    def value():
+        fast = list(made.adapted(episode.support, steps=2, order=2))[-1]
+        return made.measure(made.outputs(fast, episode.query.inputs).double(), episode.query.targets)[0]
+
+    made.forward = lambda inputs: made.view.row_logits(inputs.ids, inputs.positions, mask=inputs.mask).double()
+    (gradient,) = torch.autograd.grad(value(), parameter)
+    place = int(gradient.abs().argmax())
+    ends = []
+    for sign in (1, -1):
+        with torch.no_grad():
+            parameter.view(-1)[place] += sign * 1e-5
+        ends.append(float(value().detach()))
+        with torch.no_grad():
+            parameter.view(-1)[place] -= sign * 1e-5
+    slope = float(gradient.view(-1)[place])
+    assert abs(slope) > 1e-6 and slope == pytest.approx((ends[0] - ends[1]) / 2e-5, rel=1e-4)
+
+
+def test_a_checkpoint_is_loaded_with_its_rates_and_classes(texts, tmp_path):
+    base, path, folder = texts
+    save = ModelCheckpoint(tmp_path / "saved", save_last=True, every_n_train_steps=1)
+    made = MAML(str(base), inner="adapter_and_head", rates="per_step", inner_lr=0.5, steps=2, lr=0.1)
+    fit(tmp_path, made, words(path, folder), LoRA(r=2), save, max_steps=1, enable_checkpointing=True)
+    loaded = lightning_ft.load(tmp_path / "saved/last.ckpt")
+    assert (loaded.way, loaded.rates, loaded.steps) == (3, "per_step", 2)
+    assert not differing(dict(made.state_dict()), dict(loaded.state_dict()))
+    net = module()
+    save = ModelCheckpoint(tmp_path / "net", save_last=True, every_n_train_steps=1)
+    fit(tmp_path, net, sines(), save, max_steps=1, enable_checkpointing=True)
+    with pytest.raises(Refusal, match="module=MAML"):
+        lightning_ft.load(tmp_path / "net/last.ckpt")
+    loaded = lightning_ft.load(tmp_path / "net/last.ckpt", module=module(net=mlp(7)))
+    assert not differing(dict(net.state_dict()), dict(loaded.state_dict()))
+
+
+def test_over_a_packed_base(texts, tmp_path):
+    pytest.importorskip("bitsandbytes")
+    base, path, folder = texts
+    made = MAML(str(base), inner="adapter_and_head", inner_lr=0.5, lr=0.1, quantize="nf4")
+    steps, _ = fit(tmp_path, made, words(path, folder), LoRA(r=2), max_steps=1)
+    assert steps.gradients and made.order == 2
+
+
+# ---- refusals
+
+
+class Watched(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.layer = nn.Linear(1, 1)
+
+    def forward(self, x):
+        return torch.utils.checkpoint.checkpoint(self.layer, x, use_reentrant=False)
+
+
+def test_refusals(texts, tmp_path):
+    base, path, folder = texts
+    with pytest.raises(Refusal, match="give base .* or net"):
+        MAML()
+    with pytest.raises(Refusal, match="not both"):
+        MAML(str(base), net=mlp())
+    with pytest.raises(Refusal, match="order must be one of 1, 2"):
+        MAML(net=mlp(), order=3)
+    with pytest.raises(Refusal, match="eval_steps must be"):
+        MAML(net=mlp(), eval_steps=[-1])
+    with pytest.raises(Refusal, match="LoRA.dropout is 0.1"):
+        fit(tmp_path, module(), sines(), LoRA(r=2, target="all-linear", dropout=0.1))
+    with pytest.raises(Refusal, match="names nothing that is trained"):
+        fit(tmp_path, module(inner="adapter"), sines())
+    with pytest.raises(Refusal, match="running statistics"):
+        fit(tmp_path, module(net=nn.Sequential(nn.Linear(1, 4), nn.BatchNorm1d(4), nn.Linear(4, 1))), sines())
+    with pytest.raises(Refusal, match="activation checkpointing"):
+        fit(tmp_path, module(net=Watched()), sines())
+    with pytest.raises(Refusal, match="tasks at_once"):
+        fit(tmp_path, module(net=Normed(), tasks="at_once"), sines())
+    with pytest.raises(Refusal, match="the episodes have 3 classes"):
+        fit(tmp_path, MAML(str(base), way=5), words(path, folder))
+    with pytest.raises(Refusal, match="give a base instead"):
+        fit(tmp_path, module(), words(path, folder, tokenizer=str(base)))
+    with pytest.raises(Refusal, match="reads texts"):
+        fit(tmp_path, MAML(str(base), way=3), sines(way=3))
+    with pytest.raises(Refusal, match="as many outputs"):
+        fit(tmp_path, module(net=nn.Linear(1, 2)), sines())
+
+
+def test_fsdp2_is_refused(tmp_path):
+    from lightning_ft import FSDP2Strategy
+
+    made = module()
+    runner = trainer(tmp_path)
+    runner.strategy.__class__ = type("Pretended", (FSDP2Strategy,), {})
+    made._trainer = runner
+    runner.strategy._tensor_parallel_size, runner.strategy._save_distributed_checkpoint = 1, False
+    with pytest.raises(Refusal, match="MAML cannot work with FSDP2"):
+        made._refuse_place()

@@ -1,0 +1,79 @@
+"""Reptile: the step of a loop over copies of the net with torch's own optimizers, however tasks are dealt."""
+
+import pytest
+import torch
+from torch import nn
+
+from lightning_ft import LoRA, Reptile
+from lightning_ft.modules.reptile import in_turn
+from tests.modules.episodes import fit, mlp, module, on_ranks, sines, words, write_words
+from tests.modules.tasks import write_base
+from tests.modules.test_maml import tasks
+
+
+def way_back(optimizer, batch=None, steps=5):
+    """(mean loss after the inner steps, mean of theta - phi by name)."""
+    theta = {name: p.detach().clone() for name, p in mlp().named_parameters()}
+    total, sums = 0.0, {name: torch.zeros_like(p) for name, p in theta.items()}
+    episodes = tasks(sines())
+    for episode in episodes:
+        net = mlp()
+        if optimizer == "sgd":
+            inner = torch.optim.SGD(net.parameters(), lr=0.02)
+        else:
+            inner = torch.optim.Adam(net.parameters(), lr=0.02, betas=(0.0, 0.999))
+        for step in range(steps):
+            rows = range(4) if batch is None else range(step % (4 // batch), 4, 4 // batch)
+            x, y = (t[list(rows)] for t in (episode.support.inputs, episode.support.targets))
+            inner.zero_grad()
+            nn.functional.mse_loss(net(x), y).backward()
+            inner.step()
+        with torch.no_grad():
+            total += float(nn.functional.mse_loss(net(episode.support.inputs), episode.support.targets))
+            for name, p in net.named_parameters():
+                sums[name] += (theta[name] - p) / len(episodes)
+    return total / len(episodes), sums
+
+
+@pytest.mark.parametrize("options", [{}, {"inner_optimizer": "adam"}, {"inner_batch": 2}], ids=str)
+def test_the_step_of_a_loop_over_copies(tmp_path, options):
+    value, expected = way_back(options.get("inner_optimizer", "sgd"), options.get("inner_batch"))
+    for data, trainer in (({}, {}), ({"batch_size": 3}, {"accumulate_grad_batches": 3})):
+        made = module("Reptile", steps=5, inner_lr=0.02, optimizer=None, lr=0.3, **options)
+        steps, _ = fit(tmp_path, made, sines(**data), max_steps=1, **trainer)
+        assert steps.losses == pytest.approx([value], rel=1e-5)
+        for name, p in made.model.named_parameters():
+            assert float(expected[name].abs().max()) > 1e-5
+            torch.testing.assert_close(steps.gradients[0][f"model.{name}"], expected[name], rtol=1e-3, atol=1e-6)
+            start = dict(mlp().named_parameters())[name].detach()
+            torch.testing.assert_close(p.detach(), start - 0.3 * expected[name], rtol=1e-4, atol=1e-6)
+
+
+def test_rows_in_turn_mix_classes():
+    from lightning_ft.engine.episodes import Rows
+
+    rows = Rows(torch.arange(12.0)[:, None], torch.arange(3).repeat_interleave(4))
+    for step in range(4):
+        assert sorted(in_turn(rows, step, 3).targets.tolist()) == [0, 1, 2]
+    assert in_turn(rows, 0, None) is rows and in_turn(rows, 0, 12) is rows
+    met = torch.cat([in_turn(rows, step, 3).inputs for step in range(4)])
+    assert sorted(met[:, 0].tolist()) == list(range(12))
+
+
+def test_two_ranks(tmp_path, two_ranks):
+    one, left = on_ranks(str(tmp_path / "one"), "Reptile", 1, {}, episodes=7)
+    asked = {"folder": str(tmp_path), "kind": "Reptile", "devices": 2, "model": {}, "episodes": 7}
+    for measured, found in two_ranks.run("tests.modules.episodes:on_ranks", **asked):
+        assert measured == pytest.approx(one, rel=1e-4)
+        for name, value in left.items():
+            torch.testing.assert_close(found[name], value, rtol=1e-4, atol=1e-6, msg=name)
+
+
+def test_over_lora_in_batches_of_texts(tmp_path):
+    base, path = write_base("bert", tmp_path / "bert"), write_words(tmp_path)
+    made = Reptile(str(base), steps=3, inner_batch=3, inner_lr=0.1, lr=0.5, eval_steps=[0])
+    before = {}
+    steps, runner = fit(tmp_path, made, words(path, tmp_path), LoRA(r=2), max_steps=2, limit_val_batches=None)
+    assert all(".lora_" in n or "classifier" in n or "pooler" in n for n in steps.gradients[0])
+    assert all(float(g.abs().max()) > 0 for n, g in steps.gradients[1].items()), before
+    assert {"val/loss", "val/accuracy", "val/step_0/accuracy_ci95"} <= set(runner.callback_metrics)

@@ -1,0 +1,95 @@
+"""A meta-learned checkpoint and a file of examples -> a classifier, in Python and on the command line."""
+
+import csv
+import json
+
+import pytest
+import torch
+from lightning.pytorch.callbacks import ModelCheckpoint
+
+import lightning_ft
+from lightning_ft import MAML, SFT, LoRA, PrefixTuning, Refusal
+from lightning_ft.adapt import classify, save
+from lightning_ft.engine.attachment import Attachment
+from tests.cli.conftest import call
+from tests.modules.episodes import fit, module, sines, words, write_words
+from tests.modules.tasks import write_base
+
+
+@pytest.fixture(scope="module")
+def job(tmp_path_factory):
+    """A folder with checkpoints of MAML over LoRA, over a prefix, and of a net; and support files of two and three classes."""
+    folder = tmp_path_factory.mktemp("adapt")
+    base, path = write_base("bert", folder / "bert"), write_words(folder)
+    for name, part in (("lora", LoRA(r=2)), ("prefix", PrefixTuning(tokens=2))):
+        rates = "per_parameter" if name == "lora" else "fixed"
+        made = MAML(str(base), inner="adapter_and_head", rates=rates, inner_lr=0.5, steps=2, lr=0.05, eval_steps=[])
+        saver = ModelCheckpoint(folder / name, save_last=True, every_n_train_steps=1)
+        fit(folder, made, words(path, folder), part, saver, max_steps=3, enable_checkpointing=True)
+    saver = ModelCheckpoint(folder / "net", save_last=True, every_n_train_steps=1)
+    fit(folder, module(), sines(), saver, max_steps=1, enable_checkpointing=True)
+    with path.open() as file:
+        rows = list(csv.DictReader(file))
+    for count in (2, 3, 4):
+        chosen = [row for row in rows if int(row["label"][-1]) < count]
+        (folder / f"{count}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in chosen))
+    return folder
+
+
+@pytest.mark.parametrize("kind", ["lora", "prefix"])
+@pytest.mark.parametrize("count", [2, 3])
+def test_an_adapted_classifier(job, tmp_path, kind, count):
+    """Its weights are the start after plain steps on the examples, and it survives its file."""
+    meta = lightning_ft.load(job / f"{kind}/last.ckpt")
+    made = lightning_ft.adapt(job / f"{kind}/last.ckpt", job / f"{count}.jsonl", steps=3, cache_dir=str(job / "cache"))
+    assert isinstance(made, SFT) and made.view.labels == [f"class {k}" for k in range(count)]
+    assert [type(t) for t in Attachment.of(made).techniques] == [type(t) for t in Attachment.of(meta).techniques]
+    rows = [json.loads(line) for line in (job / f"{count}.jsonl").read_text().splitlines()]
+    encoded = meta.tokenizer([row["text"] for row in rows], padding=True, return_tensors="pt")
+    labels = torch.tensor([int(row["label"][-1]) for row in rows])
+    inner = {name: p for name, p in meta.named_parameters() if name in meta.inner_names}
+    rates = {n: meta.step_rates(0)[n] for n in inner}
+    for _ in range(3):
+        logits = meta.model(**encoded).logits[:, :count]
+        slopes = torch.autograd.grad(torch.nn.functional.cross_entropy(logits, labels), list(inner.values()))
+        with torch.no_grad():
+            for (name, p), slope in zip(inner.items(), slopes, strict=True):
+                p.sub_(rates[name] * slope)
+    with torch.no_grad():
+        expected = meta.model(**encoded).logits[:, :count]
+        torch.testing.assert_close(made.model(**encoded).logits, expected, rtol=1e-4, atol=1e-5)
+    again = lightning_ft.load(save(made, tmp_path / "out"))
+    with torch.no_grad():
+        torch.testing.assert_close(again.model(**encoded).logits, made.model(**encoded).logits, rtol=0, atol=0)
+    said = list(classify(again, [row["text"] for row in rows]))
+    best = expected.softmax(-1).max(-1)
+    assert [label for label, _ in said] == [f"class {k}" for k in best.indices.tolist()]
+    assert [p for _, p in said] == pytest.approx(best.values.tolist(), rel=1e-4)
+
+
+def test_on_the_command_line(job, tmp_path, capsys, monkeypatch):
+    monkeypatch.setenv("LIGHTNING_FT_CACHE", str(tmp_path / "cache"))
+    words_ = ["--ckpt_path", str(job / "lora/last.ckpt"), "--support", str(job / "2.jsonl")]
+    out = tmp_path / "out"
+    done = call(capsys, "adapt", *words_, "--output", str(out), "--predict", str(job / "3.jsonl"), "--steps", "4")
+    assert done.code == 0, done.err
+    assert "a classifier of class 0, class 1, adapted in" in done.out
+    lines = [json.loads(line) for line in (out / "predictions.jsonl").read_text().splitlines()]
+    assert len(lines) == len((job / "3.jsonl").read_text().splitlines())
+    assert {line["label"] for line in lines} <= {"class 0", "class 1"}
+    merged = call(capsys, "merge", "--ckpt_path", str(out / "adapted.ckpt"), "--output", str(tmp_path / "merged"))
+    assert merged.code == 0, merged.err
+    from transformers import AutoModelForSequenceClassification
+
+    model = AutoModelForSequenceClassification.from_pretrained(tmp_path / "merged")
+    assert model.config.id2label == {0: "class 0", 1: "class 1"}
+    again = call(capsys, "adapt", *words_, "--output", str(out))
+    assert again.code == 2 and "already holds something" in again.err
+    assert call(capsys, "adapt", *words_).code == 2
+
+
+def test_what_is_refused(job):
+    with pytest.raises(Refusal, match="have 4 classes, and MAML has learned to tell 3 apart"):
+        lightning_ft.adapt(job / "lora/last.ckpt", job / "4.jsonl", cache_dir=str(job / "cache"))
+    with pytest.raises(Refusal, match=r"module=MAML\(net"):
+        lightning_ft.adapt(job / "net/last.ckpt", job / "2.jsonl")
