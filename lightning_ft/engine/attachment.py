@@ -35,6 +35,7 @@ from lightning_ft.engine.randomness import GlobalState, global_seed, seed_batch
 from lightning_ft.engine.reference import References
 from lightning_ft.engine.step import LossTerm, Step
 from lightning_ft.engine.strategies import FSDP2Strategy
+from lightning_ft.engine.tasks import baseline_of
 from lightning_ft.engine.terms import Term, Window
 from lightning_ft.functional.errors import Refusal
 from lightning_ft.models.sharding import shard_
@@ -180,7 +181,9 @@ class Attachment:
         self.edits.registered = []
         self._restored_state = {}
         callbacks: list[pl.Callback] = trainer.callbacks  # type: ignore[attr-defined]
-        self.techniques = [c for c in callbacks if isinstance(c, Technique)]
+        # A baseline of continual learning is the same run with those techniques sitting out, their loss terms and state too.
+        sits_out = baseline_of(trainer) is not None
+        self.techniques = [c for c in callbacks if isinstance(c, Technique) and not (sits_out and c.traits.continual)]
         compatibility.check(self.techniques, compatibility.situation(trainer, self.module))
         register = getattr(self.module, "register", None)
         if callable(register) and hasattr(self.module, "lightning_ft_module"):

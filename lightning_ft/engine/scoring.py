@@ -20,11 +20,15 @@ def scores(model: CausalLM, batch: Batch, outputs: Sequence[str] = ("logprob",))
         batch: packed or padded rows.
         outputs: what `lightning_ft.nn.head.score_tokens` can give.
     """
+    return model.score(scored_hidden(model, batch), batch.labels, outputs=outputs)
+
+
+def scored_hidden(model: CausalLM, batch: Batch) -> Tensor:
+    """Hidden states of the batch's scored positions: (N, D)."""
     hidden = model.hidden(
         batch.ids, batch.positions, bounds=batch.bounds, shared=batch.shared, mask=batch.mask
     )  # (1|B, T, D)
-    chosen = hidden.reshape(-1, hidden.shape[-1])[batch.scored]  # (N, D)
-    return model.score(chosen, batch.labels, outputs=outputs)
+    return hidden.reshape(-1, hidden.shape[-1])[batch.scored]
 
 
 def segment_logps(model: CausalLM, batch: Batch) -> tuple[Tensor, Tensor]:

@@ -38,6 +38,7 @@ class Traits:
         starts_as_identity: whether the first forward equals the model without it.
         conditional_gradients: whether its parameters may lack a gradient in a window (a head of an absent task).
         alone: whether a run can hold only one of its kind.
+        continual: whether it keeps what earlier tasks taught; those sit out where a task stream asks for a baseline.
         cannot: what it cannot meet, why, and the way out.
     """
 
@@ -49,4 +50,5 @@ class Traits:
     starts_as_identity: bool = True
     conditional_gradients: bool = False
     alone: bool = False
+    continual: bool = False
     cannot: tuple[Cannot, ...] = field(default=())

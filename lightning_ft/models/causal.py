@@ -53,6 +53,10 @@ class LanguageHead:
         """All parameters of the head, those of injected layers and tied ones included."""
         return list(self.head.parameters())
 
+    def must_recompute(self) -> bool:
+        """Whether backward has to run the head again: something in it is trained, or it is sharded by itself."""
+        return any(p.requires_grad for p in self.head_parameters()) or _sharded_by_itself(self.head)
+
     def score(
         self, hidden: Tensor, labels: Tensor, *, outputs: Sequence[str] = ("logprob",), **settings: Any
     ) -> dict[str, Tensor]:

@@ -16,6 +16,7 @@ from lightning_ft.engine.evaluation import (
     MultilabelEvaluation,
     ValueEvaluation,
 )
+from lightning_ft.engine.likelihood import Ask
 from lightning_ft.engine.module import DtypePolicy, FineTuningModule, OptimizerFactory
 from lightning_ft.engine.optimizer import Schedule
 from lightning_ft.engine.scoring import row_logits
@@ -242,6 +243,16 @@ class SFT(FineTuningModule):
             return seq2seq_lm.seq2seq_lm(self.view, batch)
         of = classification.token_term if self.task == "token_classification" else classification.row_term
         return of(self.view, batch, self._weight_tensor())
+
+    def likelihood(self, batch: Batch, ask: Ask) -> Tensor:
+        """What continual learning asks of each row, (S,): see `lightning_ft.engine.likelihood`."""
+        if self.task == "causal_lm":
+            return causal_lm.likelihood(self.view, batch, ask)
+        if self.task == "seq2seq_lm":
+            return seq2seq_lm.likelihood(self.view, batch, ask)
+        if self.task == "token_classification":
+            return classification.token_likelihood(self.view, batch, ask)
+        return classification.row_likelihood(self.view, batch, ask, self.task != "regression" and self._several)
 
     def _weight_tensor(self) -> Tensor | None:
         return None if self._weights is None else torch.tensor(self._weights, device=self.device)

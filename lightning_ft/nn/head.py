@@ -224,7 +224,7 @@ def _kept(
             (kept[name][rows],) = torch.autograd.grad(logits, chunk, pulled[name], retain_graph=i + 1 < len(kept))
     scores = {name: torch.cat(values) for name, values in parts.items()}
     for name, slope in kept.items():
-        scores[name] = _Scale.apply(hidden, scores[name], slope)
+        scores[name] = WithSlope.apply(hidden, scores[name], slope)
     return scores
 
 
@@ -243,17 +243,19 @@ def _other_leaves(logits: Tensor, chunk: Tensor) -> bool:
     return False
 
 
-class _Scale(torch.autograd.Function):
-    """Gives a value (N,) the gradient ``slope`` (N, D) with respect to the hidden states."""
+class WithSlope(torch.autograd.Function):
+    """Gives a value (N,) the gradient ``slope`` (N, D) with respect to ``hidden`` (N, D)."""
 
     @staticmethod
     def forward(ctx: Any, hidden: Tensor, value: Tensor, slope: Tensor) -> Tensor:
+        """The value, as it is."""
         ctx.save_for_backward(slope)
         return value.clone()
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
+        """Each row's slope times its gradient."""
         (slope,) = ctx.saved_tensors
         return (slope * grad.unsqueeze(-1)).to(slope.dtype), None, None
 

@@ -6,8 +6,11 @@ tokens. Logits exist only for scored tokens, a chunk at a time.
 
 from __future__ import annotations
 
+from torch import Tensor
+
 from lightning_ft.engine.batch import Batch
-from lightning_ft.engine.scoring import scores
+from lightning_ft.engine.likelihood import Ask, layouts
+from lightning_ft.engine.scoring import scored_hidden, scores
 from lightning_ft.engine.terms import Term
 from lightning_ft.models.causal import CausalLM
 
@@ -18,4 +21,11 @@ def causal_lm(model: CausalLM, batch: Batch) -> Term:
     return Term("sft", -logprob.sum(), batch.counts["token"], unit="token")
 
 
-__all__ = ["causal_lm", "scores"]
+def likelihood(model: CausalLM, batch: Batch, ask: Ask) -> Tensor:
+    """What ``ask`` wants to know of each segment: of its scored tokens together, (S,)."""
+    with ask.examples(*layouts(batch)):
+        hidden = scored_hidden(model, batch)
+    return ask.of_head(hidden, batch.labels, batch.segment_of_scored, model)
+
+
+__all__ = ["causal_lm", "likelihood", "scores"]

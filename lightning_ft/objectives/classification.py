@@ -12,8 +12,10 @@ import torch.nn.functional as F  # noqa: N812 (the name everybody reads)
 from torch import Tensor
 
 from lightning_ft.engine.batch import Batch
+from lightning_ft.engine.likelihood import Ask, layouts
 from lightning_ft.engine.scoring import row_logits
 from lightning_ft.engine.terms import Term
+from lightning_ft.functional.fisher import Groups
 from lightning_ft.models.classifier import Classifier
 
 
@@ -55,6 +57,32 @@ def token_term(model: Classifier, batch: Batch, weights: Tensor | None = None) -
     logits = token_logits(model, batch)
     loss = F.cross_entropy(logits, batch.labels, weight=weights, reduction="sum")  # of no tokens: 0, with a gradient
     return Term("sft", loss, batch.counts["token"], unit="token")
+
+
+def row_likelihood(model: Classifier, batch: Batch, ask: Ask, several: bool = False) -> Tensor:
+    """What ``ask`` wants to know of each row, (S,); class weights have no say.
+
+    Args:
+        model: the view of a classifier.
+        batch: rows with a target each.
+        ask: what is asked.
+        several: whether several classes may hold.
+    """
+    with ask.examples(*layouts(batch)):
+        logits = row_logits(model, batch)  # (S, C)
+    targets = targets_of(batch)
+    if several:
+        return ask.of_bits(logits, targets)
+    # (z - y)^2 is what is minimised: normal errors of variance 1/2.
+    return ask.of_values(logits, targets, 0.5) if targets.is_floating_point() else ask.of_logits(logits, targets)
+
+
+def token_likelihood(model: Classifier, batch: Batch, ask: Ask) -> Tensor:
+    """What ``ask`` wants to know of each row, of its labelled tokens together, (S,)."""
+    tokens = Groups(batch.scored.shape, batch.segment_of_scored, len(batch.rows), axes=2)
+    with ask.examples(tokens, *layouts(batch)):
+        logits = token_logits(model, batch)  # (N, C)
+    return ask.of_logits(logits, batch.labels, batch.segment_of_scored)
 
 
 def targets_of(batch: Batch) -> Tensor:
