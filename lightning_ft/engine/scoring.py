@@ -12,19 +12,22 @@ from lightning_ft.models.causal import CausalLM
 from lightning_ft.models.classifier import Classifier
 
 
-def scores(model: CausalLM, batch: Batch, outputs: Sequence[str] = ("logprob",)) -> dict[str, Tensor]:
+def scores(
+    model: CausalLM, batch: Batch, outputs: Sequence[str] = ("logprob",), *, temperature: float = 1.0
+) -> dict[str, Tensor]:
     """Scores of the batch's scored tokens, (N,) each, differentiable in the model.
 
     Args:
         model: the view of a causal model.
         batch: packed or padded rows.
         outputs: what `lightning_ft.nn.head.score_tokens` can give.
+        temperature: what the logits are divided by.
     """
     hidden = model.hidden(
         batch.ids, batch.positions, bounds=batch.bounds, shared=batch.shared, mask=batch.mask
     )  # (1|B, T, D)
     chosen = hidden.reshape(-1, hidden.shape[-1])[batch.scored]  # (N, D)
-    return model.score(chosen, batch.labels, outputs=outputs)
+    return model.score(chosen, batch.labels, outputs=outputs, temperature=temperature)
 
 
 def segment_logps(model: CausalLM, batch: Batch) -> tuple[Tensor, Tensor]:
