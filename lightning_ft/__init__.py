@@ -27,15 +27,18 @@ if TYPE_CHECKING:
     from lightning_ft.callbacks.samples import SampleGenerations
     from lightning_ft.data.classification_data import ClassificationData
     from lightning_ft.data.preference_data import PreferenceData
+    from lightning_ft.data.prompt_data import PromptData
     from lightning_ft.data.seq2seq_data import Seq2SeqData
     from lightning_ft.data.sft_data import SFTData
     from lightning_ft.data.unpaired_data import UnpairedPreferenceData
     from lightning_ft.engine.attachment import Attachment
     from lightning_ft.engine.in_backward import InBackward
+    from lightning_ft.engine.rewards.reward import Reward
     from lightning_ft.engine.strategies import FSDP2Strategy
     from lightning_ft.functional.errors import Refusal
     from lightning_ft.load import load
     from lightning_ft.modules.dpo import DPO
+    from lightning_ft.modules.grpo import GRPO
     from lightning_ft.modules.kto import KTO
     from lightning_ft.modules.reward_model import RewardModel
     from lightning_ft.modules.sft import SFT
@@ -55,6 +58,7 @@ _HOMES = {
     "ExportAdapter": "callbacks.export_adapter",
     "FSDP2Strategy": "engine.strategies",
     "Freeze": "callbacks.freeze",
+    "GRPO": "modules.grpo",
     "GenerationMetrics": "callbacks.generation_metrics",
     "GradualUnfreezing": "callbacks.gradual_unfreezing",
     "IA3": "callbacks.ia3",
@@ -64,8 +68,10 @@ _HOMES = {
     "NEFTune": "callbacks.neftune",
     "PreferenceData": "data.preference_data",
     "PrefixTuning": "callbacks.prefix_tuning",
+    "PromptData": "data.prompt_data",
     "PromptTuning": "callbacks.prompt_tuning",
     "Refusal": "functional.errors",
+    "Reward": "engine.rewards.reward",
     "RewardModel": "modules.reward_model",
     "SFT": "modules.sft",
     "SFTData": "data.sft_data",
@@ -83,6 +89,7 @@ _HOMES = {
 
 __all__ = [
     "DPO",
+    "GRPO",
     "IA3",
     "KTO",
     "SFT",
@@ -99,8 +106,10 @@ __all__ = [
     "NEFTune",
     "PreferenceData",
     "PrefixTuning",
+    "PromptData",
     "PromptTuning",
     "Refusal",
+    "Reward",
     "RewardModel",
     "SFTData",
     "SampleGenerations",

@@ -210,7 +210,7 @@ class PromptData(SharedPrompts):
                 "train", rows.segments(shares.rows(seed=self._seed, epoch=epoch, shuffle=self.shuffle))
             )
             round = self._module.roll_out(prompts, epoch, batch_size=self.draw_batch)
-            self._module.complete(round, loader.first_pass(round))
+            self._module.complete(round, loader.first_pass(round), steps=loader.steps)
             self._round = round
             self._write_answers(round)
         return self._round

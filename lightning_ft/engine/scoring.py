@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from lightning_ft.engine.batch import Batch
+from lightning_ft.models.backbone import BackboneView
 from lightning_ft.models.causal import CausalLM
 from lightning_ft.models.classifier import Classifier
 
@@ -23,11 +24,15 @@ def scores(
         outputs: what `lightning_ft.nn.head.score_tokens` can give.
         temperature: what the logits are divided by.
     """
+    return model.score(scored_hidden(model, batch), batch.labels, outputs=outputs, temperature=temperature)
+
+
+def scored_hidden(model: BackboneView, batch: Batch) -> Tensor:
+    """(N, D) hidden states of the batch's scored positions."""
     hidden = model.hidden(
         batch.ids, batch.positions, bounds=batch.bounds, shared=batch.shared, mask=batch.mask
     )  # (1|B, T, D)
-    chosen = hidden.reshape(-1, hidden.shape[-1])[batch.scored]  # (N, D)
-    return model.score(chosen, batch.labels, outputs=outputs, temperature=temperature)
+    return hidden.reshape(-1, hidden.shape[-1])[batch.scored]
 
 
 def segment_logps(model: CausalLM, batch: Batch) -> tuple[Tensor, Tensor]:

@@ -56,6 +56,8 @@ class GRPO(RolloutModule):
         clip_both: most that rho counts at all, also for bad answers; None: no bound.
         cispo_most: see ``loss``.
         beta: weight of the KL to the reference, estimated by k3 and added to the loss; 0 computes none.
+        correct_kl: multiply the KL of each token by its rho, so that its gradient becomes that of the reverse KL without bias
+            (DeepSeek-V3.2), as TRL does; False leaves k3 alone, as in the GRPO paper.
         watch_kl: measure the KL to the reference once a round even with ``beta`` 0: one more forward pass.
         reference_policy: what is compared with: the model as it is when the fit begins (``start``), adapters and all, or the bare
             ``base``.
@@ -79,10 +81,10 @@ class GRPO(RolloutModule):
 
     Logs:
         Once a round, as ``train/``: ``reward`` and its ``reward_std``, ``rewards/<name>`` of each source before weighting,
-        ``length``, ``length_ended``, ``truncated`` (share), ``without_signal`` (share of groups), ``trained_share`` (of answers), ``entropy``
-        (nats a token), and against the reference ``kl`` (nats an answer), ``kl_k1`` and ``kl_k3`` (nats a token). Each step:
-        ``loss``, ``ratio``, ``clipped_low``, ``clipped_high``, ``policy_kl``. In validation: ``val/reward``,
-        ``val/rewards/<name>``, ``val/length``, ``val/truncated``. Some answers stand in ``rollouts.jsonl``.
+        ``length``, ``length_ended``, ``truncated`` (share), ``without_signal`` (share of groups), ``trained_share``
+        (of answers), and against the reference ``kl`` (nats an answer), ``kl_k1`` and ``kl_k3`` (nats a token). Each step:
+        ``loss``, ``entropy`` (nats a token), ``ratio``, ``clipped_low``, ``clipped_high``, ``policy_kl``. In validation:
+        ``val/reward``, ``val/rewards/<name>``, ``val/length``, ``val/truncated``. Some answers stand in ``rollouts.jsonl``.
 
     Raises:
         Refusal: for arguments out of bounds here; for rewards that cannot work, or data without prompts, when the run begins.
@@ -117,6 +119,7 @@ class GRPO(RolloutModule):
         clip_both: Annotated[float, Gt(1)] | None = None,
         cispo_most: Annotated[float, Ge(1)] = 5.0,
         beta: Annotated[float, Ge(0)] = 0.0,
+        correct_kl: bool = True,
         watch_kl: bool = False,
         reference_policy: Reference = "start",
         mask_truncated: bool = False,
@@ -164,6 +167,7 @@ class GRPO(RolloutModule):
         self.clip_both = clip_both
         self.cispo_most = cispo_most
         self.beta = beta
+        self.correct_kl = correct_kl
         self.watch_kl = watch_kl
         self.reference_policy = reference_policy
         self.mask_truncated = mask_truncated
@@ -174,7 +178,7 @@ class GRPO(RolloutModule):
         if clip_both is not None and clip_both <= 1 + clip_high:
             raise Refusal(f"GRPO.clip_both must be greater than 1 + clip_high, {1 + clip_high:g}, got {clip_both}.")
         clip = Clip(clip_low, clip_high, clip_both)
-        self._settings = grpo.Settings(loss, importance, clip, cispo_most, beta, max_new_tokens)
+        self._settings = grpo.Settings(loss, importance, clip, cispo_most, beta, correct_kl, max_new_tokens)
 
     @property
     def _compares(self) -> bool:
@@ -205,11 +209,11 @@ class GRPO(RolloutModule):
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         """Hands the losses to the attachment, which divides them by their window's count."""
-        logp = scores(self.view, batch, temperature=self.temperature)["logprob"]
-        found = grpo.terms(batch, logp, self._settings)
+        scored = scores(self.view, batch, ("logprob", "entropy_value"), temperature=self.temperature)
+        found = grpo.terms(batch, scored["logprob"], self._settings)
         attachment = Attachment.of(self)
         attachment.terms(found)
-        attachment.observe(grpo.measured(batch, logp, self._settings))
+        attachment.observe(grpo.measured(batch, scored["logprob"], scored["entropy_value"], self._settings))
         self.log_round()
         return found[0].sum
 

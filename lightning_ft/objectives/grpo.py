@@ -1,6 +1,7 @@
 """The policy-gradient losses of a micro-batch of answers that an earlier policy has written, and what is logged of them.
 
-``batch.columns`` hold for each scored token ``old_logps``, ``advantages`` and, with a KL penalty, ``reference_logps``.
+``batch.columns`` hold for each scored token ``advantages``, ``old_logps`` (or none in a round of a single step, when they are what
+they are now) and, with a KL penalty, ``reference_logps``.
 """
 
 from __future__ import annotations
@@ -37,6 +38,7 @@ class Settings:
         clip: how far ratios count.
         cispo_most: most that a ratio weighs in ``cispo``.
         beta: weight of the KL to the reference.
+        correct_kl: whether the KL of each token is multiplied by its ratio.
         longest: most tokens an answer may have.
     """
 
@@ -45,6 +47,7 @@ class Settings:
     clip: Clip
     cispo_most: float
     beta: float
+    correct_kl: bool
     longest: int
 
 
@@ -57,7 +60,7 @@ def terms(batch: Batch, logp: Tensor, settings: Settings) -> list[Term]:
         settings: see there.
     """
     owner, advantages = batch.segment_of_scored, batch.columns["advantages"]
-    ratio = log_ratios(logp, batch.columns["old_logps"], owner, settings.importance)
+    ratio = log_ratios(logp, batch.columns.get("old_logps", logp.detach()), owner, settings.importance)
     if settings.loss == "cispo":
         losses = cispo_loss(ratio, logp, advantages, settings.cispo_most)
     else:
@@ -65,6 +68,7 @@ def terms(batch: Batch, logp: Tensor, settings: Settings) -> list[Term]:
     found = [_term("policy", losses, batch, settings, 1.0)]
     if settings.beta > 0:
         kl = kl_estimate(logp, batch.columns["reference_logps"], "k3")
+        kl = kl * ratio.exp() if settings.correct_kl else kl
         found.append(_term("kl_loss", kl, batch, settings, settings.beta))
     return found
 
@@ -74,18 +78,20 @@ def _term(name: str, losses: Tensor, batch: Batch, settings: Settings, weight: f
     return Term(name, total, batch.counts[unit], unit, weight)
 
 
-def measured(batch: Batch, logp: Tensor, settings: Settings) -> Measured:
-    """How far the policy has gone from that which wrote the answers; means over tokens.
+def measured(batch: Batch, logp: Tensor, entropy: Tensor, settings: Settings) -> Measured:
+    """``entropy`` (N,) and how far the policy has gone from that which wrote the answers; means over tokens.
 
     ``ratio``, ``clipped_low`` and ``clipped_high`` (shares of tokens whose gradient is cut), and ``policy_kl``: KL(old || now),
     estimated by k3. At the first update of a round 1, 0, 0 and 0.
     """
-    old, logp, count = batch.columns["old_logps"], logp.detach(), float(len(logp))
+    logp, count = logp.detach(), float(len(logp))
+    old = batch.columns.get("old_logps", logp)
     ratio = log_ratios(logp, old, batch.segment_of_scored, settings.importance)
     cispo = settings.loss == "cispo"
     clip = Clip(low=1.0, high=settings.cispo_most - 1) if cispo else settings.clip
     low, high = clipped_share(ratio, batch.columns["advantages"], clip)
     return {
+        "entropy": (entropy.sum(), count),
         "ratio": (ratio.exp().sum(), count),
         "clipped_low": (low.float().sum(), count),
         "clipped_high": (high.float().sum(), count),

@@ -78,6 +78,11 @@ class RoundLoader(PlannedLoader):
             passes=self.passes,
         )
 
+    @property
+    def steps(self) -> int:
+        """Optimizer steps a round."""
+        return len(self) // self.placement().accumulate
+
     def efficiency(self) -> float:
         """Packed rows hold tokens only; of padded ones nobody knows before they are written."""
         return 1.0 if self.packed else float("nan")

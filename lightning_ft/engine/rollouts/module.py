@@ -86,18 +86,24 @@ class RolloutModule(PolicyModule):
         """(S,) bool: which answers are trained on; those that some reward has judged."""
         return ~round.scores.total.isnan()
 
+    def measures(self, steps: int) -> bool:
+        """Whether `measure` is wanted of a round of so many optimizer steps.
+
+        In a round of a single one every token is as likely as when it was written; then ``old_logps`` may be left out.
+        """
+        return steps > 1 or self._compares
+
     def measure(self, batch: Batch) -> dict[str, Tensor]:
         """What is known of each scored token before the first update, (N,) each, without gradients.
 
         Returns:
-            ``old_logps``, ``entropy`` and, where the policy is compared with a reference, ``reference_logps``.
+            ``old_logps`` and, where the policy is compared with a reference, ``reference_logps``.
         """
         found: dict[str, Tensor] = {}
         if self._compares:
             with self.at_reference():
                 found["reference_logps"] = scores(self.view, batch, temperature=self.temperature)["logprob"]
-        own = scores(self.view, batch, ("logprob", "entropy"), temperature=self.temperature)
-        return {"old_logps": own["logprob"], "entropy": own["entropy"], **found}
+        return {"old_logps": scores(self.view, batch, temperature=self.temperature)["logprob"], **found}
 
     def appraise(self, round: Round) -> None:
         """Computes from rewards and what was measured whatever else is learned from, ``round.tokens["advantages"]`` above all.
@@ -118,7 +124,6 @@ class RolloutModule(PolicyModule):
             "length_ended": _mean(lengths[ended]),
             "truncated": _mean((~ended).double()),
             "trained_share": _mean(round.kept.double()),
-            "entropy": _mean(round.tokens["entropy"].double()),
         }
         if "reference_logps" in round.tokens:
             before, own = round.tokens["reference_logps"].double(), round.tokens["old_logps"].double()
@@ -163,15 +168,23 @@ class RolloutModule(PolicyModule):
         round.kept = self.keep(round)
         return round
 
-    def complete(self, round: Round, batches: Iterable[tuple[Batch, Sequence[int]]]) -> None:
+    def complete(self, round: Round, batches: Iterable[tuple[Batch, Sequence[int]]], *, steps: int) -> None:
         """Measures the kept answers, appraises them, and notes the facts.
 
         Args:
             round: after `roll_out`.
             batches: this rank's micro-batches of the first pass, fillers included, each with the answers that it holds, in the
                 order of its segments. So the first update finds the very numbers that were measured.
+            steps: optimizer steps that the round will have.
         """
+        if self.measures(steps):
+            self._measure_all(round, batches)
+        self.appraise(round)
+        round.facts = self.facts(round)
+
+    def _measure_all(self, round: Round, batches: Iterable[tuple[Batch, Sequence[int]]]) -> None:
         own: list[tuple[int, dict[str, Tensor]]] = []
+        names: list[str] = []
         with self._writing():
             for batch, answers in batches:
                 measured = self.measure(batch.to(self.device))
@@ -182,8 +195,6 @@ class RolloutModule(PolicyModule):
         by_answer = dict(gathered(own))
         ordered = [by_answer[answer] for answer in round.kept.nonzero()[:, 0].tolist()]
         round.tokens = {name: torch.cat([torch.zeros(0), *(one[name] for one in ordered)]) for name in names}
-        self.appraise(round)
-        round.facts = self.facts(round)
 
     def draw(
         self, prompts: Sequence[Sequence[int]], seeds: Sequence[Sequence[int]], temperature: float
