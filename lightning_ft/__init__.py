@@ -29,15 +29,18 @@ if TYPE_CHECKING:
     from lightning_ft.data.classification_data import ClassificationData
     from lightning_ft.data.episode_data import EpisodeData
     from lightning_ft.data.preference_data import PreferenceData
+    from lightning_ft.data.prompt_data import PromptData
     from lightning_ft.data.seq2seq_data import Seq2SeqData
     from lightning_ft.data.sft_data import SFTData
     from lightning_ft.data.unpaired_data import UnpairedPreferenceData
     from lightning_ft.engine.attachment import Attachment
     from lightning_ft.engine.in_backward import InBackward
+    from lightning_ft.engine.rewards.reward import Reward
     from lightning_ft.engine.strategies import FSDP2Strategy
     from lightning_ft.functional.errors import Refusal
     from lightning_ft.load import load
     from lightning_ft.modules.dpo import DPO
+    from lightning_ft.modules.grpo import GRPO
     from lightning_ft.modules.kto import KTO
     from lightning_ft.modules.linear_probe import LinearProbe
     from lightning_ft.modules.maml import MAML
@@ -62,6 +65,7 @@ _HOMES = {
     "ExportAdapter": "callbacks.export_adapter",
     "FSDP2Strategy": "engine.strategies",
     "Freeze": "callbacks.freeze",
+    "GRPO": "modules.grpo",
     "GenerationMetrics": "callbacks.generation_metrics",
     "GradualUnfreezing": "callbacks.gradual_unfreezing",
     "IA3": "callbacks.ia3",
@@ -73,10 +77,12 @@ _HOMES = {
     "NEFTune": "callbacks.neftune",
     "PreferenceData": "data.preference_data",
     "PrefixTuning": "callbacks.prefix_tuning",
+    "PromptData": "data.prompt_data",
     "PromptTuning": "callbacks.prompt_tuning",
     "ProtoNet": "modules.protonet",
     "Refusal": "functional.errors",
     "Reptile": "modules.reptile",
+    "Reward": "engine.rewards.reward",
     "RewardModel": "modules.reward_model",
     "SFT": "modules.sft",
     "SFTData": "data.sft_data",
@@ -95,6 +101,7 @@ _HOMES = {
 
 __all__ = [
     "DPO",
+    "GRPO",
     "IA3",
     "KTO",
     "MAML",
@@ -114,10 +121,12 @@ __all__ = [
     "NEFTune",
     "PreferenceData",
     "PrefixTuning",
+    "PromptData",
     "PromptTuning",
     "ProtoNet",
     "Refusal",
     "Reptile",
+    "Reward",
     "RewardModel",
     "SFTData",
     "SampleGenerations",

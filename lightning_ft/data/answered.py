@@ -1,4 +1,4 @@
-"""What data of prompts with answers share: whether a prompt is laid out once, and who may learn from them."""
+"""What data of prompts with given answers share: how their rows are read, and who may learn from them."""
 
 import copy
 from typing import Any
@@ -6,28 +6,16 @@ from typing import Any
 from lightning_ft.data.loader import PlannedLoader
 from lightning_ft.data.mixture import MixedRows, mixed
 from lightning_ft.data.named_files import Split
-from lightning_ft.data.planned import PlannedData
 from lightning_ft.data.preference_select import AnsweredRows
 from lightning_ft.data.preference_tokens import Read
+from lightning_ft.data.shared_prompts import SharedPrompts
 from lightning_ft.data.sources import Source, open_source
 from lightning_ft.data.token_rows import TokenRows
 from lightning_ft.functional.errors import Refusal
 
 
-class AnsweredData(PlannedData):
+class AnsweredData(SharedPrompts):
     """Prompts with answers; a subclass defines `_reader` beside what `PlannedData` asks for."""
-
-    share_prompts: bool | None
-
-    def check(self) -> None:
-        """Refuses arguments out of bounds, and those that contradict each other."""
-        super().check()
-        name = type(self).__name__
-        if self.share_prompts and self.packing is False:
-            raise Refusal(
-                f"{name}.share_prompts lays a prompt out once among packed rows: set {name}.packing true or null, or leave "
-                "share_prompts out."
-            )
 
     def setup(self, stage: str | None = None) -> None:
         """Opens the tokenised rows of this stage, after asking whether the module learns what they teach."""
@@ -68,32 +56,6 @@ class AnsweredData(PlannedData):
         other = copy.copy(self)
         other.test_path, other._rows = path, {}
         return other._eval_loader("test")
-
-    # Sharing
-
-    @property
-    def shares_prompts(self) -> bool:
-        """Whether a prompt of several answers is laid out once: as asked for, else where the trained model was proven to see it.
-
-        Raises:
-            Refusal: asked for, and the model cannot.
-        """
-        if not self._packs or self.share_prompts is False:
-            return False
-        reason = self._why_not
-        if self.share_prompts and reason:
-            raise Refusal(
-                f"{type(self).__name__}.share_prompts is true, but the model cannot take prompts that are laid out once: {reason}; "
-                "leave share_prompts out, which gives the same numbers."
-            )
-        return bool(self.share_prompts) or reason == ""
-
-    @property
-    def _why_not(self) -> str | None:
-        """Why the trained model cannot see a prompt that is laid out once; None where nobody has tried."""
-        module = self.trainer.lightning_module if self.trainer is not None else None
-        reason: str | None = getattr(module, "sharing_reason", None)
-        return reason
 
     def _get(self, split: Split) -> TokenRows | MixedRows:
         rows, shared = super()._get(split), self.shares_prompts

@@ -7,6 +7,7 @@ from contextlib import contextmanager
 from typing import Any, Literal
 
 from lightning_ft.engine.answers import no_dropout, prove_sharing
+from lightning_ft.engine.arguments import signature_of
 from lightning_ft.engine.attachment import Attachment
 from lightning_ft.engine.evaluation import NamedMeans
 from lightning_ft.engine.module import FineTuningModule
@@ -44,10 +45,11 @@ class PolicyModule(FineTuningModule):
         if not self.dropout:
             for technique in attachment.techniques:
                 if getattr(technique, "dropout", None):
-                    name = type(technique).__name__
+                    name, ours = type(technique).__name__, f"{type(self).__name__}.dropout"
+                    way_out = f", or set {ours} to true" if "dropout" in signature_of(type(self)) else ""
                     raise Refusal(
                         f"{name}.dropout is {technique.dropout}, which would change the policy at random and not the "  # type: ignore[attr-defined]
-                        f"reference, so that rewards are noise; leave it out, or set {type(self).__name__}.dropout to true."
+                        f"reference, so that rewards are noise; leave it out{way_out}."
                     )
             attachment.edit("hooks", "no dropout", no_dropout)
 

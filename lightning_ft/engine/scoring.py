@@ -8,23 +8,27 @@ import torch
 from torch import Tensor
 
 from lightning_ft.engine.batch import Batch
+from lightning_ft.models.backbone import BackboneView
 from lightning_ft.models.causal import CausalLM
 from lightning_ft.models.classifier import Classifier
 
 
-def scores(model: CausalLM, batch: Batch, outputs: Sequence[str] = ("logprob",)) -> dict[str, Tensor]:
+def scores(
+    model: CausalLM, batch: Batch, outputs: Sequence[str] = ("logprob",), *, temperature: float = 1.0
+) -> dict[str, Tensor]:
     """Scores of the batch's scored tokens, (N,) each, differentiable in the model.
 
     Args:
         model: the view of a causal model.
         batch: packed or padded rows.
         outputs: what `lightning_ft.nn.head.score_tokens` can give.
+        temperature: what the logits are divided by.
     """
-    return model.score(scored_hidden(model, batch), batch.labels, outputs=outputs)
+    return model.score(scored_hidden(model, batch), batch.labels, outputs=outputs, temperature=temperature)
 
 
-def scored_hidden(model: CausalLM, batch: Batch) -> Tensor:
-    """Hidden states of the batch's scored positions: (N, D)."""
+def scored_hidden(model: BackboneView, batch: Batch) -> Tensor:
+    """(N, D) hidden states of the batch's scored positions."""
     hidden = model.hidden(
         batch.ids, batch.positions, bounds=batch.bounds, shared=batch.shared, mask=batch.mask
     )  # (1|B, T, D)

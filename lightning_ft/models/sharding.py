@@ -26,7 +26,7 @@ from lightning_ft.functional.errors import Refusal
 from lightning_ft.models.dtype import settle, wanted_dtype
 from lightning_ft.nn.select import select
 
-STEPS = ("training_step", "validation_step", "test_step", "predict_step", "score")
+STEPS = ("training_step", "validation_step", "test_step", "predict_step", "score", "draw", "measure")
 
 
 def block_modules(model: nn.Module) -> list[tuple[str, nn.Module]]:

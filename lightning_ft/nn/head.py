@@ -29,7 +29,7 @@ from lightning_ft.functional.token_scores import Distribution
 
 #: Outputs with a gradient, and those without; "topk" becomes the keys topk_logprob, topk_index and rest_logprob.
 DIFFERENTIABLE = ("logprob", "entropy", "forward_kl", "reverse_kl", "jensen_shannon")
-PLAIN = ("correct", "argmax", "topk")
+PLAIN = ("correct", "argmax", "entropy_value", "topk")
 NEEDS_OTHER = ("forward_kl", "reverse_kl", "jensen_shannon")
 
 
@@ -73,6 +73,8 @@ class _Scores:
             found["correct"] = token_scores.is_top(p, labels)
         if "argmax" in self.outputs:
             found["argmax"] = p.logits.argmax(-1)
+        if "entropy_value" in self.outputs:
+            found["entropy_value"] = token_scores.entropy(p, gradient=False)[0]
         if "topk" in self.outputs:
             found["topk_logprob"], found["topk_index"], found["rest_logprob"] = token_scores.top_k(p, self.top_k)
         return found
@@ -104,8 +106,9 @@ def score_tokens(
         parameters: the head's parameters. Only a hint that saves one wasted chunk: trained parameters that are not
             listed are found in the graph of the first chunk.
         outputs: any of "logprob" (log p(label)), "entropy", "forward_kl" (KL(other || p)), "reverse_kl"
-            (KL(p || other)), "jensen_shannon", all (N,) with a gradient; "correct" (N,) bool, "argmax" (N,) int64 and
-            "topk" (the keys "topk_logprob" (N, k), "topk_index" (N, k) and "rest_logprob" (N,)), without.
+            (KL(p || other)), "jensen_shannon", all (N,) with a gradient; "correct" (N,) bool, "argmax" (N,) int64,
+            "entropy_value" (N,), which is "entropy" for those who only look at it, and "topk" (the keys "topk_logprob"
+            (N, k), "topk_index" (N, k) and "rest_logprob" (N,)), without.
         chunk_size: tokens whose logits exist at one time; 256 x 49,152 logits in bfloat16 are 25 MB. Measured at
             D = 576, V = 49,152, 1,024 tokens in bfloat16 with a frozen head, forward and backward, on one core with
             AVX512-BF16: 872, 745, 685, 725 and 745 ms with 64, 128, 256, 512 and 1,024.
@@ -340,6 +343,8 @@ def _no_rows(hidden: Tensor, head: Callable[[Tensor], Tensor], ask: _Scores) -> 
         scores["correct"] = torch.zeros(0, dtype=torch.bool, device=hidden.device)
     if "argmax" in ask.outputs:
         scores["argmax"] = torch.zeros(0, dtype=torch.long, device=hidden.device)
+    if "entropy_value" in ask.outputs:
+        scores["entropy_value"] = torch.zeros(0, dtype=dtype, device=hidden.device)
     if "topk" in ask.outputs:
         scores["topk_logprob"] = torch.zeros(0, ask.top_k, dtype=dtype, device=hidden.device)
         scores["topk_index"] = torch.zeros(0, ask.top_k, dtype=torch.long, device=hidden.device)

@@ -1,0 +1,53 @@
+"""Calls of other people's functions: limited in time, and an answer that makes one fail is named."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from lightning_ft.engine.rewards.source import Completions, finite
+from lightning_ft.engine.time_limit import TooLong, within
+from lightning_ft.functional.errors import Refusal
+
+
+def guarded(name: str, call: Callable[[Completions], Any], answers: Completions, seconds: float) -> list[float | None]:
+    """Rewards of all answers by one call.
+
+    If that raises or takes too long, each answer is tried alone, to say which one it is.
+
+    Args:
+        name: of the reward.
+        call: gives a reward for each answer.
+        answers: at least one.
+        seconds: most that the call may take.
+
+    Raises:
+        Refusal: it raised, took too long, or gave something that is no reward; of which answer.
+    """
+    try:
+        given = within(seconds, lambda: call(answers))
+    except TooLong as error:
+        which = _which(call, answers, max(seconds / len(answers), 1.0))
+        raise Refusal(
+            f"The reward {name} took longer than its timeout of {seconds:g} seconds for {len(answers)} answers{which}; make it "
+            "faster, or raise the timeout."
+        ) from error
+    except Refusal:
+        raise
+    except Exception as error:
+        which = _which(call, answers, seconds)
+        problem = f" ({' '.join(str(error).split())})" if str(error) else ""
+        raise Refusal(
+            f"The reward {name} raised {type(error).__name__}{problem}{which}; let it give None for what "
+            "it cannot judge."
+        ) from error
+    return finite(name, given, answers)
+
+
+def _which(call: Callable[[Completions], Any], answers: Completions, seconds: float) -> str:
+    for number in range(len(answers)):
+        try:
+            within(seconds, lambda number=number: call(answers.only(number)))  # type: ignore[misc]
+        except Exception:
+            return f", at {answers.said(number)}"
+    return f", though at none of {len(answers)} answers alone" if len(answers) > 1 else ""
