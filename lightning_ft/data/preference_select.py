@@ -346,7 +346,7 @@ def _sift(
             same == 1,
             "chosen and rejected are the same",
             lambda row, n: (
-                f"chosen and rejected are the same tokens, as in {n} rows: such a pair teaches nothing; take it out, or set "
+                f"chosen and rejected are the same tokens, as in {_count(n)}: such a pair teaches nothing; take it out, or set "
                 "bad_rows drop."
             ),
         )
@@ -365,7 +365,7 @@ def _sift(
             "an answer without room for its prompt",
             lambda row, n: (
                 f"an answer alone has {longer[row]} tokens, which leaves its prompt no room in max_length {max_length}, as in "
-                f"{n} rows: raise max_length, or set truncation keep_start or bad_rows drop."
+                f"{_count(n)}: raise max_length, or set truncation keep_start or bad_rows drop."
             ),
         )
         kept = Kept(np.where(long, np.maximum(room, 1), prompt), kept.answers, kept.scored)
@@ -378,7 +378,7 @@ def _sift(
         long & empty,
         "nothing left to learn after truncation",
         lambda row, n: (
-            f"truncation to max_length {max_length} (keep_start) leaves an answer no token to learn, as in {n} rows: raise "
+            f"truncation to max_length {max_length} (keep_start) leaves an answer no token to learn, as in {_count(n)}: raise "
             "max_length, choose another truncation, or bad_rows drop."
         ),
     )
@@ -387,7 +387,7 @@ def _sift(
             long & alike,
             "chosen and rejected are the same after truncation",
             lambda row, n: (
-                f"truncation to max_length {max_length} (keep_start) makes chosen and rejected the same, as in {n} rows: raise "
+                f"truncation to max_length {max_length} (keep_start) makes chosen and rejected the same, as in {_count(n)}: raise "
                 "max_length, choose another truncation, or bad_rows drop."
             ),
         )
@@ -407,3 +407,7 @@ def _cut(table: Dataset, kept: Kept, long: np.ndarray) -> tuple[Kept, np.ndarray
             scored[which][row] = len(answer.places)
         alike[row] = np.array_equal(answers[0].ids, answers[1].ids)
     return replace(kept, scored=scored), alike
+
+
+def _count(n: int) -> str:
+    return f"{n} rows" if n != 1 else "1 row"

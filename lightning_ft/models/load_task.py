@@ -134,12 +134,17 @@ def load_for_task(
 def _without_report() -> Iterator[None]:
     """Without transformers' table of missing weights: that a head is new is no fault, and anything else is refused."""
     logger = logging.getLogger("transformers.modeling_utils")
-    level = logger.level
-    logger.setLevel(logging.ERROR)
+
+    def wrong(record: logging.LogRecord) -> bool:
+        return record.levelno >= logging.ERROR
+
+    logger.addFilter(
+        wrong
+    )  # a level of its own would make transformers report layers that no tensor parallelism splits
     try:
         yield
     finally:
-        logger.setLevel(level)
+        logger.removeFilter(wrong)
 
 
 def why_not(task: str, config: Any) -> str | None:

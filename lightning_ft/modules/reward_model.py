@@ -329,7 +329,9 @@ class RewardModel(FineTuningModule):
 
     def generate(self, *_: Any, **__: Any) -> list[str]:
         """Refused: a reward model writes no text."""
-        raise Refusal("A reward model gives numbers and writes no text; use predict, or score for token ids.")
+        raise Refusal(
+            "A reward model gives numbers and writes no text; in Python, Trainer.predict rates rows and score token ids."
+        )
 
     @contextmanager
     def exported(self) -> Iterator[str]:

@@ -41,7 +41,7 @@ PAIRS: list[tuple[str, dict[str, Any], dict[str, Any], str | None]] = [
     ("an answer without content", CHAT, {**CHAT, "rejected": [assistant(" ")]}, "is an assistant turn without content"),
     ("half of a character", TEXT, {**TEXT, "chosen": " \ud83d"}, "chosen holds half of a character"),
     # alike
-    ("the same", TEXT, {**TEXT, "rejected": " yes"}, "chosen and rejected are the same tokens, as in 1 rows"),
+    ("the same", TEXT, {**TEXT, "rejected": " yes"}, "chosen and rejected are the same tokens, as in 1 row:"),
     ("the same chats", CHAT, {**CHAT, "rejected": CHAT["chosen"]}, "chosen and rejected are the same tokens"),
     (
         "the same conversations",

@@ -118,6 +118,16 @@ def test_first_values_are_the_architectures(bases: dict[str, str]) -> None:
     assert low.score.weight.dtype == torch.bfloat16 and 0.3 < float(low.score.weight.detach().float().std()) < 0.5
 
 
+def test_a_new_head_is_no_reason_to_speak_of_tensor_parallelism(
+    bases: dict[str, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Transformers lists layers that were not sharded wherever its logger has a level of its own."""
+    told: list[Any] = []
+    monkeypatch.setattr("transformers.modeling_utils.verify_tp_plan", lambda *given: told.append(given))
+    load_for_task("regression", bases["llama"])
+    assert not told
+
+
 def test_the_body_is_the_files(bases: dict[str, str]) -> None:
     """Every weight of the backbone."""
     stored = load_file(Path(bases["bert"]) / "model.safetensors")

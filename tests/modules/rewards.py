@@ -96,6 +96,7 @@ def on_ranks(
         given = FSDP2Strategy(save_distributed_checkpoint=False) if strategy == "fsdp2" else strategy
         ranks = {"devices": devices, "strategy": given}
     techniques = [] if full else [LoRA(r=4)]
-    made = fit(Path(folder), module, data, *techniques, log_every_n_steps=1, **ranks)
+    limit = None if val else 0
+    made = fit(Path(folder), module, data, *techniques, log_every_n_steps=1, limit_val_batches=limit, **ranks)
     measured = {name: float(value) for name, value in made.callback_metrics.items()}
     return measured, weights(module), module.score([[5, 6], [5, 6], [7]], [[8, 9], [10], [11, 12, 1]]).cpu()
