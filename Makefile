@@ -13,7 +13,8 @@ STAMP := .venv/.installed
 ONE_THREAD := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false
 
 .DEFAULT_GOAL := help
-.PHONY: help install fetch quickstart test lint format matrix bench reproduce-supervised reproduce-methods reproduce-preferences gpu clean
+.PHONY: help install fetch quickstart test lint format matrix bench gpu clean
+.PHONY: reproduce-supervised reproduce-methods reproduce-preferences reproduce-meta
 
 help:  ## list the targets
 	@awk -F':.*## ' '/^[a-z-]+:.*## / { printf "  make %-20s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -52,6 +53,10 @@ matrix: install  ## every part with every task and placement (an hour at most; g
 
 bench: install fetch  ## measure against peers (run nothing else meanwhile)
 	$(BIN)/python -m benchmarks.sft
+
+reproduce-meta: install  ## meta-learning of sine waves (half an hour; goes on where it stopped), then its speed
+	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.meta_sinusoid
+	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.meta_sinusoid --speed
 
 reproduce-supervised: install fetch  ## full training against few parameters, on one encoder (an hour; goes on where it stopped)
 	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.supervised

@@ -1,7 +1,8 @@
 """What README.md and docs/ tell a reader to type works: shell lines, YAML, Python, links and generated tables.
 
-Everything runs in a folder that holds what the pages speak of: ``my.jsonl``, ``reviews.csv``, ``pairs.jsonl``, ``rated.jsonl``,
-``my/model`` (a tiny random model), ``configs/`` and a finished run ``runs/sft_lora``. ``fit`` lines are parsed, the others run.
+Everything runs in a folder that holds what the pages speak of: ``my.jsonl``, ``reviews.csv``, ``intents.csv``, ``pairs.jsonl``,
+``rated.jsonl``, ``my/model`` (a tiny random model), ``configs/`` and a finished run ``runs/sft_lora``. ``fit`` lines are parsed, the
+others run.
 """
 
 import importlib.util
@@ -60,6 +61,8 @@ def newcomer(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
         (folder / "my.jsonl").write_text("".join(json.dumps({"messages": chat}) + "\n" for chat in chats))
         labelled = [f"answer {n} {'good' if n % 2 else 'bad'},{'up' if n % 2 else 'down'}" for n in range(24)]
         (folder / "reviews.csv").write_text("\n".join(["text,label", *labelled]) + "\n")
+        intents = [f"{word} {'please ' * k}{n},intent {k}" for k in range(8) for n, word in enumerate(["ask"] * 6)]
+        (folder / "intents.csv").write_text("\n".join(["text,label", *intents]) + "\n")
         answers = [{"prompt": f"{n}+1=", "chosen": f" {n + 1}.", "rejected": " no."} for n in range(24)]
         (folder / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in answers))
         rated = [{"prompt": f"{n}+1=", "completion": f" {n + n % 2}.", "label": n % 2 == 1} for n in range(24)]
@@ -97,7 +100,8 @@ def test_shell_lines(page: Path, run: Callable[..., Outcome], newcomer: Path) ->
 def test_yaml(page: Path, run: Callable[..., Outcome], newcomer: Path) -> None:
     for body in blocks(page, "yaml"):
         (newcomer / "snippet.yaml").write_text(body)
-        outcome = run("fit", "--config", "configs/sft_full.yaml", "--config", "snippet.yaml", "--print_config")
+        job = "protonet_text" if "EpisodeData" in body else "sft_full"
+        outcome = run("fit", "--config", f"configs/{job}.yaml", "--config", "snippet.yaml", "--print_config")
         assert outcome.code == 0, f"{body}\n{outcome.err}"
 
 

@@ -12,7 +12,7 @@ import pytest
 from benchmarks.random_model import write_model
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
-TESTED = {"dpo_on_sft_adapter", "lora_on_your_module", "lora_on_a_cnn", "sft_from_python"}
+TESTED = {"dpo_on_sft_adapter", "few_shot_images", "lora_on_your_module", "lora_on_a_cnn", "sft_from_python"}
 
 
 def example(name: str) -> ModuleType:
@@ -53,6 +53,13 @@ def test_lora_on_a_cnn(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     assert result["all ten, before"] < 0.6
     assert result["all ten, after"] > result["all ten, before"] + 0.15
     assert 0 < result["trained share"] < 0.2
+
+
+def test_few_shot_images(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("sklearn")
+    monkeypatch.chdir(tmp_path)
+    result = example("few_shot_images").main(episodes=160, test_episodes=50)
+    assert result["after"] > result["before"] + 0.05
 
 
 def test_sft_from_python(model: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
