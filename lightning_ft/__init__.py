@@ -15,16 +15,19 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from lightning_ft.callbacks.bottleneck_adapter import BottleneckAdapter
     from lightning_ft.callbacks.ema import WeightEMA
+    from lightning_ft.callbacks.ewc import EWC
     from lightning_ft.callbacks.export_adapter import ExportAdapter
     from lightning_ft.callbacks.freeze import Freeze
     from lightning_ft.callbacks.generation_metrics import GenerationMetrics
     from lightning_ft.callbacks.gradual_unfreezing import GradualUnfreezing
     from lightning_ft.callbacks.ia3 import IA3
     from lightning_ft.callbacks.lora import LoRA
+    from lightning_ft.callbacks.mas import MAS
     from lightning_ft.callbacks.neftune import NEFTune
     from lightning_ft.callbacks.prefix_tuning import PrefixTuning
     from lightning_ft.callbacks.prompt_tuning import PromptTuning
     from lightning_ft.callbacks.samples import SampleGenerations
+    from lightning_ft.callbacks.si import SynapticIntelligence
     from lightning_ft.data.classification_data import ClassificationData
     from lightning_ft.data.preference_data import PreferenceData
     from lightning_ft.data.seq2seq_data import Seq2SeqData
@@ -52,6 +55,7 @@ _HOMES = {
     "BottleneckAdapter": "callbacks.bottleneck_adapter",
     "ClassificationData": "data.classification_data",
     "DPO": "modules.dpo",
+    "EWC": "callbacks.ewc",
     "ExportAdapter": "callbacks.export_adapter",
     "FSDP2Strategy": "engine.strategies",
     "Freeze": "callbacks.freeze",
@@ -61,6 +65,7 @@ _HOMES = {
     "InBackward": "engine.in_backward",
     "KTO": "modules.kto",
     "LoRA": "callbacks.lora",
+    "MAS": "callbacks.mas",
     "NEFTune": "callbacks.neftune",
     "PreferenceData": "data.preference_data",
     "PrefixTuning": "callbacks.prefix_tuning",
@@ -70,6 +75,7 @@ _HOMES = {
     "SFT": "modules.sft",
     "SFTData": "data.sft_data",
     "SampleGenerations": "callbacks.samples",
+    "SynapticIntelligence": "callbacks.si",
     "Seq2SeqData": "data.seq2seq_data",
     "UnpairedPreferenceData": "data.unpaired_data",
     "WeightEMA": "callbacks.ema",
@@ -83,8 +89,10 @@ _HOMES = {
 
 __all__ = [
     "DPO",
+    "EWC",
     "IA3",
     "KTO",
+    "MAS",
     "SFT",
     "Attachment",
     "BottleneckAdapter",
@@ -105,6 +113,7 @@ __all__ = [
     "SFTData",
     "SampleGenerations",
     "Seq2SeqData",
+    "SynapticIntelligence",
     "UnpairedPreferenceData",
     "WeightEMA",
     "__version__",
