@@ -151,7 +151,8 @@ class QuadraticPenalty(Technique):
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
     ) -> None:
         """A fit that goes on has not ended after all."""
-        self._next = None
+        if self._run is not None:
+            self._next = None
 
     def edit_(self, parameters: dict[str, nn.Parameter]) -> None:
         """Adds the penalty's gradient, once a step, the same on every rank."""
