@@ -16,16 +16,19 @@ if TYPE_CHECKING:
     from lightning_ft.adapt import adapt
     from lightning_ft.callbacks.bottleneck_adapter import BottleneckAdapter
     from lightning_ft.callbacks.ema import WeightEMA
+    from lightning_ft.callbacks.ewc import EWC
     from lightning_ft.callbacks.export_adapter import ExportAdapter
     from lightning_ft.callbacks.freeze import Freeze
     from lightning_ft.callbacks.generation_metrics import GenerationMetrics
     from lightning_ft.callbacks.gradual_unfreezing import GradualUnfreezing
     from lightning_ft.callbacks.ia3 import IA3
     from lightning_ft.callbacks.lora import LoRA
+    from lightning_ft.callbacks.mas import MAS
     from lightning_ft.callbacks.neftune import NEFTune
     from lightning_ft.callbacks.prefix_tuning import PrefixTuning
     from lightning_ft.callbacks.prompt_tuning import PromptTuning
     from lightning_ft.callbacks.samples import SampleGenerations
+    from lightning_ft.callbacks.si import SynapticIntelligence
     from lightning_ft.data.classification_data import ClassificationData
     from lightning_ft.data.episode_data import EpisodeData
     from lightning_ft.data.preference_data import PreferenceData
@@ -61,6 +64,7 @@ _HOMES = {
     "BottleneckAdapter": "callbacks.bottleneck_adapter",
     "ClassificationData": "data.classification_data",
     "DPO": "modules.dpo",
+    "EWC": "callbacks.ewc",
     "EpisodeData": "data.episode_data",
     "ExportAdapter": "callbacks.export_adapter",
     "FSDP2Strategy": "engine.strategies",
@@ -74,6 +78,7 @@ _HOMES = {
     "LinearProbe": "modules.linear_probe",
     "LoRA": "callbacks.lora",
     "MAML": "modules.maml",
+    "MAS": "callbacks.mas",
     "NEFTune": "callbacks.neftune",
     "PreferenceData": "data.preference_data",
     "PrefixTuning": "callbacks.prefix_tuning",
@@ -88,6 +93,7 @@ _HOMES = {
     "SFTData": "data.sft_data",
     "SampleGenerations": "callbacks.samples",
     "Seq2SeqData": "data.seq2seq_data",
+    "SynapticIntelligence": "callbacks.si",
     "UnpairedPreferenceData": "data.unpaired_data",
     "WeightEMA": "callbacks.ema",
     "adapt": "adapt",
@@ -100,24 +106,25 @@ _HOMES = {
 }
 
 __all__ = [
-    "DPO",
-    "GRPO",
-    "IA3",
-    "KTO",
-    "MAML",
-    "SFT",
     "Attachment",
     "BottleneckAdapter",
     "ClassificationData",
+    "DPO",
+    "EWC",
     "EpisodeData",
     "ExportAdapter",
     "FSDP2Strategy",
     "Freeze",
+    "GRPO",
     "GenerationMetrics",
     "GradualUnfreezing",
+    "IA3",
     "InBackward",
+    "KTO",
     "LinearProbe",
     "LoRA",
+    "MAML",
+    "MAS",
     "NEFTune",
     "PreferenceData",
     "PrefixTuning",
@@ -128,9 +135,11 @@ __all__ = [
     "Reptile",
     "Reward",
     "RewardModel",
+    "SFT",
     "SFTData",
     "SampleGenerations",
     "Seq2SeqData",
+    "SynapticIntelligence",
     "UnpairedPreferenceData",
     "WeightEMA",
     "__version__",

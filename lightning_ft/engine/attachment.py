@@ -116,9 +116,9 @@ class Attachment:
             raise Refusal(f"Two loss terms are named {name!r}; give one of the techniques another name.")
         self.step.extra.append((name, term))
 
-    def gradient_edit(self, edit: GradientEdit) -> None:
-        """Registers a closed-form edit of the gradients."""
-        self._gradient_edits.append(edit)
+    def gradient_edit(self, edit: GradientEdit, *, first: bool = False) -> None:
+        """Registers a closed-form edit of the gradients; ``first``: one that has to see them before any other has edited them."""
+        self._gradient_edits.insert(0 if first else len(self._gradient_edits), edit)
 
     def surgery(self, surgery: Surgery) -> None:
         """Registers the one map from the Gram matrix of the terms' gradients to their weights."""

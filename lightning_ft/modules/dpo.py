@@ -12,6 +12,7 @@ from torch import Tensor
 from lightning_ft.engine.attachment import Attachment
 from lightning_ft.engine.batch import Batch
 from lightning_ft.engine.evaluation import NamedMeans
+from lightning_ft.engine.likelihood import Ask
 from lightning_ft.engine.module import DtypePolicy, OptimizerFactory
 from lightning_ft.engine.optimizer import Schedule
 from lightning_ft.engine.policy import PolicyModule
@@ -205,6 +206,10 @@ class DPO(PolicyModule):
         """Numbers of the segments that are chosen answers: what `GenerationMetrics` compares with."""
         return range(0, 2 * int(batch.counts["pair"]), 2)
 
+    def likelihood(self, batch: Batch, ask: Ask) -> Tensor:
+        """What continual learning asks of each pair, (P,): of its chosen answer, see `lightning_ft.engine.likelihood`."""
+        return preference.likelihood(self.view, batch, ask)
+
     def _pairs(self, batch: Batch) -> Any:
         if "pair" not in batch.counts:
             raise Refusal(
@@ -221,6 +226,12 @@ class DPO(PolicyModule):
             return known
         with self.at_reference():
             return segment_logps(self.view, batch)[0]
+
+    def know_reference(self, batch: Batch) -> None:
+        """Adds the reference's log-probabilities to pairs that will be trained on again, where the reference does not change."""
+        if self._compares and not self._moves and "pair" in batch.counts and "reference_logps" not in batch.columns:
+            with self.trainer.precision_plugin.forward_context():
+                batch.columns["reference_logps"] = self._reference(batch).detach()
 
     def _evaluate(self, batch: Batch) -> None:
         pairs = self._pairs(batch)

@@ -10,6 +10,7 @@ from torch import Tensor
 from lightning_ft.engine.attachment import Attachment
 from lightning_ft.engine.batch import Batch
 from lightning_ft.engine.evaluation import NamedMeans
+from lightning_ft.engine.likelihood import Ask
 from lightning_ft.engine.module import DtypePolicy, OptimizerFactory
 from lightning_ft.engine.optimizer import Schedule
 from lightning_ft.engine.policy import PolicyModule, Reference
@@ -153,6 +154,10 @@ class KTO(PolicyModule):
     def good_answers(self, batch: Batch) -> list[int]:
         """Numbers of the segments that are good answers: what `GenerationMetrics` compares with."""
         return [number for number, target in enumerate(kto.targets_of(batch).tolist()) if target > 0.5]
+
+    def likelihood(self, batch: Batch, ask: Ask) -> Tensor:
+        """What continual learning asks of each desirable answer, (S,), see `lightning_ft.engine.likelihood`."""
+        return kto.likelihood(self.view, batch, ask)
 
     def _measure(self, batch: Batch) -> tuple[Term, kto.Measured]:
         with self.at_reference():

@@ -14,6 +14,7 @@ from lightning_ft.data.collate_pairs import Answer, Answered, lay_out
 from lightning_ft.engine.answers import no_dropout, prove_sharing
 from lightning_ft.engine.attachment import Attachment
 from lightning_ft.engine.batch import Batch
+from lightning_ft.engine.likelihood import Ask
 from lightning_ft.engine.module import DtypePolicy, FineTuningModule, OptimizerFactory
 from lightning_ft.engine.optimizer import Schedule
 from lightning_ft.engine.reward_evaluation import RewardEvaluation, RewardMoments
@@ -206,6 +207,10 @@ class RewardModel(FineTuningModule):
     def _normal(self, rewards: Tensor) -> Tensor:
         mean, std = self.normalisation
         return (rewards - mean) / std
+
+    def likelihood(self, batch: Batch, ask: Ask) -> Tensor:
+        """What continual learning asks of each pair, (P,), see `lightning_ft.engine.likelihood`."""
+        return reward.likelihood(self.view, batch, ask)
 
     def _pairs(self, batch: Batch) -> tuple[Tensor, Tensor]:
         if "pair" not in batch.counts:

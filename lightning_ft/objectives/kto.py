@@ -12,9 +12,12 @@ import torch
 from torch import Tensor
 
 from lightning_ft.engine.batch import Batch
+from lightning_ft.engine.likelihood import Ask, layouts
+from lightning_ft.engine.scoring import scored_hidden
 from lightning_ft.engine.terms import Term
 from lightning_ft.functional import kto
 from lightning_ft.functional.errors import Refusal
+from lightning_ft.models.causal import CausalLM
 
 Measured = dict[str, tuple[Tensor, Tensor]]
 """Name -> (sum, how many it was summed over)."""
@@ -133,11 +136,22 @@ def with_margins(means: dict[str, Tensor]) -> dict[str, Tensor]:
     return {**means, "rewards/margins": means["rewards/chosen"] - means["rewards/rejected"]}
 
 
+def likelihood(model: CausalLM, batch: Batch, ask: Ask) -> Tensor:
+    """What ``ask`` wants to know of each good answer, of all its tokens together, (2S,); other answers are no examples."""
+    assert batch.targets is not None, "the data module gives rows without a target"
+    good = (batch.targets > 0.5).tolist()
+    ask.keys = [key if i < len(good) and good[i] else -1 for i, key in enumerate(ask.keys)]
+    with ask.examples(*layouts(batch)):
+        hidden = scored_hidden(model, batch)
+    return ask.of_head(hidden, batch.labels, batch.segment_of_scored, model)
+
+
 __all__ = [
     "Answers",
     "Measured",
     "Settings",
     "answers_of",
+    "likelihood",
     "measured",
     "mismatched_sum",
     "targets_of",

@@ -10,8 +10,11 @@ from collections.abc import Mapping
 from torch import Tensor
 
 from lightning_ft.engine.batch import Batch
+from lightning_ft.engine.likelihood import Ask, layouts
+from lightning_ft.engine.scoring import scored_hidden
 from lightning_ft.engine.terms import Term
 from lightning_ft.functional.preference import LOSSES, Pairs, Settings, needs_reference
+from lightning_ft.models.causal import CausalLM
 
 Measured = dict[str, tuple[Tensor, float]]
 """Name -> (sum, how many it was summed over)."""
@@ -88,4 +91,13 @@ def measured(pairs: Pairs, weights: Mapping[str, float], settings: Settings) -> 
     return found
 
 
-__all__ = ["Measured", "measured", "pairs_of", "terms"]
+def likelihood(model: CausalLM, batch: Batch, ask: Ask) -> Tensor:
+    """What ``ask`` wants to know of the chosen answer of each pair, of all its tokens together, (P,); a pair is an example."""
+    ask.keys = ask.keys[::2]
+    with ask.examples(*layouts(batch, per=2)):
+        hidden = scored_hidden(model, batch)
+    chosen = batch.segment_of_scored % 2 == 0
+    return ask.of_head(hidden[chosen], batch.labels[chosen], batch.segment_of_scored[chosen] // 2, model)
+
+
+__all__ = ["Measured", "likelihood", "measured", "pairs_of", "terms"]

@@ -5,9 +5,11 @@ Segment 2i of a batch is the chosen answer of pair i, segment 2i + 1 the rejecte
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 from lightning_ft.engine.batch import Batch
+from lightning_ft.engine.likelihood import Ask, layouts
 from lightning_ft.engine.scoring import row_logits
 from lightning_ft.engine.terms import Term
 from lightning_ft.functional.bradley_terry import bradley_terry, centring
@@ -33,6 +35,14 @@ def pairs(batch: Batch, found: Tensor) -> tuple[Tensor, Tensor]:
     """
     both = found.reshape(-1, 2)[: int(batch.counts["pair"])]
     return both[:, 0], both[:, 1]
+
+
+def likelihood(model: Classifier, batch: Batch, ask: Ask) -> Tensor:
+    """What ``ask`` wants to know of which answer of each pair is the better one, (P,); margins have no say."""
+    ask.keys = ask.keys[::2]
+    with ask.examples(*layouts(batch, per=2)):
+        both = rewards(model, batch).reshape(-1, 2)
+    return ask.of_logits(both, torch.zeros(len(both), dtype=torch.int64, device=both.device))
 
 
 def terms(batch: Batch, chosen: Tensor, rejected: Tensor, centre: float | None = None) -> list[Term]:
