@@ -40,6 +40,7 @@ if TYPE_CHECKING:
     from lightning_ft.modules.dpo import DPO
     from lightning_ft.modules.grpo import GRPO
     from lightning_ft.modules.kto import KTO
+    from lightning_ft.modules.ppo import PPO
     from lightning_ft.modules.reward_model import RewardModel
     from lightning_ft.modules.sft import SFT
     from lightning_ft.nn.adapters import set_adapters
@@ -66,6 +67,7 @@ _HOMES = {
     "KTO": "modules.kto",
     "LoRA": "callbacks.lora",
     "NEFTune": "callbacks.neftune",
+    "PPO": "modules.ppo",
     "PreferenceData": "data.preference_data",
     "PrefixTuning": "callbacks.prefix_tuning",
     "PromptData": "data.prompt_data",
@@ -92,6 +94,7 @@ __all__ = [
     "GRPO",
     "IA3",
     "KTO",
+    "PPO",
     "SFT",
     "Attachment",
     "BottleneckAdapter",
