@@ -78,10 +78,12 @@ class FineTuningCLI(LightningCLI):
         if model is None or data is None:
             from lightning_ft import (
                 DPO,
+                GRPO,
                 KTO,
                 SFT,
                 ClassificationData,
                 PreferenceData,
+                PromptData,
                 RewardModel,
                 Seq2SeqData,
                 SFTData,
@@ -89,7 +91,8 @@ class FineTuningCLI(LightningCLI):
             )
 
             # A class that is loaded may be given by its bare name: --data ClassificationData.
-            _ = (DPO, KTO, RewardModel, ClassificationData, PreferenceData, Seq2SeqData, UnpairedPreferenceData)
+            _ = (DPO, GRPO, KTO, RewardModel)
+            _ = (ClassificationData, PreferenceData, PromptData, Seq2SeqData, UnpairedPreferenceData)
             model, data = model or SFT, data or SFTData
         mode = register_mode()
         self.command = command
