@@ -152,7 +152,7 @@ def test_what_is_logged_counts_scored_tokens_only() -> None:
         "policy_kl": sum(r - 1 - math.log(r) for r in ratio) / N,
     }
     assert found == pytest.approx(expected, rel=1e-5)
-    assert 0 < expected["clipped_low"] and 0 < expected["clipped_high"]
+    assert expected["clipped_low"] > 0 and expected["clipped_high"] > 0
 
 
 def test_an_unmoved_policy() -> None:
