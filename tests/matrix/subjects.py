@@ -96,7 +96,9 @@ SUBJECTS = {
 #: Public modules that are in no cell yet, and why; one that has a subject may not stand here.
 NOT_YET = {
     "DPO": "no subject with pairs of answers is declared",
+    "GRPO": "no subject with prompts and rewards is declared",
     "KTO": "no subject with marked answers is declared",
+    "PPO": "no subject with prompts and rewards is declared",
     "RewardModel": "no subject with pairs of answers is declared",
 }
 

@@ -200,11 +200,11 @@ def test_the_same_rounds_and_steps(job: Path, tmp_path: Path, whole: Any, data: 
         torch.testing.assert_close(weights(module)[name], value, rtol=1e-3, atol=1e-4)
 
 
-@pytest.mark.parametrize("strategy", ["ddp", "fsdp2"])
-def test_two_ranks_are_as_one(job: Path, tmp_path: Path, two_ranks: Any, strategy: str) -> None:
+@pytest.mark.parametrize(("strategy", "full"), [("ddp", False), ("fsdp2", False), ("fsdp2", True)])
+def test_two_ranks_are_as_one(job: Path, tmp_path: Path, two_ranks: Any, strategy: str, full: bool) -> None:
     from tests.modules.ppo_jobs import on_ranks
 
-    asked = {"job": str(job), "folder": str(tmp_path), "full": strategy == "fsdp2"}
+    asked = {"job": str(job), "folder": str(tmp_path), "full": full, "kl_target": 0.01, "kl_horizon": 50.0}
     found = two_ranks.run("tests.modules.ppo_jobs:on_ranks", devices=2, strategy=strategy, **asked)
     alone = on_ranks(devices=1, strategy="auto", **asked)
     for one in found:
