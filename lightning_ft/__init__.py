@@ -47,6 +47,7 @@ if TYPE_CHECKING:
     from lightning_ft.modules.kto import KTO
     from lightning_ft.modules.linear_probe import LinearProbe
     from lightning_ft.modules.maml import MAML
+    from lightning_ft.modules.ppo import PPO
     from lightning_ft.modules.protonet import ProtoNet
     from lightning_ft.modules.reptile import Reptile
     from lightning_ft.modules.reward_model import RewardModel
@@ -80,6 +81,7 @@ _HOMES = {
     "MAML": "modules.maml",
     "MAS": "callbacks.mas",
     "NEFTune": "callbacks.neftune",
+    "PPO": "modules.ppo",
     "PreferenceData": "data.preference_data",
     "PrefixTuning": "callbacks.prefix_tuning",
     "PromptData": "data.prompt_data",
@@ -126,6 +128,7 @@ __all__ = [
     "MAML",
     "MAS",
     "NEFTune",
+    "PPO",
     "PreferenceData",
     "PrefixTuning",
     "PromptData",
@@ -151,6 +154,11 @@ __all__ = [
     "load",
     "set_adapters",
 ]
+
+
+def names_below(*floors: str) -> list[str]:
+    """Public names whose home lies in one of these folders, as in ``names_below("modules", "data")``; loads nothing."""
+    return [name for name, home in _HOMES.items() if home.split(".")[0] in floors]
 
 
 class _Package(ModuleType):

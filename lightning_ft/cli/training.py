@@ -76,27 +76,12 @@ class FineTuningCLI(LightningCLI):
         argv = with_config_of_checkpoint(join_negative_values(argv))
         Parser.files = ConfigFiles.of(argv)  # before anything heavy is imported
         if model is None or data is None:
-            from lightning_ft import (
-                DPO,
-                KTO,
-                MAML,
-                SFT,
-                ClassificationData,
-                EpisodeData,
-                LinearProbe,
-                PreferenceData,
-                ProtoNet,
-                Reptile,
-                RewardModel,
-                Seq2SeqData,
-                SFTData,
-                UnpairedPreferenceData,
-            )
+            import lightning_ft
 
             # A class that is loaded may be given by its bare name: --data ClassificationData.
-            _ = (DPO, KTO, RewardModel, ClassificationData, PreferenceData, Seq2SeqData, UnpairedPreferenceData)
-            _ = (MAML, Reptile, ProtoNet, LinearProbe, EpisodeData)
-            model, data = model or SFT, data or SFTData
+            for name in lightning_ft.names_below("modules", "data"):
+                getattr(lightning_ft, name)
+            model, data = model or lightning_ft.SFT, data or lightning_ft.SFTData
         mode = register_mode()
         self.command = command
         # What the user names becomes the default: else its arguments would start from those of the class it replaces.

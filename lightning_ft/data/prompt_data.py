@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, cast
 
@@ -22,7 +23,7 @@ from lightning_ft.data.prompt_rows import (
 from lightning_ft.data.rollouts.loader import RoundLoader
 from lightning_ft.data.shared_prompts import SharedPrompts
 from lightning_ft.data.sources import Source, open_source
-from lightning_ft.data.token_rows import BadRows, TokenRows
+from lightning_ft.data.token_rows import BadRows, Report, TokenRows
 from lightning_ft.engine.batch import Batch
 from lightning_ft.engine.rollouts.module import RolloutModule
 from lightning_ft.engine.rollouts.round import Prompt, Round
@@ -173,6 +174,15 @@ class PromptData(SharedPrompts):
         if stage in ("fit", None):
             self._round = None
         super().setup(stage)
+
+    def reports(self) -> dict[str, Report]:
+        """What became of the prompts of each split that is set up; of all where none is."""
+        if not self._rows:
+            self.setup()
+        found: dict[str, Report] = {split: self._get(split).report for split in self._rows}
+        if "train" in found:
+            found["train"] = replace(found["train"], epoch_rows=self.prompts)
+        return found
 
     # Rounds
 

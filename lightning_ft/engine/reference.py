@@ -18,6 +18,7 @@ from torch.distributed.tensor import DTensor
 
 from lightning_ft.engine.checkpoints import ATTACHMENT
 from lightning_ft.engine.gradients import like
+from lightning_ft.engine.root import aside
 from lightning_ft.functional.errors import Refusal
 from lightning_ft.nn.lora_layers import LoRAEmbedding, LoRALayer
 from lightning_ft.nn.registry import InjectedLayer, injected_layers
@@ -54,9 +55,10 @@ class References:
             if name not in self.copied and is_identity(layer):
                 snapshot.off.add(path)
                 owned |= names
+        beside = aside(self.module)  # no part of what is compared
         later: set[str] = getattr(self.module.__dict__.get(ATTACHMENT), "late", set())  # frozen now, trained in time
         for name_, parameter in self.module.named_parameters():
-            if not (parameter.requires_grad or name_ in later) or name_ in owned:
+            if not (parameter.requires_grad or name_ in later) or name_ in owned or name_.startswith(beside):
                 continue
             snapshot.tensors[name_] = parameter.detach().clone()  # each rank its own rows where FSDP2 has sharded
         self.snapshots[name] = snapshot
@@ -80,7 +82,10 @@ class References:
             kept = self.snapshots["base"].tensors if "base" in self.snapshots else {}
             snapshot = Snapshot(off=set(layers), tensors=kept)
             injected = {id(p) for layer in layers.values() for p in layer.injected_parameters().values()}
+            beside = aside(self.module)
             for name_, parameter in self.module.named_parameters():
+                if name_.startswith(beside):
+                    continue
                 if parameter.requires_grad and id(parameter) not in injected and name_ not in kept:
                     raise Refusal(
                         f"The bare base is gone: {name_} is trained in place and no copy of it was kept; ask for the "

@@ -175,6 +175,25 @@ def test_two_runs_lie_over_one_another(tmp_path: Path) -> None:
     assert page.texts("td")[:3] == ["a.r", "1", "3"]
 
 
+def test_reward_stands_against_kl(tmp_path: Path) -> None:
+    """Round by round, in order, also where the KL falls; rows with only one of both are no points."""
+    rows = "step,train/loss,train/reward,train/kl\n0,1,,\n3,,0.5,0.0\n7,,2.5,1.5\n11,,2.0,0.75\n12,1,,\n15,,3,\n"
+    first = written(tmp_path / "first", rows)
+    page = page_of(first)
+    assert page.texts("h2") == ["Curves", "Reward and KL"] and "reward against KL" in page.texts("h3")
+    says = [text for text in page.texts("title") if ", KL " in text]
+    assert says == ["reward, KL 0: 0.5", "reward, KL 1.5: 2.5", "reward, KL 0.75: 2"]
+    both = page_of(first, written(tmp_path / "second", rows.replace("2.5", "4")))
+    says = [text for text in both.texts("title") if ", KL " in text]
+    assert says[:2] == ["first, KL 0: 0.5", "first, KL 1.5: 2.5"] and "second, KL 1.5: 4" in says
+    labels = {text for text in both.texts("text")}
+    assert "KL from the reference, nats an answer" in labels and "0.5" in labels, (
+        "ticks between whole numbers are wanted"
+    )
+    other = written(tmp_path / "other", "step,train/rewards/chosen,train/kl\n0,1,2\n")
+    assert "Reward and KL" not in page_of(other).texts("h2")
+
+
 @pytest.mark.parametrize(
     ("words", "says"),
     [

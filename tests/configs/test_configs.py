@@ -22,7 +22,12 @@ PARTS = sorted((CONFIGS / "parts").glob("*.yaml"))
 ORDER = ["name", "model", "data", None, "trainer"]  # None: techniques
 FILES = [pytest.param(path, id=f"{path.parent.name}/{path.stem}") for path in (*JOBS, *PARTS)]
 COMMAND = re.compile(r" {5}(lightning-ft fit --config \S+.*)$")
-ANSWERED = {"PreferenceData": "pairs", "UnpairedPreferenceData": "rated", "EpisodeData": "episodes"}
+ANSWERED = {
+    "EpisodeData": "episodes",
+    "PreferenceData": "pairs",
+    "PromptData": "prompts",
+    "UnpairedPreferenceData": "rated",
+}
 HEAD = ("model.classifier.", "model.bert.pooler.", "model.score.")
 Run = Callable[..., Outcome]
 Flags = Callable[[Path], tuple[str, ...]]
@@ -58,7 +63,9 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> Callable[[Path], tuple[str
     chats = [{"prompt": [question], "completion": [{"role": "assistant", "content": f"no {n}"}]} for n in range(80)]
     pairs = [{"prompt": f"{n}?", "chosen": f" yes {n}", "rejected": " no"} for n in range(80)]
     rated = [{"prompt": f"{n}?", "completion": f" yes {n}", "label": n % 2 == 0} for n in range(80)]
-    texts = {"causal_lm": chats, "pairs": pairs, "rated": rated}
+    sums = [{"question": f"{n} + 1 =", "answer": str(n + 1), "metadata": {"num_terms": 2}} for n in range(80)]
+    prompts = [{"prompt": row["question"], **row} for row in sums]
+    texts = {"causal_lm": chats, "pairs": pairs, "prompts": prompts, "rated": rated}
 
     def flags(path: Path) -> tuple[str, ...]:
         task = task_of(path)

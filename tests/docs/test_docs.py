@@ -1,8 +1,8 @@
 """What README.md and docs/ tell a reader to type works: shell lines, YAML, Python, links and generated tables.
 
 Everything runs in a folder that holds what the pages speak of: ``my.jsonl``, ``reviews.csv``, ``intents.csv``, ``pairs.jsonl``,
-``rated.jsonl``, ``my/model`` (a tiny random model), ``configs/`` and a finished run ``runs/sft_lora``. ``fit`` lines are parsed, the
-others run.
+``rated.jsonl``, ``prompts.jsonl``, ``my/model`` (a tiny random model), ``configs/`` and a finished run ``runs/sft_lora``. ``fit``
+lines are parsed, the others run.
 """
 
 import importlib.util
@@ -67,6 +67,8 @@ def newcomer(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
         (folder / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in answers))
         rated = [{"prompt": f"{n}+1=", "completion": f" {n + n % 2}.", "label": n % 2 == 1} for n in range(24)]
         (folder / "rated.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rated))
+        sums = [{"prompt": f"{n}+1=", "answer": str(n + 1), "metadata": {}} for n in range(24)]
+        (folder / "prompts.jsonl").write_text("".join(json.dumps(row) + "\n" for row in sums))
         from lightning_ft.cli.training import run
 
         words = ["--config", "configs/sft_lora.yaml", "--data.path", "my.jsonl", "--model.base", "my/model"]

@@ -12,7 +12,14 @@ import pytest
 from benchmarks.random_model import write_model
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
-TESTED = {"dpo_on_sft_adapter", "few_shot_images", "lora_on_your_module", "lora_on_a_cnn", "sft_from_python"}
+TESTED = {
+    "dpo_on_sft_adapter",
+    "few_shot_images",
+    "lora_on_a_cnn",
+    "lora_on_your_module",
+    "ppo_from_python",
+    "sft_from_python",
+}
 
 
 def example(name: str) -> ModuleType:
@@ -88,3 +95,15 @@ def test_dpo_on_sft_adapter(model: str, tmp_path: Path, monkeypatch: pytest.Monk
     assert found["first"] == pytest.approx(math.log(2), abs=1e-5)
     assert found["val/rewards/margins"] > 0
     assert (tmp_path / "out/dpo/adapter_model.safetensors").is_file()
+
+
+@pytest.mark.parametrize("method", ["ppo", "grpo"])
+def test_ppo_from_python(model: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, method: str) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("LIGHTNING_FT_CACHE", str(tmp_path / "cache"))
+    (tmp_path / "prompts.jsonl").write_text("".join(json.dumps({"prompt": f"{n}+1="}) + "\n" for n in range(40)))
+    rounds = example("ppo_from_python").main(
+        model, "prompts.jsonl", method, rounds=2, max_new_tokens=4, lr=1e-2, output=tmp_path / "out"
+    )
+    assert rounds[0]["kl"] == 0 and rounds[1]["kl_k3"] > 0 and {"rewards/digits", "rewards/concise"} <= rounds[0].keys()
+    assert (tmp_path / "out/adapter/adapter_model.safetensors").is_file()

@@ -39,13 +39,23 @@ class Line:
     smoothed: bool = True
 
 
-def chart(title: str, lines: Sequence[Line], *, x_label: str = "optimizer step", caption: str = "") -> str:
+def chart(
+    title: str,
+    lines: Sequence[Line],
+    *,
+    x_label: str = "optimizer step",
+    x_name: str = "step",
+    whole: bool = True,
+    caption: str = "",
+) -> str:
     """A ``<figure>`` with its legend; says so where there is nothing to draw.
 
     Args:
         title: above the chart.
         lines: what to draw; points that are no numbers are counted below it.
         x_label: under the horizontal axis.
+        x_name: the same in a word, for the pointer.
+        whole: whether x are whole numbers, as steps are.
         caption: a sentence below.
     """
     drawn = [(line, finite(line.points)) for line in lines]
@@ -60,7 +70,7 @@ def chart(title: str, lines: Sequence[Line], *, x_label: str = "optimizer step",
     foot = f"<figcaption>{escape(' '.join(notes))}</figcaption></figure>" if notes else "</figure>"
     if not points:
         return f'{head}<p class="empty">No number was logged.</p>{foot}'
-    return head + _svg(title, drawn, x_label) + foot
+    return head + _svg(title, drawn, x_label, x_name, whole) + foot
 
 
 def finite(points: Sequence[Point]) -> list[Point]:
@@ -116,7 +126,7 @@ def thin(points: Sequence[Point], most: int = MOST) -> list[Point]:
     return kept
 
 
-def _svg(title: str, drawn: Sequence[tuple[Line, list[Point]]], x_label: str) -> str:
+def _svg(title: str, drawn: Sequence[tuple[Line, list[Point]]], x_label: str, x_name: str, whole: bool) -> str:
     xs = [x for _, points in drawn for x, _ in points]
     ys = [y for _, points in drawn for _, y in points]
     x_low, x_high = _padded(min(0, *xs), max(xs), 0)  # from 0, so that charts of one run can be read beside one another
@@ -128,10 +138,10 @@ def _svg(title: str, drawn: Sequence[tuple[Line, list[Point]]], x_label: str) ->
         return x, y
 
     parts = [f'<svg viewBox="0 0 {WIDTH} {HEIGHT}" role="img"><title>{escape(title)}</title>']
-    parts += _axes(place, (x_low, x_high), (y_low, y_high), x_label)
+    parts += _axes(place, (x_low, x_high), (y_low, y_high), x_label, whole)
     for line, points in drawn:
         parts += _curve(line, points, place)
-    parts += [mark for line, points in drawn for mark in _marks(line, points, place)]  # above all curves
+    parts += [mark for line, points in drawn for mark in _marks(line, points, place, x_name, whole)]  # above all curves
     return "".join(parts) + "</svg>"
 
 
@@ -143,7 +153,7 @@ def _padded(low: float, high: float, share: float) -> Point:
     return low - around, high + around
 
 
-def _axes(place: Place, x_range: Point, y_range: Point, x_label: str) -> list[str]:
+def _axes(place: Place, x_range: Point, y_range: Point, x_label: str, whole: bool) -> list[str]:
     base, right = HEIGHT - BOTTOM, WIDTH - RIGHT
     parts = []
     found = ticks(*y_range)
@@ -152,7 +162,7 @@ def _axes(place: Place, x_range: Point, y_range: Point, x_label: str) -> list[st
         label = tick_label(value, _step(found))
         parts.append(f'<path class="grid" d="M{LEFT} {y:.1f}H{right}"/>')
         parts.append(f'<text class="tick" x="{LEFT - 8}" y="{y + 4:.1f}" text-anchor="end">{label}</text>')
-    found = [value for value in ticks(*x_range) if value == int(value)]  # steps are whole
+    found = [value for value in ticks(*x_range) if not whole or value == int(value)]
     for value in found:
         x = place((value, y_range[0]))[0]
         label = tick_label(value, _step(found))
@@ -196,7 +206,7 @@ def _path(points: Sequence[Point], place: Place) -> str:
     return "M" + "L".join(f"{x:.1f} {y:.1f}" for x, y in map(place, thin(points)))
 
 
-def _marks(line: Line, points: list[Point], place: Place) -> list[str]:
+def _marks(line: Line, points: list[Point], place: Place, x_name: str, whole: bool) -> list[str]:
     """Small dots where there are few points, and larger invisible ones that show their value under the pointer."""
     parts = []
     if len(points) <= DOTS:
@@ -205,7 +215,7 @@ def _marks(line: Line, points: list[Point], place: Place) -> list[str]:
         ]
     for point in thin(points, HOVER):
         x, y = place(point)
-        says = f"{line.label}, step {point[0]:,.0f}: {number(point[1])}"
+        says = f"{line.label}, {x_name} {f'{point[0]:,.0f}' if whole else number(point[0])}: {number(point[1])}"
         parts.append(f'<circle class="hit" cx="{x:.1f}" cy="{y:.1f}" r="6"><title>{escape(says)}</title></circle>')
     return parts
 

@@ -9,6 +9,7 @@ from collections.abc import Callable, Sequence
 
 from lightning_ft.cli.report_parts.curves import curves, speed
 from lightning_ft.cli.report_parts.facts import facts
+from lightning_ft.cli.report_parts.reward_and_kl import reward_and_kl
 from lightning_ft.cli.report_parts.run_files import RunFiles
 from lightning_ft.cli.report_parts.texts import answers, configuration, differences, masked_row
 
@@ -17,6 +18,7 @@ Panel = Callable[[Sequence[RunFiles]], str | None]
 PANELS: tuple[tuple[str, Panel], ...] = (
     ("What was trained", facts),
     ("Curves", curves),
+    ("Reward and KL", reward_and_kl),
     ("Speed", speed),
     ("A row, as the model sees it", masked_row),
     ("Answers before and after", answers),

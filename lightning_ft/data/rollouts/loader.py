@@ -83,10 +83,6 @@ class RoundLoader(PlannedLoader):
         """Optimizer steps a round."""
         return len(self) // self.placement().accumulate
 
-    def efficiency(self) -> float:
-        """Packed rows hold tokens only; of padded ones nobody knows before they are written."""
-        return 1.0 if self.packed else float("nan")
-
     def plan_of(self, round: Round, placement: Placement, passes: int) -> Plan:
         """How the answers of a round are dealt."""
         return deal_round(
