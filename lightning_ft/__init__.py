@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from lightning_ft.callbacks.export_adapter import ExportAdapter
     from lightning_ft.callbacks.freeze import Freeze
     from lightning_ft.callbacks.generation_metrics import GenerationMetrics
+    from lightning_ft.callbacks.gradient_surgery import GradientSurgery
     from lightning_ft.callbacks.gradual_unfreezing import GradualUnfreezing
     from lightning_ft.callbacks.ia3 import IA3
     from lightning_ft.callbacks.lora import LoRA
@@ -56,6 +57,7 @@ _HOMES = {
     "FSDP2Strategy": "engine.strategies",
     "Freeze": "callbacks.freeze",
     "GenerationMetrics": "callbacks.generation_metrics",
+    "GradientSurgery": "callbacks.gradient_surgery",
     "GradualUnfreezing": "callbacks.gradual_unfreezing",
     "IA3": "callbacks.ia3",
     "InBackward": "engine.in_backward",
@@ -93,6 +95,7 @@ __all__ = [
     "FSDP2Strategy",
     "Freeze",
     "GenerationMetrics",
+    "GradientSurgery",
     "GradualUnfreezing",
     "InBackward",
     "LoRA",
