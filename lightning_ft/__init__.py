@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from lightning_ft.callbacks.gradual_unfreezing import GradualUnfreezing
     from lightning_ft.callbacks.ia3 import IA3
     from lightning_ft.callbacks.lora import LoRA
+    from lightning_ft.callbacks.loss_balancing import LossBalancing
     from lightning_ft.callbacks.neftune import NEFTune
     from lightning_ft.callbacks.prefix_tuning import PrefixTuning
     from lightning_ft.callbacks.prompt_tuning import PromptTuning
@@ -63,6 +64,7 @@ _HOMES = {
     "InBackward": "engine.in_backward",
     "KTO": "modules.kto",
     "LoRA": "callbacks.lora",
+    "LossBalancing": "callbacks.loss_balancing",
     "NEFTune": "callbacks.neftune",
     "PreferenceData": "data.preference_data",
     "PrefixTuning": "callbacks.prefix_tuning",
@@ -99,6 +101,7 @@ __all__ = [
     "GradualUnfreezing",
     "InBackward",
     "LoRA",
+    "LossBalancing",
     "NEFTune",
     "PreferenceData",
     "PrefixTuning",
