@@ -20,9 +20,11 @@ if TYPE_CHECKING:
     from lightning_ft.callbacks.export_adapter import ExportAdapter
     from lightning_ft.callbacks.freeze import Freeze
     from lightning_ft.callbacks.generation_metrics import GenerationMetrics
+    from lightning_ft.callbacks.gradient_surgery import GradientSurgery
     from lightning_ft.callbacks.gradual_unfreezing import GradualUnfreezing
     from lightning_ft.callbacks.ia3 import IA3
     from lightning_ft.callbacks.lora import LoRA
+    from lightning_ft.callbacks.loss_balancing import LossBalancing
     from lightning_ft.callbacks.mas import MAS
     from lightning_ft.callbacks.neftune import NEFTune
     from lightning_ft.callbacks.prefix_tuning import PrefixTuning
@@ -72,12 +74,14 @@ _HOMES = {
     "Freeze": "callbacks.freeze",
     "GRPO": "modules.grpo",
     "GenerationMetrics": "callbacks.generation_metrics",
+    "GradientSurgery": "callbacks.gradient_surgery",
     "GradualUnfreezing": "callbacks.gradual_unfreezing",
     "IA3": "callbacks.ia3",
     "InBackward": "engine.in_backward",
     "KTO": "modules.kto",
     "LinearProbe": "modules.linear_probe",
     "LoRA": "callbacks.lora",
+    "LossBalancing": "callbacks.loss_balancing",
     "MAML": "modules.maml",
     "MAS": "callbacks.mas",
     "NEFTune": "callbacks.neftune",
@@ -119,12 +123,14 @@ __all__ = [
     "Freeze",
     "GRPO",
     "GenerationMetrics",
+    "GradientSurgery",
     "GradualUnfreezing",
     "IA3",
     "InBackward",
     "KTO",
     "LinearProbe",
     "LoRA",
+    "LossBalancing",
     "MAML",
     "MAS",
     "NEFTune",

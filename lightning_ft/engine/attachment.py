@@ -33,7 +33,7 @@ from lightning_ft.engine.freezing import set_training
 from lightning_ft.engine.gradients import GradientEdit, Surgery, TermGradients, audit, scale_
 from lightning_ft.engine.randomness import GlobalState, global_seed, seed_batch
 from lightning_ft.engine.reference import References
-from lightning_ft.engine.step import LossTerm, Step
+from lightning_ft.engine.step import Balancer, LossTerm, Step
 from lightning_ft.engine.strategies import FSDP2Strategy
 from lightning_ft.engine.tasks import baseline_of
 from lightning_ft.engine.terms import Term, Window
@@ -125,6 +125,12 @@ class Attachment:
         if self.term_gradients is not None:
             raise Refusal("Two techniques want to combine the terms' gradients; only one surgery can.")
         self.term_gradients = TermGradients(surgery)
+
+    def balance(self, balancer: Balancer) -> None:
+        """Registers what weighs the terms of each step."""
+        if self.step.balancer is not None:
+            raise Refusal("Two techniques want to weigh the loss terms; only one balancing can.")
+        self.step.balancer = balancer
 
     def want_reference(self, name: str = "start") -> None:
         """Says that ``reference(name)`` will be used, so that it is taken before anything is trained."""

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Sequence
 from typing import Protocol
 
+import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
@@ -17,7 +18,10 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 from lightning_ft.functional.errors import Refusal
 
 Surgery = Callable[[Tensor], Tensor]
-"""A map from the (K, K) Gram matrix of the K terms' gradients to K weights of their combination."""
+"""A map from the (K, K) Gram matrix of the K terms' gradients, float64, to K weights of their combination.
+
+The matrix is that of the parameters that at least two terms reach; a term that has nothing in a window has a row of zeros.
+"""
 
 
 class GradientEdit(Protocol):
@@ -46,7 +50,8 @@ def scale_(parameters: Iterable[nn.Parameter], factor: float) -> None:
 class TermGradients:
     """The gradients of K terms, kept apart as rows over an accumulation window, then combined by a surgery.
 
-    The rows are (K, P) in at least fp32 with P trained numbers: memory K times that of the trained parameters.
+    The rows are (K, P) in at least fp32 with P trained numbers: memory K times that of the trained parameters. Parameters that
+    one term alone reaches (a head of its own) are no matter of compromise: they keep its gradient, and are not in the Gram matrix.
     """
 
     def __init__(self, surgery: Surgery) -> None:
@@ -64,13 +69,14 @@ class TermGradients:
         """
         rows = []
         grads: tuple[Tensor | None, ...]
-        reached = torch.zeros(len(parameters), device=parameters[0].device)
+        reached = torch.zeros(len(losses), len(parameters), device=parameters[0].device)
+        last = max((index for index, loss in enumerate(losses) if loss.requires_grad), default=-1)
         for index, loss in enumerate(losses):
             if loss.requires_grad:
-                grads = torch.autograd.grad(loss, parameters, retain_graph=index < len(losses) - 1, allow_unused=True)
+                grads = torch.autograd.grad(loss, parameters, retain_graph=index < last, allow_unused=True)
             else:
                 grads = (None,) * len(parameters)
-            reached += torch.tensor([float(g is not None) for g in grads], device=reached.device)
+            reached[index] = torch.tensor([float(g is not None) for g in grads], device=reached.device)
             pairs = zip(grads, parameters, strict=True)
             rows.append(torch.cat([_wide(torch.zeros_like(p) if g is None else g).reshape(-1) for g, p in pairs]))
         stacked = torch.stack(rows)  # (K, P)
@@ -90,13 +96,17 @@ class TermGradients:
             dist.all_reduce(rows)
             dist.all_reduce(reached)
             rows /= dist.get_world_size()
-        weights = self.surgery(rows @ rows.T)  # (K,)
-        combined = weights.to(rows) @ rows  # (P,)
-        offset = 0
-        for parameter, terms in zip(parameters, reached.tolist(), strict=True):
-            piece = combined[offset : offset + parameter.numel()].view_as(parameter)
-            parameter.grad = piece.to(parameter.dtype).clone() if terms else None
-            offset += parameter.numel()
+        terms = (reached > 0).sum(0).tolist()  # how many reach each parameter
+        ends = np.cumsum([p.numel() for p in parameters]).tolist()
+        pieces = [rows[:, end - p.numel() : end] for p, end in zip(parameters, ends, strict=True)]  # (K, numel) each
+        gram = torch.zeros(len(rows), len(rows), dtype=torch.float64, device=rows.device)
+        for piece, count in zip(pieces, terms, strict=True):
+            if count > 1:
+                gram += (piece @ piece.T).double()
+        weights = self.surgery(gram).to(rows)  # (K,)
+        for parameter, piece, count in zip(parameters, pieces, terms, strict=True):
+            combined = weights @ piece if count > 1 else piece.sum(0)
+            parameter.grad = combined.view_as(parameter).to(parameter.dtype).clone() if count else None
 
     def forget(self) -> None:
         """Drops rows of a window that was left unfinished."""

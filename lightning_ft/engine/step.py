@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 import lightning.pytorch as pl
 import torch
@@ -23,6 +23,23 @@ LossTerm = Callable[[pl.LightningModule, Any, Any], Term | list[Term]]
 """(module, batch, what the module's own training_step returned) -> one or more terms."""
 
 
+class Balancer(Protocol):
+    """What gives the terms of a step their weights, while training."""
+
+    def weigh(
+        self, terms: list[Term], losses: list[Tensor], present: list[bool], means: dict[str, Tensor] | None
+    ) -> list[Tensor]:
+        """The losses to back-propagate, in the same order.
+
+        Args:
+            terms: of this micro-batch.
+            losses: each divided by its window's count, times its own weight.
+            present: whether the window has anything of the term's unit.
+            means: name -> exact mean of a term that has anything, over the window and all ranks; in the window's last
+                micro-batch, else None.
+        """
+
+
 class Step:
     """The terms of a run's steps.
 
@@ -33,6 +50,7 @@ class Step:
         logged: name -> (sum, count) of each term over the window so far.
         observed: names in ``logged`` that are no terms, but what a module of ours measured beside them.
         window: what divides sums.
+        balancer: what weighs the terms; None: their own weights alone.
     """
 
     def __init__(self, attachment: Attachment) -> None:
@@ -45,6 +63,7 @@ class Step:
         self.observed: set[str] = set()
         self.finish: Callable[[dict[str, Tensor]], dict[str, Tensor]] = dict
         self.window = Window()
+        self.balancer: Balancer | None = None
 
     def begin_window(self) -> None:
         """Forgets what was counted, where an accumulation window begins."""
@@ -63,7 +82,8 @@ class Step:
     def total(self, batch: Any, output: Any) -> Any:
         """The module's own loss plus every registered term, divided by the window's counts."""
         own = self.own
-        if own is None and not self.extra and self.attachment.term_gradients is None:
+        idle = not self.extra and self.balancer is None and self.attachment.term_gradients is None
+        if own is None and idle:
             return output
         loss = output["loss"] if isinstance(output, Mapping) else output
         terms = list(own) if own is not None else ([] if loss is None else [Term("loss", loss, 1.0, unit="mean")])
@@ -86,6 +106,10 @@ class Step:
                     "library's data modules."
                 )
             self.window.count(terms[0].count)
+        self._add(terms)
+        if self.balancer is not None:
+            present = [totals is None or totals.get(term.unit, 1.0) > 0 for term in terms]
+            losses = self.balancer.weigh(terms, losses, present, None if self._accumulates else self._means(terms))
         self.losses = losses
         self._log(terms, totals, skip_own=own is None)
         total = losses[0]
@@ -93,13 +117,30 @@ class Step:
             total = total + loss
         return {**output, "loss": total} if isinstance(output, Mapping) else total
 
-    def _log(self, terms: list[Term], totals: dict[str, float] | None, *, skip_own: bool) -> None:
-        """Logs each term's exact mean over the window once it is complete, and for our modules their weighted sum."""
+    @property
+    def _accumulates(self) -> bool:
+        """Whether the window goes on after this micro-batch."""
+        return bool(self.attachment.trainer.fit_loop.epoch_loop._should_accumulate())
+
+    def _add(self, terms: list[Term]) -> None:
+        """Adds the sums and counts of a micro-batch to those of its window."""
         for term in terms:
             before, count = self.logged.get(term.name, (0.0, 0.0))
             self.logged[term.name] = (before + term.sum.detach().float(), count + term.count)  # type: ignore[assignment]
-        loop = self.attachment.trainer.fit_loop.epoch_loop
-        if loop._should_accumulate():
+
+    def _means(self, terms: list[Term]) -> dict[str, Tensor]:
+        """The exact mean of each term that has anything, over the window so far and all ranks."""
+        device = self.attachment.module.device
+        both = [torch.as_tensor(n, dtype=torch.float64, device=device) for t in terms for n in self.logged[t.name]]
+        sums = torch.stack(both).reshape(-1, 2)  # (K, 2)
+        if self.attachment.ranks > 1:
+            dist.all_reduce(sums)
+        named = zip(terms, sums, strict=True)
+        return {term.name: value / count for term, (value, count) in named if float(count) > 0}
+
+    def _log(self, terms: list[Term], totals: dict[str, float] | None, *, skip_own: bool) -> None:
+        """Logs each term's exact mean over the window once it is complete, and for our modules their weighted sum."""
+        if self._accumulates:
             return
         if totals is not None and not all(term.unit in totals for term in terms):
             totals = None  # a user's own step: its loss is a mean already

@@ -12,7 +12,9 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
+from lightning_ft.engine.attachment import Attachment
 from lightning_ft.engine.technique import Technique
+from lightning_ft.engine.terms import Term
 from lightning_ft.nn.lora import LoRAConfig, inject_lora
 from lightning_ft.nn.registry import injected_layers
 
@@ -86,6 +88,21 @@ class WordNet(PlainNet):
         return self.net(self.words(words).mean(1))
 
 
+class TermsNet(PlainNet):
+    """The same with two terms, whose gradients disagree."""
+
+    def training_step(self, batch: list[Tensor], batch_idx: int) -> Tensor:
+        if batch_idx == self.fail_at:
+            raise RuntimeError("a step that fails")
+        out = self(batch[0]).float()
+        losses = {
+            "own": nn.functional.cross_entropy(out, batch[1]),
+            "other": nn.functional.cross_entropy(-out, batch[1]),
+        }
+        Attachment.of(self).terms([Term(name, loss, 1.0, "mean") for name, loss in losses.items()])
+        return losses["own"] + losses["other"]
+
+
 class AdaptedNet(PlainNet):
     """The same with factors that it has injected by itself."""
 
@@ -124,7 +141,13 @@ class PlainData(pl.LightningDataModule):
 
 def subject(technique: type[Technique]) -> type[PlainNet]:
     """The plain module that has what the technique needs."""
-    kinds = {"generator": SpeakingNet, "embedding": WordNet, "adapter": AdaptedNet, "attention": AttentionNet}
+    kinds = {
+        "terms": TermsNet,
+        "generator": SpeakingNet,
+        "embedding": WordNet,
+        "adapter": AdaptedNet,
+        "attention": AttentionNet,
+    }
     return next((kind for need, kind in kinds.items() if need in technique.traits.needs), PlainNet)
 
 

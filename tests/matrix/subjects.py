@@ -114,7 +114,7 @@ SUBJECTS = {
 NOT_YET = {
     "GRPO": "each of its rows is written while it trains; tests/modules/test_grpo runs it with every placement",
     "KTO": "it estimates a KL term in each micro-batch, so that its layouts differ by design; tests/modules/test_kto compares them",
-    "LinearProbe": "it learns from episodes, and trains nothing; tests/modules/test_linear_probe",
+    "LinearProbe": "it learns from episodes, and trains nothing; tests/modules/test_protonet",
     "MAML": "it learns from episodes; tests/modules/test_maml runs it beside LoRA, prefixes, gradient edits and on two ranks",
     "PPO": "each of its rows is written while it trains; tests/modules/test_ppo runs it with every placement",
     "ProtoNet": "it learns from episodes; tests/modules/test_protonet",

@@ -68,10 +68,13 @@ def oracle() -> dict[str, Tensor]:
             torch.cat([g.reshape(-1) for g in torch.autograd.grad(loss, parameters, materialize_grads=True)])
             for loss in losses
         )
-        product = first @ second
+        # The head is reached by the tokens' term alone, and so is no matter of compromise.
+        shared = torch.cat([torch.full((p.numel(),), float(p is not net.head.weight)) for p in parameters]).double()
+        one, two = first * shared, second * shared
+        product = one @ two
         conflicts.append(bool(product < 0))
         if product < 0:
-            first, second = first - product / (second @ second) * second, second - product / (first @ first) * first
+            first, second = first - product / (two @ two) * two, second - product / (one @ one) * one
         penalty = LAM * (parameters_to_vector(parameters).detach() - start)
         for parameter in parameters:
             parameter.grad = torch.empty_like(parameter)

@@ -1,0 +1,179 @@
+"""Gradient surgery: one step for K tasks whose gradients disagree, from the Gram matrix of their gradients alone.
+
+``d = sum_i w_i g_i``, and each method is a map from ``G_ij = g_i . g_j`` (K, K) to the weights w (K,), computed in float64:
+
+    pcgrad  g_i loses its component along each g_j that it opposes, in random order; the results are added up
+            (Yu et al., 2020, algorithm 1)
+    mgda    the shortest vector in the convex hull of the gradients (Desideri, 2012; Sener and Koltun, 2018)
+    cagrad  argmax_d min_i g_i . d with |d - g_0| <= c |g_0|, g_0 the mean gradient (Liu et al., 2021, equation 3)
+    nash    G w = 1 / w, element by element: the bargaining solution (Navon et al., 2022, claim 3.1)
+    upgrad  each gradient projected onto the cone of directions that harm no task; their mean (Quinton and Rey, 2024)
+
+Every gradient with a norm of zero must be left out before (a task that has no row in a step): it would be its own compromise.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Literal
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from lightning_ft.functional.min_norm import min_norm_weights, nonnegative_quadratic
+
+Method = Literal["pcgrad", "cagrad", "mgda", "nash", "upgrad", "sum"]
+"""``sum`` is no surgery: all weights are 1."""
+
+
+def pcgrad(gram: Tensor, generator: torch.Generator | None = None) -> Tensor:
+    """PCGrad's weights of the sum; for gradients without conflict all are 1.
+
+    Args:
+        gram: (K, K).
+        generator: draws the order in which each gradient meets the others; None: as they come.
+
+    Returns:
+        (K,), float64. Divided by K they give the mean, which some implementations step with.
+    """
+    G = _float64(gram)  # noqa: N806 (the paper's)
+    K = len(G)  # noqa: N806
+    total = np.zeros(K)
+    for i in range(K):
+        order = torch.randperm(K, generator=generator).tolist() if generator is not None else range(K)
+        v = np.zeros(K)
+        v[i] = 1.0
+        for j in order:
+            product = float(v @ G[:, j]) if j != i else 0.0
+            if product < 0:
+                v[j] -= product / G[j, j]
+        total += v
+    return torch.from_numpy(total)
+
+
+def mgda(gram: Tensor) -> Tensor:
+    """Weights of the shortest convex combination; they add up to 1. At a Pareto stationary point it is zero."""
+    return torch.from_numpy(min_norm_weights(_float64(gram)))
+
+
+def cagrad(gram: Tensor, c: float = 0.5, *, rescale: bool = True) -> Tensor:
+    """CAGrad's weights: ``d = g_0 + c |g_0| g_w / |g_w|``, near the mean, and best for the task that gains least.
+
+    With w in the simplex, ``min_w g_w . g_0 + c |g_0| |g_w|`` is solved as a sequence of shortest-vector problems: the solution
+    is the shortest combination of ``g_i + a g_0`` for the a with ``|g_w| = a c |g_0|``, a root of a falling function.
+
+    Args:
+        gram: (K, K).
+        c: radius of the ball around the mean, as a share of its norm: 0 is the mean; from 1 on it finds stationary points, not
+            minima of the mean.
+        rescale: divide by 1 + c, as the authors' code does.
+
+    Returns:
+        (K,), float64.
+    """
+    G = _float64(gram)  # noqa: N806
+    K = len(G)  # noqa: N806
+    mean = np.full(K, 1.0 / K)
+    b = G @ mean  # (K,), g_i . g_0
+    radius = c * float(np.sqrt(max(mean @ b, 0.0)))
+    if radius <= 1e-12 * float(np.sqrt(np.trace(G))):
+        return torch.from_numpy(mean)
+
+    def solve(a: float) -> tuple[np.ndarray, float]:
+        w = min_norm_weights(G + a * (b[:, None] + b[None, :]) + a * a * float(mean @ b))
+        return w, float(np.sqrt(max(w @ G @ w, 0.0)))
+
+    low, high = 0.0, float(np.sqrt(np.diag(G).max())) / radius
+    w, norm = solve(high)
+    below, above = solve(low)[1], norm - high * radius  # of |g_w| - a c |g_0|
+    for _ in range(200):
+        if above >= 0 or high - low <= 1e-14 * high:
+            break
+        a = low + (high - low) * below / (below - above)  # the secant, and where it creeps, the middle
+        if not low + 0.01 * (high - low) < a < high - 0.01 * (high - low):
+            a = 0.5 * (low + high)
+        w, norm = solve(a)
+        value = norm - a * radius
+        if abs(value) <= 1e-13 * norm:
+            break
+        low, below, high, above = (a, value, high, above) if value > 0 else (low, below, a, value)
+    if norm <= 1e-9 * float(
+        np.sqrt(np.trace(G))
+    ):  # none in the ball helps all: the nearest to the mean that harms none
+        weights = mean + nonnegative_quadratic(G / np.trace(G), b / np.trace(G))
+    else:
+        weights = mean + radius / norm * w
+    return torch.from_numpy(weights / (1.0 + c) if rescale else weights)
+
+
+def nash(gram: Tensor) -> Tensor:
+    """Nash-MTL's weights, the positive solution of ``G w = 1 / w``: each task gains the more, the smaller its weight.
+
+    The minimum of ``w'Gw / 2 - sum log w`` by damped Newton steps. ``|d| = sqrt(K)`` whatever the gradients' size,
+    so the step is that of the learning rate. At a Pareto stationary point no solution exists; a ridge of 1e-9 of the mean squared
+    norm gives one there, with a short d.
+
+    Args:
+        gram: (K, K).
+
+    Returns:
+        (K,), float64, positive.
+    """
+    G = _float64(gram)  # noqa: N806
+    scale = np.sqrt(np.maximum(np.diag(G), 1e-300))
+    C = G / np.outer(scale, scale) + 1e-9 * np.eye(len(G))  # noqa: N806 (cosines: equally scaled unknowns)
+    x = np.ones(len(G))
+
+    for _ in range(100):
+        slope = C @ x - 1.0 / x
+        step = -np.linalg.solve(C + np.diag(1.0 / x**2), slope)
+        decrement = float(np.sqrt(max(-slope @ step, 0.0)))
+        # A self-concordant function: this step stays positive, falls until it is near, and then converges quadratically.
+        x = x + (step if decrement < 0.25 else step / (1.0 + decrement))
+        if decrement < 1e-10:
+            break
+    return torch.from_numpy(x / scale)
+
+
+def upgrad(gram: Tensor) -> Tensor:
+    """UPGrad's weights: of each gradient the nearest direction that opposes none, then their mean; no task is harmed.
+
+    Projecting g_i onto the dual cone is ``min_v v'Gv`` over ``v >= e_i``.
+
+    Args:
+        gram: (K, K).
+
+    Returns:
+        (K,), float64, at least 1 / K.
+    """
+    G = _float64(gram)  # noqa: N806
+    K = len(G)  # noqa: N806
+    G = G / max(float(np.trace(G)) / K, 1e-300)  # noqa: N806
+    total = np.ones(K)
+    for i in range(K):
+        total += nonnegative_quadratic(G, G[:, i])
+    return torch.from_numpy(total / K)
+
+
+METHODS: dict[str, Callable[[Tensor], Tensor]] = {"mgda": mgda, "nash": nash, "upgrad": upgrad}
+"""Those without settings; `pcgrad` takes a generator, `cagrad` its c."""
+
+
+def conflict_rate(gram: Tensor) -> float:
+    """Share of the pairs of tasks whose gradients form an obtuse angle; 0 for a single task."""
+    K = len(gram)  # noqa: N806
+    if K < 2:
+        return 0.0
+    pairs = torch.triu(torch.ones(K, K, dtype=torch.bool, device=gram.device), diagonal=1)
+    return float((gram[pairs] < 0).double().mean())
+
+
+def _float64(gram: Tensor) -> np.ndarray:
+    if gram.dim() != 2 or gram.shape[0] != gram.shape[1]:
+        raise ValueError(f"a Gram matrix is square, got the shape {tuple(gram.shape)}")
+    found: np.ndarray = gram.detach().cpu().double().numpy()
+    return 0.5 * (found + found.T)
+
+
+__all__ = ["METHODS", "Method", "cagrad", "conflict_rate", "mgda", "nash", "pcgrad", "upgrad"]

@@ -1,0 +1,199 @@
+"""Gradient surgery from the Gram matrix: the papers' vectors, TorchJD, scipy, duality, and the properties that are claimed."""
+
+import math
+
+import numpy as np
+import pytest
+import torch
+from scipy.optimize import nnls
+from torch import Tensor
+from torchjd.aggregation import MGDA, PCGrad
+
+from lightning_ft.functional.gradient_surgery import cagrad, conflict_rate, mgda, nash, pcgrad, upgrad
+from lightning_ft.functional.min_norm import min_norm_weights, nonnegative_quadratic
+
+PAIR = torch.tensor([[1.0, 0.0], [-1.0, 1.0]], dtype=torch.float64)  # g_1, g_2
+TOL = 1e-10
+
+
+def gradients(seed: int) -> Tensor:
+    """K gradients (K, P) of very different lengths, often more than there are directions."""
+    generator = torch.Generator().manual_seed(seed)
+    K, P = 2 + seed % 6, (1, 2, 3, 5, 10, 40)[seed // 6 % 6]
+    lengths = torch.rand(K, 1, generator=generator, dtype=torch.float64).mul(6).sub(3).exp()
+    return torch.randn(K, P, generator=generator, dtype=torch.float64) * lengths
+
+
+MANY = [gradients(seed) for seed in range(36)]
+
+
+def test_worked_example() -> None:
+    """g_1 = (1, 0), g_2 = (-1, 1): by hand, from the papers' definitions."""
+    gram = PAIR @ PAIR.T
+    for weights, expected in (
+        (pcgrad(gram), (0.5, 1.5)),
+        (mgda(gram), (0.2, 0.4)),
+        (cagrad(gram, 0.5, rescale=False), (0.25, 0.5)),
+        (cagrad(gram, 0.5), (0.25 / 1.5, 0.5 / 1.5)),
+        (upgrad(gram), (0.25, 0.75)),
+        (nash(gram), (math.sqrt(2 - math.sqrt(2)) / math.sqrt(2), math.sqrt(1 + math.sqrt(0.5)))),
+    ):
+        torch.testing.assert_close(weights @ PAIR, torch.tensor(expected, dtype=torch.float64), atol=1e-8, rtol=0)
+    torch.testing.assert_close(nash(gram), torch.tensor([1.8478, 1.3066], dtype=torch.float64), atol=5e-5, rtol=0)
+    assert conflict_rate(gram) == 1.0
+
+
+def test_pcgrad_is_torchjds_and_the_one_on_vectors() -> None:
+    for seed, J in enumerate(MANY):
+        torch.manual_seed(seed)
+        theirs = PCGrad()(J)
+        torch.manual_seed(seed)
+        expected = torch.zeros(J.shape[1], dtype=torch.float64)
+        for i in range(len(J)):  # algorithm 1 on vectors
+            g = J[i].clone()
+            for j in torch.randperm(len(J)).tolist():
+                if j != i and g @ J[j] < 0:
+                    g = g - (g @ J[j]) / (J[j] @ J[j]) * J[j]
+            expected += g
+        ours = pcgrad(J @ J.T, torch.Generator().manual_seed(seed)) @ J
+        scale = float(J.abs().max())
+        torch.testing.assert_close(ours, expected, atol=TOL * scale, rtol=0)
+        torch.testing.assert_close(ours, theirs, atol=TOL * scale, rtol=0)
+
+
+def test_mgda_is_the_shortest_in_the_hull() -> None:
+    """Optimality: w in the simplex, and no gradient reaches less far along d than d itself; TorchJD comes no shorter."""
+    for J in MANY:
+        w = mgda(J @ J.T)
+        d = w @ J
+        assert float(w.min()) >= 0 and abs(float(w.sum()) - 1) < TOL
+        assert float(d @ d - (J @ d).min()) <= TOL * float((J @ J.T).diagonal().max())
+        assert float(d.norm()) <= float(MGDA(epsilon=1e-6, max_iters=200)(J).norm()) + TOL * float(J.norm())
+
+
+def test_mgda_is_torchjds_for_two() -> None:
+    for J in (J for J in MANY if len(J) == 2):
+        torch.testing.assert_close(mgda(J @ J.T) @ J, MGDA(epsilon=1e-12, max_iters=500)(J), atol=1e-7, rtol=1e-6)
+
+
+@pytest.mark.parametrize("c", [0.1, 0.5, 0.9])
+def test_cagrad_meets_its_dual(c: float) -> None:
+    """d lies in the ball, and the least gain equals the dual's value at some w, which bounds it for every d."""
+    for J in MANY:
+        weights = cagrad(J @ J.T, c, rescale=False)
+        d, g0 = weights @ J, J.mean(0)
+        assert float((d - g0).norm()) <= c * float(g0.norm()) * (1 + 1e-9)
+        w = weights - 1 / len(J)
+        w = w / w.sum()
+        dual = (w @ J) @ g0 + c * g0.norm() * (w @ J).norm()
+        assert float(w.min()) > -1e-9
+        assert abs(float(dual - (J @ d).min())) <= 1e-9 * float((J @ J.T).diagonal().max())
+
+
+def test_cagrad_where_nothing_helps_all_harms_none() -> None:
+    J = torch.tensor([[2.0, 1.0], [-1.0, -0.5], [0.0, 1.0], [0.0, -1.0]], dtype=torch.float64)
+    d = cagrad(J @ J.T, 1.5, rescale=False) @ J
+    assert float((J @ d).min()) >= -1e-9
+
+
+def test_cagrad_with_c_zero_is_the_mean() -> None:
+    torch.testing.assert_close(cagrad(PAIR @ PAIR.T, 0.0), torch.full((2,), 0.5, dtype=torch.float64))
+
+
+def test_nash_solves_its_equation() -> None:
+    """(G w)_i = 1 / w_i, so that |d|^2 = K, whatever the gradients' lengths."""
+    for J in (J for J in MANY if J.shape[1] >= len(J)):
+        gram = J @ J.T
+        w = nash(gram)
+        assert float(w.min()) > 0
+        torch.testing.assert_close((gram @ w) * w, torch.ones(len(J), dtype=torch.float64), atol=1e-5, rtol=0)
+        torch.testing.assert_close(
+            (w @ J).norm() ** 2, torch.tensor(float(len(J)), dtype=torch.float64), rtol=1e-5, atol=0
+        )
+
+
+def test_nash_has_an_answer_where_gradients_cancel() -> None:
+    J = torch.tensor([[1.0, 0.0], [-2.0, 0.0]], dtype=torch.float64)
+    w = nash(J @ J.T)
+    assert bool(w.isfinite().all()) and float((w @ J).norm()) < 1e-3
+
+
+def test_upgrad_is_the_mean_of_projections_on_the_cone() -> None:
+    """Each projection by scipy's own least squares, on the vectors."""
+    for J in MANY:
+        A = J.numpy().T
+        scale = np.abs(A).max()
+        expected = sum(g + A @ nnls(A / scale, -g / scale)[0] for g in J.numpy()) / len(J)
+        np.testing.assert_allclose((upgrad(J @ J.T) @ J).numpy(), expected, atol=1e-10 * scale, rtol=0)
+
+
+@pytest.mark.parametrize("method", [mgda, cagrad, upgrad])
+def test_no_task_is_harmed(method) -> None:
+    """Where a direction exists that helps all: the step's product with each gradient is at least 0."""
+    for J in MANY:
+        gram = J @ J.T
+        if method is not upgrad and float((mgda(gram) @ J).norm()) < 0.9 * float(J.mean(0).norm()):
+            continue  # cagrad's ball does not reach so far
+        assert float((J @ (method(gram) @ J)).min()) >= -1e-9 * float(gram.diagonal().max())
+
+
+def test_without_conflict_pcgrad_and_upgrad_leave_the_gradients_alone() -> None:
+    J = torch.tensor([[1.0, 0.0, 0.2], [0.5, 1.0, 0.0], [0.0, 0.1, 3.0]], dtype=torch.float64)
+    torch.testing.assert_close(pcgrad(J @ J.T), torch.ones(3, dtype=torch.float64))
+    torch.testing.assert_close(upgrad(J @ J.T), torch.full((3,), 1 / 3, dtype=torch.float64))
+    assert conflict_rate(J @ J.T) == 0.0
+
+
+@pytest.mark.parametrize("method", [mgda, cagrad, nash, upgrad])
+def test_tasks_may_come_in_any_order(method) -> None:
+    for J in MANY[:24]:
+        order = torch.randperm(len(J), generator=torch.Generator().manual_seed(1))
+        one, other = method(J @ J.T) @ J, method(J[order] @ J[order].T) @ J[order]
+        torch.testing.assert_close(one, other, atol=1e-6 * float(J.abs().max()), rtol=1e-6)
+
+
+def test_the_solvers_on_their_own() -> None:
+    np.testing.assert_allclose(min_norm_weights(np.zeros((3, 3))), np.full(3, 1 / 3))
+    x = nonnegative_quadratic(np.array([[2.0, 0.0], [0.0, 1.0]]), np.array([-2.0, 1.0]))
+    np.testing.assert_allclose(x, [1.0, 0.0])
+
+
+# -- the toy of CAGrad's paper: two valleys in the plane, whose mean has one optimum ------------------------------------
+
+STARTS = ((-8.5, 7.5), (-8.5, -5.0), (9.0, 9.0))
+
+
+def toy(x1: float, x2: float) -> tuple[float, float]:
+    """The two losses (Liu et al., 2021, appendix; the authors' toy.py)."""
+    bend, bowl = math.tanh(-x2), 0.1 * (-x2 - 8) ** 2
+    f1 = math.log(max(abs(0.5 * (-x1 - 7) - bend), 5e-6)) + 6
+    f2 = math.log(max(abs(0.5 * (-x1 + 3) + bend + 2), 5e-6)) + 6
+    above, below = max(math.tanh(0.5 * x2), 0.0), max(math.tanh(-0.5 * x2), 0.0)
+    g1, g2 = (((-x1 + 7) ** 2 + bowl) / 10 - 20), (((-x1 - 7) ** 2 + bowl) / 10 - 20)
+    return f1 * above + g1 * below, f2 * above + g2 * below
+
+
+def jacobian(x: list[float], h: float = 1e-6) -> Tensor:
+    sides = [
+        (toy(*[v + h * (n == i) for n, v in enumerate(x)]), toy(*[v - h * (n == i) for n, v in enumerate(x)]))
+        for i in (0, 1)
+    ]
+    return torch.tensor([[(up[k] - down[k]) / (2 * h) for up, down in sides] for k in (0, 1)], dtype=torch.float64)
+
+
+def descend(weights, start: tuple[float, float], steps: int, rate: float) -> float:
+    """The mean loss where Adam ends, its rate falling linearly to zero: 1e5 steps at 1e-3, as in the paper, take minutes."""
+    x, m, v = list(start), [0.0, 0.0], [0.0, 0.0]
+    for n in range(1, steps + 1):
+        J = jacobian(x)
+        g = (weights(J @ J.T) @ J).tolist()
+        for i in (0, 1):
+            m[i], v[i] = 0.9 * m[i] + 0.1 * g[i], 0.999 * v[i] + 0.001 * g[i] ** 2
+            x[i] -= rate * (1 - (n - 1) / steps) * (m[i] / (1 - 0.9**n)) / (math.sqrt(v[i] / (1 - 0.999**n)) + 1e-8)
+    return sum(toy(*x)) / 2
+
+
+@pytest.mark.parametrize("start", STARTS)
+def test_cagrad_finds_the_toys_optimum(start: tuple[float, float]) -> None:
+    """-15.092 at (0, -8.355) from every start."""
+    assert descend(lambda gram: cagrad(gram, 0.5), start, 3000, 0.1) == pytest.approx(-15.092, abs=0.01)
