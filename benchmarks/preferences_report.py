@@ -11,6 +11,15 @@ from benchmarks.preference_cells import UNSEEN
 from benchmarks.vader_cells import SEEDS, best_rate
 from lightning_ft.functional.intervals import mean_interval, wilson
 
+RESULTS = "[preferences.md](../../benchmarks/results/preferences.md); `make reproduce-preferences` runs it again"
+INTRODUCTIONS = {
+    "reward": "On pairs of rated sentences (the higher-rated is chosen) of two domains, tested on two others. How, and which rates "
+    f"were tried: {RESULTS}.",
+    "policy": "`starter:smollm2-135m` toward those of its own continuations that a [reward model](reward_model.md) rates higher, "
+    "judged by VADER's lexicon too, which had no part in it. KL: from the start, estimated on the policy's own answers. One seed. "
+    f"How: {RESULTS}.",
+    "samples": "The likeliest continuations of prompts of our own:",
+}
 RewardKeys = Callable[..., dict[float, str]]
 PolicyKeys = Callable[[], dict[str, tuple[str, float]]]
 NAMES = dict(zip(UNSEEN, ("films", "editorials"), strict=True))
@@ -55,14 +64,11 @@ def render(kept: dict[str, Any], probe: str, reward_keys: RewardKeys, policy_key
 
 def reward_table(kept: dict[str, Any], probe: str, keys: RewardKeys) -> list[str]:
     """Accuracy on pairs of domains that were not learned."""
-    rows = [("model", "pairs of", "accuracy", "95 % over pairs", "seeds", "95 % over seeds", "calibration error", "s")]
+    rows = [("model", "pairs of", "accuracy", "95 % over pairs", "seeds", "95 % over seeds", "calibration error")]
     cells = kept["cells"]
     if "scores" in cells.get(probe, {}):
         scores = cells[probe]["scores"]
-        rows += [
-            ("logistic probe", NAMES[d], *_share(scores, d), "", "", "", f"{cells[probe]['seconds']:.0f}")
-            for d in UNSEEN
-        ]
+        rows += [("logistic probe", NAMES[d], *_share(scores, d), "", "", "") for d in UNSEEN]
     best = best_rate(cells, keys(), "val/accuracy")
     if best is not None:
         done = [c for seed in SEEDS if "scores" in (c := cells.get(keys(seed)[best], {}))]
@@ -70,13 +76,12 @@ def reward_table(kept: dict[str, Any], probe: str, keys: RewardKeys) -> list[str
             values = [cell["scores"][f"{domain}/accuracy"] for cell in done]
             low, high = mean_interval(values) if len(values) > 1 else (float("nan"), float("nan"))
             error = mean(cell["scores"][f"{domain}/calibration"] for cell in done)
-            seconds = mean(cell["seconds"] for cell in done)
             seeds = ", ".join(f"{value:.3f}" for value in values)
             over = f"{low:.3f} to {min(high, 1.0):.3f}" if len(values) > 1 else ""
             first = _share(done[0]["scores"], domain)
             rows.append(
                 (f"RewardModel, {best:g}", NAMES[domain], f"{mean(values):.3f}", f"{first[1]} (seed 0)", seeds, over,
-                 f"{error:.3f}", f"{seconds:.0f}")
+                 f"{error:.3f}")
             )  # fmt: skip
     return _table(rows)
 
@@ -92,7 +97,6 @@ def policy_table(kept: dict[str, Any], keys: PolicyKeys) -> list[str]:
             "answers it calls positive",
             "KL, nats an answer",
             "tokens",
-            "s",
         )
     ]
     for key, (method, rate) in keys().items():
@@ -111,7 +115,6 @@ def policy_table(kept: dict[str, Any], keys: PolicyKeys) -> list[str]:
                     share,
                     kl,
                     f"{s['tokens']:.1f}",
-                    f"{cell['seconds']:.0f}",
                 )
             )
     return _table(rows)
@@ -130,7 +133,10 @@ def sample_table(kept: dict[str, Any], keys: PolicyKeys) -> list[str]:
 
 
 def filled(page: str, kept: dict[str, Any], probe: str, reward_keys: RewardKeys, policy_keys: PolicyKeys) -> str:
-    """A page with its tables between ``<!-- measured: reward -->`` (``policy``, ``samples``) and ``<!-- end -->`` written anew."""
+    """A page with what stands between ``<!-- measured: reward -->`` (``policy``, ``samples``) and ``<!-- end -->`` written anew.
+
+    That is nothing where nothing was measured.
+    """
     tables = {
         "reward": lambda: reward_table(kept, probe, reward_keys),
         "policy": lambda: policy_table(kept, policy_keys),
@@ -139,7 +145,11 @@ def filled(page: str, kept: dict[str, Any], probe: str, reward_keys: RewardKeys,
 
     def block(match: re.Match[str]) -> str:
         start, name, end = match.groups()
-        return "\n".join([start, *tables[name](), end])
+        table = tables[name]()
+        if len(table) < 3:
+            return f"{start}\n{end}"
+        heading = ["## Measured", ""] if name != "samples" else []
+        return "\n".join([start, "", *heading, INTRODUCTIONS[name], "", *table, "", end])
 
     return re.sub(r"(<!-- measured: (reward|policy|samples) -->).*?(<!-- end -->)", block, page, flags=re.DOTALL)
 

@@ -158,9 +158,9 @@ class DPO(PolicyModule):
         self._settings = Settings(beta, label_smoothing, simpo_gamma, divergence, alpha, discopop_tau)
         check(self._weights, self._settings)
         if not self._compares and reference_policy != "start":
-            names = " and ".join(self._weights)
+            given = " and ".join(self._weights)
             raise Refusal(
-                f"DPO.reference_policy is {reference_policy!r}, but nothing is compared with a reference in {names}; leave it out."
+                f"DPO.reference_policy is {reference_policy!r}, but nothing is compared with a reference in {given}; leave it out."
             )
         names = [*self._weights, *_MEASURED, *(["kl"] if self._compares else [])]
         self.evaluation = NamedMeans(names)

@@ -13,7 +13,7 @@ from tests.data.tiny_tokenizers import tiny_tokenizer
 from tests.modules.rewards import write_base
 
 pytestmark = pytest.mark.filterwarnings("ignore")
-SMALL = {"TRAIN": 8, "VAL": 4, "TEST": 3, "BATCH": 4, "PROMPTS": 4, "HELD_OUT": 3, "NEW_TOKENS": 4, "TOGETHER": 2}
+SMALL = {"TRAIN": 8, "VAL": 4, "TEST": 6, "BATCH": 4, "PROMPTS": 4, "HELD_OUT": 3, "NEW_TOKENS": 4, "TOGETHER": 2}
 
 
 @pytest.fixture
@@ -64,6 +64,13 @@ def test_every_cell_and_its_tables(ground, monkeypatch, capsys):
     kept = json.loads(output.read_text())
     assert not [key for key, cell in kept["cells"].items() if "failed" in cell], kept["cells"]
     assert len(kept["cells"]) == 1 + 2 + 2 + 5
+    for domain in UNSEEN:  # by a way of its own: one reward a sentence
+        rater = preference_cells.Rater(folder / "work/reward_minilm_5e-05_0.ckpt")
+        rows = preference_cells.read(files[domain])
+        w, lose = (rater.rewards([row[which].strip() for row in rows]) for which in ("chosen", "rejected"))
+        scores = kept["cells"]["reward|minilm|5e-05|0"]["scores"]
+        assert scores[f"{domain}/right"] == sum(a > b for a, b in zip(w, lose, strict=True))
+        assert len(rows) == scores[f"{domain}/rows"] == SMALL["TEST"]
     start = kept["cells"]["policy|start|0|0"]["scores"]
     assert start["kl"] == 0 and start["rows"] == SMALL["HELD_OUT"]
     trained = kept["cells"]["policy|DPO|0.0003|0"]
