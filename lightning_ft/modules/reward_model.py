@@ -11,6 +11,8 @@ from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor
 
 from lightning_ft.data.collate_pairs import Answer, Answered, lay_out
+from lightning_ft.data.preference_rows import Exchange
+from lightning_ft.data.preference_tokens import render_exchanges
 from lightning_ft.engine.answers import no_dropout, prove_sharing
 from lightning_ft.engine.attachment import Attachment
 from lightning_ft.engine.batch import Batch
@@ -331,6 +333,42 @@ class RewardModel(FineTuningModule):
                 batch = lay_out(chunk, packed=packed, shared=self.sharing_reason == "").to(self.device)
                 found.append(self._normal(reward.rewards(self.view, batch)))
         return torch.cat(found) if found else torch.zeros(0, device=self.device)
+
+    def score_texts(
+        self, prompts: Sequence[str | list[dict[str, Any]]], answers: Sequence[str], *, max_tokens: int = 16384
+    ) -> list[float | None]:
+        """Rewards of answers given as texts, rendered and tokenised as rows of `PreferenceData` are, with their ends.
+
+        Args:
+            prompts: of each answer: a string that the answer goes on with, or a list of messages that it answers.
+            answers: texts; an empty one is no answer, and gets None.
+            max_tokens: see `score`.
+
+        Returns:
+            A number for each answer, normalised as ``predict`` gives them.
+
+        Raises:
+            Refusal: messages that this model's tokenizer cannot render; as `score` does.
+        """
+        drafts = [
+            Exchange(
+                prompt,
+                (text if isinstance(prompt, str) else [{"role": "assistant", "content": text}],),
+                ("answer",),
+                None,
+            )
+            for prompt, text in zip(prompts, answers, strict=True)
+            if text.strip()
+        ]
+        ids: list[list[int]] = []
+        written: list[list[int]] = []
+        for found in render_exchanges(self.tokenizer, drafts):
+            if isinstance(found, Refusal):
+                raise found
+            ids.append(list(found.prompt))
+            written.append(list(found.answers[0].ids))
+        rewards = iter(self.score(ids, written, max_tokens=max_tokens).tolist())
+        return [next(rewards) if text.strip() else None for text in answers]
 
     def generate(self, *_: Any, **__: Any) -> list[str]:
         """Refused: a reward model writes no text."""

@@ -11,7 +11,6 @@ from torch import Tensor, nn
 
 from lightning_ft.engine.checkpoints import record_of
 from lightning_ft.engine.frozen import Frozen
-from lightning_ft.engine.generation import prompt_ids
 from lightning_ft.engine.loading import load, read_checkpoint
 from lightning_ft.engine.rewards.source import Completions, finite
 from lightning_ft.functional.errors import Refusal
@@ -39,33 +38,24 @@ class CheckpointReward:
             raise Refusal(f"The reward {name} takes a checkpoint of RewardModel, and {self.path} is one of {kind}.")
 
     def score(self, name: str, answers: Completions, device: torch.device) -> list[float | None]:
-        """One number an answer; the reward model reads prompt, answer and end as it did in training."""
+        """One number an answer; the reward model reads prompt, answer and end as it did in training.
+
+        Where it has the writer's tokenizer and template it reads the very tokens that were written. Otherwise it reads the texts,
+        each as if it had ended, and judges no empty one.
+        """
         with self.held.on(device) as module:
-            rewards: Tensor = module.score(*exchanges(answers, module.tokenizer))
-        return finite(name, rewards, answers)
+            if answers.tokenizer is not None and _alike(answers.tokenizer, module.tokenizer):
+                return finite(name, module.score(list(answers.prompt_ids), as_written(answers)), answers)
+            return finite(name, module.score_texts(answers.prompts, answers.texts), answers)
 
 
-def exchanges(answers: Completions, tokenizer: Any) -> tuple[list[list[int]], list[list[int]]]:
-    """Token ids of prompts and of answers as a model reads them that has this tokenizer.
-
-    Where it is the writer's own, the very tokens are read, with what the chat template puts behind an end (ChatML's newline).
-    Otherwise the texts are tokenised anew; an answer that has no end gets none.
-    """
-    same = answers.tokenizer is not None and _alike(answers.tokenizer, tokenizer)
-    tail = after_end(tokenizer)
-    prompts, written = [], []
-    for number, prompt in enumerate(answers.prompts):
-        chat, ended = not isinstance(prompt, str), answers.ended[number]
-        if same:
-            before, ids = list(answers.prompt_ids[number]), list(answers.ids[number])
-        else:
-            before = prompt_ids(tokenizer, prompt)
-            ids = list(tokenizer(answers.texts[number], add_special_tokens=False)["input_ids"])
-            if ended or not ids:
-                ids.append(tokenizer.eos_token_id)
-        prompts.append(before)
-        written.append(ids + tail if chat and ended else ids)
-    return prompts, written
+def as_written(answers: Completions) -> list[list[int]]:
+    """Token ids of the answers, with what the chat template puts behind an end (ChatML's newline) where they are in a chat."""
+    tail = after_end(answers.tokenizer)
+    return [
+        [*ids, *(tail if ended and not isinstance(prompt, str) else [])]
+        for prompt, ids, ended in zip(answers.prompts, answers.ids, answers.ended, strict=True)
+    ]
 
 
 def after_end(tokenizer: Any) -> list[int]:

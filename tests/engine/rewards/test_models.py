@@ -57,13 +57,41 @@ def test_a_reward_model_reads_the_very_tokens(checkpoint: Path) -> None:
 
 
 def test_another_tokenizer_reads_the_texts(checkpoint: Path) -> None:
-    """The same texts in the tokens of a model that has others: what it would itself make of them."""
+    """The same texts in the tokens of a model that has others: what it would itself make of them; nothing is no answer."""
     module = lightning_ft.load(checkpoint)
     foreign = tiny_encoder_tokenizer()
     foreign.eos_token = "[SEP]"
-    own = drawn(module.tokenizer)
-    found = Rewards({"model": {"checkpoint": str(checkpoint)}}).score(drawn(foreign)).total
+    own = drawn(module.tokenizer, ended=(True, True, True))
+    rewards = Rewards({"model": {"checkpoint": str(checkpoint)}})
+    found = rewards.score(drawn(foreign)).total
     torch.testing.assert_close(found, module.score(own.prompt_ids, own.ids).double())
+    empty = Completions(**{**vars(drawn(foreign)), "texts": [TEXTS[0], "", " "]})
+    assert rewards.score(empty).total.isnan().tolist() == [False, True, True]
+
+
+def test_an_encoder_reads_pairs_of_texts_as_in_training(tmp_path: Path) -> None:
+    """The reward of a text is what predict gives for the same row, whatever the policy's tokens are."""
+    from tests.modules.rewards import pairs, trainer
+
+    base = write_base("bert", tmp_path / "base")
+    tokenizer = tiny_encoder_tokenizer()
+    tokenizer.eos_token = "[SEP]"
+    tokenizer.save_pretrained(base)
+    module, data = job(base, tmp_path, data={"packing": False})
+    save = ModelCheckpoint(tmp_path / "saved", filename="last", every_n_train_steps=2)
+    fit(tmp_path, module, data, save, enable_checkpointing=True)
+    rows = pairs()
+    data.predict_path = data.path
+    predicted = trainer(tmp_path).predict(module, data)
+    expected = {
+        int(r): float(x) for one in predicted for r, x in zip(one["rows"][::2], one["reward"][::2], strict=True)
+    }
+    texts = [row["chosen"] for row in rows]
+    some = Completions(
+        [row["prompt"] for row in rows], texts, [[3]] * 12, [[3]] * 12, [True] * 12, list(range(12)), {}, None
+    )
+    found = Rewards({"it": {"checkpoint": str(tmp_path / "saved/last.ckpt")}}).score(some).total
+    torch.testing.assert_close(found, torch.tensor([expected[n] for n in range(12)]).double(), rtol=1e-4, atol=1e-5)
 
 
 def test_behind_the_end_stands_what_the_template_puts_there() -> None:
@@ -77,7 +105,7 @@ def test_a_chat_is_read_as_in_training(tmp_path: Path) -> None:
     """The tokens of an ended answer in a chat equal those that preference rows have, the newline after the end too."""
     from lightning_ft.data.preference_rows import pair_of
     from lightning_ft.data.preference_tokens import RenderedExchange, render_exchanges
-    from lightning_ft.engine.rewards.models import exchanges
+    from lightning_ft.engine.rewards.models import as_written
 
     tokenizer = tiny_tokenizer(CHATML, eos="<|im_end|>")
     some = drawn(tokenizer, ended=(True, True, True), chat=True)
@@ -86,12 +114,11 @@ def test_a_chat_is_read_as_in_training(tmp_path: Path) -> None:
         for p, t in zip(some.prompts, TEXTS, strict=True)
     ]  # fmt: skip
     rendered = render_exchanges(tokenizer, [pair_of(row, margins=False) for row in rows])
-    same = exchanges(some, tokenizer)
-    foreign = exchanges(Completions(**{**vars(some), "tokenizer": tiny_tokenizer(LLAMA3)}), tokenizer)
+    written = as_written(some)
     for number, one in enumerate(rendered):
         assert isinstance(one, RenderedExchange)
-        assert same[0][number] == foreign[0][number] == one.prompt
-        assert same[1][number] == foreign[1][number] == list(one.answers[0].ids)
+        assert some.prompt_ids[number] == one.prompt
+        assert written[number] == list(one.answers[0].ids)
 
 
 def write_classifier(folder: Path, labels: int, problem: str = "single_label_classification") -> Path:
