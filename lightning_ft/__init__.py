@@ -13,6 +13,7 @@ from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from lightning_ft.callbacks.agem import AGEM
     from lightning_ft.callbacks.bottleneck_adapter import BottleneckAdapter
     from lightning_ft.callbacks.ema import WeightEMA
     from lightning_ft.callbacks.ewc import EWC
@@ -22,16 +23,19 @@ if TYPE_CHECKING:
     from lightning_ft.callbacks.gradual_unfreezing import GradualUnfreezing
     from lightning_ft.callbacks.ia3 import IA3
     from lightning_ft.callbacks.lora import LoRA
+    from lightning_ft.callbacks.lwf import LwF
     from lightning_ft.callbacks.mas import MAS
     from lightning_ft.callbacks.neftune import NEFTune
     from lightning_ft.callbacks.prefix_tuning import PrefixTuning
     from lightning_ft.callbacks.prompt_tuning import PromptTuning
+    from lightning_ft.callbacks.replay import Replay
     from lightning_ft.callbacks.samples import SampleGenerations
     from lightning_ft.callbacks.si import SynapticIntelligence
     from lightning_ft.data.classification_data import ClassificationData
     from lightning_ft.data.preference_data import PreferenceData
     from lightning_ft.data.seq2seq_data import Seq2SeqData
     from lightning_ft.data.sft_data import SFTData
+    from lightning_ft.data.task_stream import TaskStream
     from lightning_ft.data.unpaired_data import UnpairedPreferenceData
     from lightning_ft.engine.attachment import Attachment
     from lightning_ft.engine.in_backward import InBackward
@@ -51,6 +55,7 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 _HOMES = {
+    "AGEM": "callbacks.agem",
     "Attachment": "engine.attachment",
     "BottleneckAdapter": "callbacks.bottleneck_adapter",
     "ClassificationData": "data.classification_data",
@@ -65,18 +70,21 @@ _HOMES = {
     "InBackward": "engine.in_backward",
     "KTO": "modules.kto",
     "LoRA": "callbacks.lora",
+    "LwF": "callbacks.lwf",
     "MAS": "callbacks.mas",
     "NEFTune": "callbacks.neftune",
     "PreferenceData": "data.preference_data",
     "PrefixTuning": "callbacks.prefix_tuning",
     "PromptTuning": "callbacks.prompt_tuning",
     "Refusal": "functional.errors",
+    "Replay": "callbacks.replay",
     "RewardModel": "modules.reward_model",
     "SFT": "modules.sft",
     "SFTData": "data.sft_data",
     "SampleGenerations": "callbacks.samples",
     "SynapticIntelligence": "callbacks.si",
     "Seq2SeqData": "data.seq2seq_data",
+    "TaskStream": "data.task_stream",
     "UnpairedPreferenceData": "data.unpaired_data",
     "WeightEMA": "callbacks.ema",
     "inject_ia3": "nn.ia3",
@@ -88,6 +96,7 @@ _HOMES = {
 }
 
 __all__ = [
+    "AGEM",
     "DPO",
     "EWC",
     "IA3",
@@ -104,16 +113,19 @@ __all__ = [
     "GradualUnfreezing",
     "InBackward",
     "LoRA",
+    "LwF",
     "NEFTune",
     "PreferenceData",
     "PrefixTuning",
     "PromptTuning",
     "Refusal",
+    "Replay",
     "RewardModel",
     "SFTData",
     "SampleGenerations",
     "Seq2SeqData",
     "SynapticIntelligence",
+    "TaskStream",
     "UnpairedPreferenceData",
     "WeightEMA",
     "__version__",

@@ -85,11 +85,13 @@ class FineTuningCLI(LightningCLI):
                 RewardModel,
                 Seq2SeqData,
                 SFTData,
+                TaskStream,
                 UnpairedPreferenceData,
             )
 
             # A class that is loaded may be given by its bare name: --data ClassificationData.
-            _ = (DPO, KTO, RewardModel, ClassificationData, PreferenceData, Seq2SeqData, UnpairedPreferenceData)
+            _ = (DPO, KTO, RewardModel, ClassificationData, PreferenceData, Seq2SeqData, TaskStream)
+            _ = UnpairedPreferenceData
             model, data = model or SFT, data or SFTData
         mode = register_mode()
         self.command = command

@@ -10,6 +10,7 @@ from collections.abc import Callable, Sequence
 from lightning_ft.cli.report_parts.curves import curves, speed
 from lightning_ft.cli.report_parts.facts import facts
 from lightning_ft.cli.report_parts.run_files import RunFiles
+from lightning_ft.cli.report_parts.task_matrix import task_matrix
 from lightning_ft.cli.report_parts.texts import answers, configuration, differences, masked_row
 
 Panel = Callable[[Sequence[RunFiles]], str | None]
@@ -17,6 +18,7 @@ Panel = Callable[[Sequence[RunFiles]], str | None]
 PANELS: tuple[tuple[str, Panel], ...] = (
     ("What was trained", facts),
     ("Curves", curves),
+    ("One task after another", task_matrix),
     ("Speed", speed),
     ("A row, as the model sees it", masked_row),
     ("Answers before and after", answers),
