@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from lightning_ft.adapt import adapt
+    from lightning_ft.callbacks.agem import AGEM
     from lightning_ft.callbacks.bottleneck_adapter import BottleneckAdapter
     from lightning_ft.callbacks.ema import WeightEMA
     from lightning_ft.callbacks.ewc import EWC
@@ -25,10 +26,12 @@ if TYPE_CHECKING:
     from lightning_ft.callbacks.ia3 import IA3
     from lightning_ft.callbacks.lora import LoRA
     from lightning_ft.callbacks.loss_balancing import LossBalancing
+    from lightning_ft.callbacks.lwf import LwF
     from lightning_ft.callbacks.mas import MAS
     from lightning_ft.callbacks.neftune import NEFTune
     from lightning_ft.callbacks.prefix_tuning import PrefixTuning
     from lightning_ft.callbacks.prompt_tuning import PromptTuning
+    from lightning_ft.callbacks.replay import Replay
     from lightning_ft.callbacks.samples import SampleGenerations
     from lightning_ft.callbacks.si import SynapticIntelligence
     from lightning_ft.data.classification_data import ClassificationData
@@ -37,6 +40,7 @@ if TYPE_CHECKING:
     from lightning_ft.data.prompt_data import PromptData
     from lightning_ft.data.seq2seq_data import Seq2SeqData
     from lightning_ft.data.sft_data import SFTData
+    from lightning_ft.data.task_stream import TaskStream
     from lightning_ft.data.unpaired_data import UnpairedPreferenceData
     from lightning_ft.engine.attachment import Attachment
     from lightning_ft.engine.in_backward import InBackward
@@ -63,6 +67,7 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 _HOMES = {
+    "AGEM": "callbacks.agem",
     "Attachment": "engine.attachment",
     "BottleneckAdapter": "callbacks.bottleneck_adapter",
     "ClassificationData": "data.classification_data",
@@ -82,6 +87,7 @@ _HOMES = {
     "LinearProbe": "modules.linear_probe",
     "LoRA": "callbacks.lora",
     "LossBalancing": "callbacks.loss_balancing",
+    "LwF": "callbacks.lwf",
     "MAML": "modules.maml",
     "MAS": "callbacks.mas",
     "NEFTune": "callbacks.neftune",
@@ -92,6 +98,7 @@ _HOMES = {
     "PromptTuning": "callbacks.prompt_tuning",
     "ProtoNet": "modules.protonet",
     "Refusal": "functional.errors",
+    "Replay": "callbacks.replay",
     "Reptile": "modules.reptile",
     "Reward": "engine.rewards.reward",
     "RewardModel": "modules.reward_model",
@@ -100,6 +107,7 @@ _HOMES = {
     "SampleGenerations": "callbacks.samples",
     "Seq2SeqData": "data.seq2seq_data",
     "SynapticIntelligence": "callbacks.si",
+    "TaskStream": "data.task_stream",
     "UnpairedPreferenceData": "data.unpaired_data",
     "WeightEMA": "callbacks.ema",
     "adapt": "adapt",
@@ -112,6 +120,7 @@ _HOMES = {
 }
 
 __all__ = [
+    "AGEM",
     "Attachment",
     "BottleneckAdapter",
     "ClassificationData",
@@ -131,6 +140,7 @@ __all__ = [
     "LinearProbe",
     "LoRA",
     "LossBalancing",
+    "LwF",
     "MAML",
     "MAS",
     "NEFTune",
@@ -141,6 +151,7 @@ __all__ = [
     "PromptTuning",
     "ProtoNet",
     "Refusal",
+    "Replay",
     "Reptile",
     "Reward",
     "RewardModel",
@@ -149,6 +160,7 @@ __all__ = [
     "SampleGenerations",
     "Seq2SeqData",
     "SynapticIntelligence",
+    "TaskStream",
     "UnpairedPreferenceData",
     "WeightEMA",
     "__version__",

@@ -95,7 +95,7 @@ def plan_epoch(
     else:
         assert batch_size is not None
         order = epoch_order(len(lengths), seed=seed, epoch=epoch, shuffle=shuffle) if rows is None else rows
-        micro = _deal_rows(order, lengths, batch_size, world_size, accumulate, bucket)
+        micro = deal_rows(order, batch_size, world_size, accumulate, lengths if bucket else None)
     if limit is not None:
         micro = micro[:limit]
     none = np.zeros(len(lengths), dtype=np.int64)
@@ -194,14 +194,23 @@ def _deal_bins(bins: list[np.ndarray], world_size: int, seed: int, epoch: int, s
     return [dealt[i : i + world_size] for i in range(0, len(dealt), world_size)]
 
 
-def _deal_rows(
-    order: np.ndarray, lengths: np.ndarray, batch_size: int, world_size: int, accumulate: int, bucket: bool
+def deal_rows(
+    order: np.ndarray, batch_size: int, world_size: int, accumulate: int, lengths: np.ndarray | None = None
 ) -> list[list[np.ndarray]]:
+    """Deals an order of rows: ``micro[i][rank]`` are the rows of micro-batch ``i`` on that rank.
+
+    Args:
+        order: (rows,) row numbers.
+        batch_size: rows a micro-batch, at most.
+        world_size: ranks.
+        accumulate: micro-batches a window.
+        lengths: by row number: sort by it inside each window; None keeps the order.
+    """
     micro: list[list[np.ndarray]] = []
     per_window = batch_size * accumulate * world_size
     for begin in range(0, len(order), per_window):
         window = order[begin : begin + per_window]
-        if bucket:
+        if lengths is not None:
             window = window[np.argsort(lengths[window], kind="stable")]
         steps = micro_batches(len(window), batch_size=batch_size, world_size=world_size)
         # Neighbouring pieces go to the ranks of one micro-batch, so that bucketed ranks do not wait for one another.

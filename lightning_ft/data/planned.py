@@ -248,16 +248,24 @@ class PlannedData(NamedFiles):
             return
         # Also where that epoch was complete: Lightning then passes through it once more, without a batch.
         self._clock.resumed = state_dict.get("epoch")
-        if not state_dict.get("position"):
+        self.refuse_other_deal(state_dict, state_dict.get("position", 0))
+
+    def refuse_other_deal(self, deal: dict[str, Any], position: int) -> None:
+        """Refuses to go on with an epoch of which this many micro-batches are done, if the rest would now be others.
+
+        Raises:
+            Refusal: naming what differs.
+        """
+        if not position:
             return
         now = self._deal()
         # A window of rows (not of bins) is the same however many ranks share a micro-batch of it.
-        rows = [deal.get("batch_size", 0) * deal.get("devices", 0) for deal in (state_dict, now)]
+        rows = [one.get("batch_size", 0) * one.get("devices", 0) for one in (deal, now)]
         either = ("batch_size", "devices") if self.max_tokens is None and rows[0] == rows[1] else ()
         differs = [
-            f"{name} {state_dict.get(name)!r} (now {now[name]!r})"
+            f"{name} {deal.get(name)!r} (now {now[name]!r})"
             for name in now
-            if state_dict.get(name) != now[name] and name not in either
+            if deal.get(name) != now[name] and name not in either
         ]
         if differs:
             raise Refusal(

@@ -25,6 +25,7 @@ import torch
 import torch.distributed as dist
 from lightning.pytorch.strategies import ModelParallelStrategy
 from lightning.pytorch.utilities.model_helpers import is_overridden
+from lightning.pytorch.utilities.signature_utils import is_param_in_hook_signature
 from torch import Tensor, nn
 
 from lightning_ft.engine import checkpoints, compatibility, in_backward
@@ -73,6 +74,8 @@ class Attachment:
         self._audited = False
         self._trainer: pl.Trainer | None = None
         self._begun = False
+        self._own_step: Callable[..., Any] = self.module.training_step
+        self._takes_index = True
 
     # -- who there is ---------------------------------------------------------------------------------------------
 
@@ -359,8 +362,37 @@ class Attachment:
         self.step.observe(values)
         self.step.finish = finish
 
+    def rerun(self, batch: Any, batch_idx: int) -> list[Term]:
+        """The module's own step on another batch, without a word in any log: its terms, with their gradients.
+
+        Args:
+            batch: as the module's loader would give it, on the module's device.
+            batch_idx: of the micro-batch that is trained.
+        """
+        step, module = self.step, self.module
+        own, muted = step.own, step.muted
+        logs = {name: module.__dict__.get(name) for name in ("log", "log_dict")}
+        step.own, step.muted = None, True
+        for name in logs:
+            object.__setattr__(module, name, lambda *_, **__: None)
+        try:
+            output = self._own_step(batch, batch_idx) if self._takes_index else self._own_step(batch)
+            terms = step.own
+        finally:
+            step.own, step.muted = own, muted
+            for name, log in logs.items():
+                if log is None:
+                    del module.__dict__[name]
+                else:
+                    object.__setattr__(module, name, log)
+        if terms is not None:
+            return terms
+        loss = output["loss"] if isinstance(output, Mapping) else output
+        return [] if loss is None else [Term("loss", loss, 1.0, unit="mean")]
+
     def _training_step(self) -> Callable[..., Any]:
-        original = self.module.training_step
+        original = self._own_step = self.module.training_step
+        self._takes_index = is_param_in_hook_signature(original, "batch_idx", min_args=2)
 
         def training_step(*args: Any, **kwargs: Any) -> Any:
             trainer = self.trainer

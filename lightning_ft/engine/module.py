@@ -245,16 +245,23 @@ class FineTuningModule(pl.LightningModule):
             self, lr=self.resolved_lr(), weight_decay=self.weight_decay, rates=rates, late=attachment.late
         )
         optimizer = build_optimizer(groups, self._optimizer_factory())
+        scheduler = build_scheduler(
+            optimizer, total=self._planned_steps(), warmup=self.warmup_steps, schedule=self.schedule
+        )
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
+
+    def _planned_steps(self) -> list[int]:
+        """Optimizer steps between two beginnings of the schedule: one number, but for a stream of tasks."""
+        planned = getattr(self.datamodule, "optimizer_steps", None)
+        if callable(planned):
+            return list(planned())
         steps = self.trainer.estimated_stepping_batches
         if math.isinf(steps):
             raise Refusal(
                 "The length of this run is not known beforehand, so its learning rate cannot be planned; give trainer.max_epochs "
                 "or trainer.max_steps (beside max_time, which may end it sooner)."
             )
-        total = int(steps)
-        warmup = self.warmup_steps if self.warmup_steps is not None else max(1, round(0.03 * total))
-        scheduler = build_scheduler(optimizer, total=total, warmup=warmup, schedule=self.schedule)
-        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
+        return [int(steps)]
 
     def _optimizer_factory(self) -> OptimizerFactory | None:
         """What makes the optimizer of its groups; None is AdamW."""

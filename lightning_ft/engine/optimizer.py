@@ -7,7 +7,9 @@ practice). Schedules are pure functions of the step.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Collection, Iterable, Mapping
+from bisect import bisect_right
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from itertools import accumulate
 from typing import Any, Literal
 
 from torch import nn
@@ -105,12 +107,30 @@ def learning_rate_factor(step: int, *, total: int, warmup: int, schedule: Schedu
 
 
 def build_scheduler(
-    optimizer: Optimizer, *, total: int, warmup: int, schedule: Schedule, floor: float = 0.0
+    optimizer: Optimizer,
+    *,
+    total: int | Sequence[int],
+    warmup: int | None = None,
+    schedule: Schedule,
+    floor: float = 0.0,
 ) -> LambdaLR:
-    """The schedule as Lightning steps it, once per optimizer step."""
+    """The schedule as Lightning steps it, once per optimizer step.
+
+    Args:
+        optimizer: whose rates it scales.
+        total: steps of the run; a list where it begins anew after so many steps, once for each task.
+        warmup: steps of each beginning; None: 3 % of its steps, and at least one.
+        schedule: after the warm-up.
+        floor: factor that it ends with.
+    """
+    totals = [total] if isinstance(total, int) else list(total)
+    begins = [0, *accumulate(totals)]
 
     def factor(step: int) -> float:
-        return learning_rate_factor(step, total=total, warmup=warmup, schedule=schedule, floor=floor)
+        part = min(bisect_right(begins, step) - 1, len(totals) - 1)
+        first = warmup if warmup is not None else max(1, round(0.03 * totals[part]))
+        at = step - begins[part]
+        return learning_rate_factor(at, total=totals[part], warmup=first, schedule=schedule, floor=floor)
 
     return LambdaLR(optimizer, factor)
 

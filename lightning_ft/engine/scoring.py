@@ -51,8 +51,21 @@ def segment_logps(model: CausalLM, batch: Batch) -> tuple[Tensor, Tensor]:
     return none.index_add(0, batch.segment_of_scored, logprob), counts
 
 
+CLASS_MASK = "class_mask"
+"""Column of a batch, (S, C) bool: which classes compete for each row, where a stream of tasks says so."""
+MASKED = -1e4
+"""Logit of a class that does not compete: no chance in float32, and no infinity in a mean loss."""
+
+
 def row_logits(model: Classifier, batch: Batch) -> Tensor:
-    """Logits of each segment, fillers included: (S, C), fp32; C = 1 for a value."""
+    """Logits of each segment, fillers included: (S, C), fp32; C = 1 for a value. Classes that do not compete are masked."""
+    logits = unmasked_row_logits(model, batch)
+    mask = batch.columns.get(CLASS_MASK)
+    return logits if mask is None else logits.masked_fill(~mask, MASKED)
+
+
+def unmasked_row_logits(model: Classifier, batch: Batch) -> Tensor:
+    """The same of all classes, whether they compete or not."""
     return model.row_logits(
         batch.ids, batch.positions, bounds=batch.bounds, mask=batch.mask, types=batch.types, shared=batch.shared
     ).float()

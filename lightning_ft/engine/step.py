@@ -51,6 +51,7 @@ class Step:
         observed: names in ``logged`` that are no terms, but what a module of ours measured beside them.
         window: what divides sums.
         balancer: what weighs the terms; None: their own weights alone.
+        muted: whether the module's own step runs on rows of which nothing is logged, see `Attachment.rerun`.
     """
 
     def __init__(self, attachment: Attachment) -> None:
@@ -64,6 +65,7 @@ class Step:
         self.finish: Callable[[dict[str, Tensor]], dict[str, Tensor]] = dict
         self.window = Window()
         self.balancer: Balancer | None = None
+        self.muted = False
 
     def begin_window(self) -> None:
         """Forgets what was counted, where an accumulation window begins."""
@@ -74,6 +76,8 @@ class Step:
 
     def observe(self, values: Mapping[str, tuple[Tensor, Tensor | float]]) -> None:
         """Adds name -> (sum, how many it was summed over) of a micro-batch to what is logged of its window."""
+        if self.muted:  # another batch than the one that is trained
+            return
         for name, (value, count) in values.items():
             before, counted = self.logged.get(name, (0.0, 0.0))
             self.logged[name] = (before + value.detach().float(), counted + count)  # type: ignore[assignment]

@@ -65,7 +65,8 @@ def task_of(trainer: pl.Trainer) -> Task | None:
 def baseline_of(trainer: pl.Trainer) -> str | None:
     """``naive`` or ``joint`` where the stream asks continual techniques to sit out, so that they can be compared with that."""
     data = getattr(trainer, "datamodule", None)
-    return data.baseline if hasattr(data, "tells_tasks") else None
+    found: str | None = getattr(data, "baseline", None) if hasattr(data, "tells_tasks") else None
+    return found
 
 
 def require_tasks(trainer: pl.Trainer, name: str) -> None:

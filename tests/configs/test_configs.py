@@ -55,6 +55,12 @@ def write_episodes(path: Path) -> None:
     path.write_text("\n".join(["text,label", *lines]) + "\n")
 
 
+def given_data(path: Path) -> dict[str, Any]:
+    """What a job says of its data."""
+    found: dict[str, Any] = yaml.safe_load(path.read_text()).get("data") or {} if path in JOBS else {}
+    return found
+
+
 @pytest.fixture(scope="module")
 def tiny(tmp_path_factory: pytest.TempPathFactory) -> Callable[[Path], tuple[str, ...]]:
     """A file's flags that put tiny weights and rows in the place of the real ones, for two steps."""
@@ -85,9 +91,16 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> Callable[[Path], tuple[str
                 write_model(base)
             else:
                 write_base("t5" if task == "seq2seq_lm" else "bert", base)
-            data.write_text("".join(json.dumps({**row, "rating": row.get("label")}) + "\n" for row in rows))
-        cache = f"--data.cache_dir={folder / 'cache'}"
-        return (f"--model.base={base}", f"--data.path={data}", cache, HELD_OUT, *SHORT)
+            lines = [{**row, "rating": row.get("label"), "domain": "ab"[n % 2]} for n, row in enumerate(rows)]
+            data.write_text("".join(json.dumps(line) + "\n" for line in lines))
+        rows_at = "data.source" if "source" in given_data(path).get("init_args", {}) else "data"
+        return (
+            f"--model.base={base}",
+            f"--{rows_at}.path={data}",
+            f"--{rows_at}.cache_dir={folder / 'cache'}",
+            HELD_OUT.replace("data", rows_at),
+            *SHORT,
+        )
 
     return flags
 

@@ -11,6 +11,7 @@ from lightning_ft.cli.report_parts.curves import curves, speed
 from lightning_ft.cli.report_parts.facts import facts
 from lightning_ft.cli.report_parts.reward_and_kl import reward_and_kl
 from lightning_ft.cli.report_parts.run_files import RunFiles
+from lightning_ft.cli.report_parts.task_matrix import task_matrix
 from lightning_ft.cli.report_parts.texts import answers, configuration, differences, masked_row
 
 Panel = Callable[[Sequence[RunFiles]], str | None]
@@ -19,6 +20,7 @@ PANELS: tuple[tuple[str, Panel], ...] = (
     ("What was trained", facts),
     ("Curves", curves),
     ("Reward and KL", reward_and_kl),
+    ("One task after another", task_matrix),
     ("Speed", speed),
     ("A row, as the model sees it", masked_row),
     ("Answers before and after", answers),

@@ -1,0 +1,271 @@
+"""Experience replay: rows of earlier steps are trained on again, with their labels, with what the model said of them, or both."""
+
+from contextlib import nullcontext
+from dataclasses import replace
+from typing import Annotated, Any, ClassVar, Literal
+
+import lightning.pytorch as pl
+import torch
+from annotated_types import Ge
+from torch import Tensor
+
+from lightning_ft.data.batch_rows import Row, batch_of
+from lightning_ft.data.replay_memory import Balance, ReplayMemory, on_device, totals_of
+from lightning_ft.engine.attachment import Attachment
+from lightning_ft.engine.batch import Batch
+from lightning_ft.engine.outputs import outputs
+from lightning_ft.engine.technique import Technique
+from lightning_ft.engine.terms import Term
+from lightning_ft.engine.traits import Cannot, Traits
+from lightning_ft.functional.errors import Refusal
+from lightning_ft.functional.soft_targets import logit_distance_sum, top_kl
+from lightning_ft.models.admission import evaluating
+from lightning_ft.nn.head_values import head_values
+
+_EACH = 64  # rows that are asked for their logits at once, when they are kept
+
+
+class Replay(Technique):
+    """Keeps some rows of what was trained and trains on them again in every step, so that earlier tasks are not forgotten.
+
+    With B the rows of a step and M, M' rows drawn from memory, L the module's own loss as a mean:
+
+        er      L(B) + weight L(M)
+        der     L(B) + alpha mean_{x in M} ||z - h(x)||^2
+        der++   L(B) + alpha mean_{x in M} ||z - h(x)||^2 + beta L(M')
+
+    ``h(x)`` are the logits now, ``z`` those of the model when the row was kept. Of a language model the top_k most likely tokens
+    and the rest as one are kept for each scored token, and KL(z || h(x)) over these takes the place of the squared distance, as a
+    mean over tokens. Any module works in er: its own step runs a second time, and nothing of it is logged but ``train/replay``.
+
+    Args:
+        size: rows in memory, over all ranks. More is better until it holds all; 500 rows of 200 tokens are 2 MB.
+        mode: what is asked of replayed rows, see above.
+        weight: factor of the replayed loss in er; 1 is the paper's.
+        alpha: factor of the distance in der and der++. The paper's tuned values are 0.1 to 1 for a mean over classes, so divide
+            them by the number of classes.
+        beta: factor of the replayed loss in der++; the paper's tuned values are 0.5 to 1.
+        rows: replayed a step, over all its micro-batches and ranks; None: as many as the step trains.
+        balance: ``none``: every row seen has the same chance to be in memory. ``class`` or ``task``: each class or task has an
+            equal share of the memory, and within it every row the same chance.
+        top_k: of a language model, tokens whose probability is kept in der and der++.
+        name: tells two of them apart, and names what is logged.
+
+    Rows are offered to the memory once, in their first epoch. State: rows and counters, in plain tensors, in the checkpoint: all
+    choices are derived from the seed and the counters, so a resumed run goes on exactly, and all ranks hold one memory.
+
+    Cost: one more forward and backward pass over ``rows`` rows a step (two in der++), and their storage.
+
+    Raises:
+        Refusal: at setup under FSDP2 and for what cannot have loss terms; in the first step for rows that cannot be kept alone,
+            and in der for a user's module without ``logits(batch)``.
+
+    Differs from: Mammoth, which takes the mean over classes in der (so its alpha is ours times the number of classes), the logits
+        of the training step itself (we: after the step, in eval mode), and rows as augmented (we: as they came).
+
+    Example:
+        >>> Replay(200, balance="task")
+        Replay(size=200, balance='task')
+
+    References:
+        Chaudhry et al., 2019 (er, reservoir); Buzzega et al., 2020, equations 5 and 6 (der, der++). Proven against both written
+        out, and the reservoir by a chi-squared test, in tests/callbacks and tests/data.
+    """
+
+    traits: ClassVar[Traits] = Traits(
+        slot="replay",
+        edits=frozenset({"loss"}),
+        continual=True,
+        cannot=(
+            Cannot("fsdp2", "its own step would run twice within one of FSDP2's forward passes", "use ddp"),
+            Cannot("fp16", "replayed losses were not tried with gradient scaling", "use bf16-mixed or 32-true"),
+        ),
+    )
+
+    def __init__(
+        self,
+        size: Annotated[int, Ge(1)] = 500,
+        *,
+        mode: Literal["er", "der", "der++"] = "er",
+        weight: Annotated[float, Ge(0)] = 1.0,
+        alpha: Annotated[float, Ge(0)] = 0.1,
+        beta: Annotated[float, Ge(0)] = 0.5,
+        rows: Annotated[int, Ge(1)] | None = None,
+        balance: Balance = "none",
+        top_k: Annotated[int, Ge(1)] = 16,
+        name: str = "replay",
+    ) -> None:
+        self.size = size
+        self.mode = mode
+        self.weight = weight
+        self.alpha = alpha
+        self.beta = beta
+        self.rows = rows
+        self.balance = balance
+        self.top_k = top_k
+        self.name = name
+        self._memory: ReplayMemory | None = None
+        self._attachment: Attachment | None = None
+        self._stored: dict[str, Any] = {}
+        self.check()
+
+    @property
+    def _labels(self) -> float:
+        """Factor of the replayed loss."""
+        return {"er": self.weight, "der": 0.0, "der++": self.beta}[self.mode]
+
+    @property
+    def _distance(self) -> float:
+        """Factor of the distance to what was said."""
+        return 0.0 if self.mode == "er" else self.alpha
+
+    def register(self, attachment: Attachment) -> None:
+        """Adds the replayed terms to the loss."""
+        self._attachment = attachment
+        if self._labels or self._distance:
+            attachment.loss_term(self.name, self._terms)
+
+    # -- the run ----------------------------------------------------------------------------------------------------------
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """An empty memory, or that of the checkpoint, or of the fit before."""
+        super().on_train_start(trainer, pl_module)
+        if self._attachment is None:
+            return
+        if self._memory is None:
+            self._memory = ReplayMemory(self.size, self.balance, "Replay")
+        if self._stored:
+            self._memory.load(self._stored)
+            self._stored = {}
+
+    def on_train_batch_start(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
+    ) -> None:
+        """Pairs learn their reference's log-probabilities before they are kept, so that it is asked once."""
+        known = getattr(pl_module, "know_reference", None)
+        if self._memory is not None and callable(known):
+            known(batch)
+
+    def on_train_batch_end(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Offers the rows of a complete window to the memory."""
+        if self._memory is None or self._attachment is None:
+            return
+        self._memory.note(trainer, batch)
+        asks = self._distance > 0
+        self._memory.close(trainer, complete=(lambda rows: self._ask(trainer, pl_module, rows)) if asks else None)
+
+    def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        """The memory stays for a next fit."""
+        super().teardown(trainer, pl_module, stage)
+        self._attachment = None
+
+    # -- terms --------------------------------------------------------------------------------------------------------------
+
+    def _terms(self, module: pl.LightningModule, batch: Any, output: Any) -> list[Term]:
+        memory, attachment = self._memory, self._attachment
+        assert memory is not None and attachment is not None
+        trainer = attachment.trainer
+        found: list[Term] = []
+        if not len(memory.buffer):
+            return found
+        if self._labels:
+            drawn = memory.draw(trainer, batch, self.rows)
+            mine, counts = memory.share(trainer, drawn)
+            terms = attachment.rerun(self._batch(trainer, batch, mine, drawn), self._index(trainer))
+            for term in terms:
+                name = self.name if len(terms) == 1 else f"{self.name}/{term.name}"
+                found.append(self._counted(batch, term, name, self._labels, drawn, counts))
+        if self._distance:
+            drawn = memory.draw(trainer, batch, self.rows, 1)
+            mine, counts = memory.share(trainer, drawn)
+            term = self._distance_term(module, self._batch(trainer, batch, mine, drawn), mine)
+            name = self.name if self.mode == "der" else f"{self.name}/logits"
+            found.append(self._counted(batch, term, name, self._distance, drawn, counts))
+        return found
+
+    def _index(self, trainer: pl.Trainer) -> int:
+        return int(trainer.fit_loop.epoch_loop.batch_idx)
+
+    def _batch(self, trainer: pl.Trainer, batch: Any, mine: list[Row], drawn: list[Row]) -> Any:
+        packed = isinstance(batch, Batch) and batch.bounds is not None
+        made = batch_of(mine, packed=packed)
+        if isinstance(made, Batch):
+            made = replace(made, window=totals_of(drawn))
+        return on_device(trainer, made)
+
+    def _counted(self, batch: Any, term: Term, name: str, factor: float, drawn: list[Row], counts: bool) -> Term:
+        """A term of replayed rows, which are counted apart from those that are trained."""
+        total = term.sum if counts else term.sum * 0.0
+        count = term.count if counts else 0.0
+        if term.unit == "mean":
+            return Term(name, total, 1.0, "mean", factor)
+        unit = f"{self.name} {term.unit}"
+        if isinstance(batch, Batch) and batch.window is not None:
+            batch.window = {**batch.window, unit: totals_of(drawn)[term.unit]}
+        else:
+            raise Refusal(
+                "Replay counts replayed rows apart from those that are trained, and this loader does not count its windows; use "
+                "one of this library's data modules, or a training_step that returns a mean."
+            )
+        return Term(name, total, count, unit, factor * term.weight)
+
+    def _distance_term(self, module: pl.LightningModule, made: Any, mine: list[Row]) -> Term:
+        found = outputs(module, made)
+        if found.logits is not None:
+            z = torch.cat([row["logits"] for row in mine]).to(found.logits.device)
+            value = logit_distance_sum(found.logits, z)
+            if not isinstance(made, Batch):
+                return Term("logits", value / len(mine), 1.0, "mean")
+            return Term("logits", value, float(len(z)), found.unit)
+        assert found.hidden is not None
+        device, head = found.hidden.device, found.head
+        log_p, index, rest = (
+            torch.cat([row[key] for row in mine]).to(device) for key in ("top_logprob", "top_index", "rest_logprob")
+        )
+
+        def values(logits: Tensor, rows: slice) -> tuple[Tensor, Tensor]:
+            return top_kl(log_p[rows], rest[rows], logits, index[rows])
+
+        value = head_values(
+            found.hidden, head.logits, values, recompute=head.must_recompute(), around=lambda _: nullcontext()
+        )
+        return Term("logits", value.sum(), float(len(log_p)), "token")
+
+    @torch.no_grad()
+    def _ask(self, trainer: pl.Trainer, module: pl.LightningModule, rows: list[Row]) -> None:
+        """Adds what the model says now to rows that were kept."""
+        with evaluating(module), trainer.precision_plugin.forward_context():
+            for begin in range(0, len(rows), _EACH):
+                piece = rows[begin : begin + _EACH]
+                made = on_device(trainer, batch_of(piece))
+                found = outputs(module, made)
+                if found.logits is not None:
+                    of = found.owner if found.owner is not None else torch.arange(len(piece))
+                    for number, row in enumerate(piece):
+                        row["logits"] = found.logits[of.to(found.logits.device) == number].float().cpu()
+                    continue
+                assert found.hidden is not None and found.owner is not None
+                scored = found.head.score(found.hidden, made.labels, outputs=("topk",), top_k=self.top_k)
+                size = 2 if "pair" in made.counts else 1
+                for number, row in enumerate(piece):
+                    at = found.owner // size == number
+                    row["top_logprob"] = scored["topk_logprob"][at].float().cpu()
+                    row["top_index"] = scored["topk_index"][at].cpu()
+                    row["rest_logprob"] = scored["rest_logprob"][at].float().cpu()
+
+    # -- what a checkpoint holds ---------------------------------------------------------------------------------------------
+
+    def state_dict(self) -> dict[str, Any]:
+        """The memory, in plain tensors and numbers."""
+        if self._memory is None:
+            return dict(self._stored)
+        return self._memory.state()
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Taken when training starts."""
+        self._stored = dict(state_dict)
+
+
+__all__ = ["Replay"]

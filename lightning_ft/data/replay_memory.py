@@ -1,0 +1,168 @@
+"""A replay buffer in a run: what windows offer to it, and what they draw from it, the same however rows are dealt.
+
+A window's rows are offered when it is complete, in the order of its micro-batches and ranks, which every rank is told of; so all
+ranks hold one and the same buffer, and eight rows are four rows twice, or two ranks of four. What a window replays is drawn when
+it begins, by its step's number, and divided among its micro-batches and ranks.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, Literal
+
+import lightning.pytorch as pl
+import torch.distributed as dist
+
+from lightning_ft.data.batch_rows import Row, batch_of, rows_of
+from lightning_ft.data.replay_buffer import ReplayBuffer, class_of, placed
+from lightning_ft.engine.batch import Batch
+from lightning_ft.engine.randomness import global_seed
+from lightning_ft.engine.tasks import task_of
+from lightning_ft.functional.errors import Refusal
+
+Balance = Literal["none", "class", "task"]
+
+
+class ReplayMemory:
+    """A buffer and the present window.
+
+    Attributes:
+        buffer: the rows.
+    """
+
+    def __init__(self, size: int, balance: Balance, name: str) -> None:
+        """Args: size: most rows; balance: of which groups each has its share; name: of the technique, for messages."""
+        self.balance, self.name, self.size = balance, name, size
+        self.buffer = ReplayBuffer(size, global_seed())
+        self._pending: list[list[Row]] = []
+        self._drawn: dict[int, tuple[int, list[Row]]] = {}
+
+    # -- what is offered -------------------------------------------------------------------------------------------------
+
+    def note(self, trainer: pl.Trainer, batch: Any) -> None:
+        """A micro-batch that was trained; in the first pass over its rows, they are offered when the window is complete."""
+        if _micro(trainer) == 0:
+            self._pending = []
+        self._pending.append(rows_of(batch) if _first_pass(trainer) else [])
+
+    def close(self, trainer: pl.Trainer, *, complete: Callable[[list[Row]], None] | None = None) -> None:
+        """At a window's end: offers its rows.
+
+        Args:
+            trainer: of the run.
+            complete: adds to the rows that were kept what has to be known of them, in place.
+        """
+        if trainer.fit_loop.epoch_loop._should_accumulate():
+            return
+        window: list[list[list[Row]]] = [self._pending]
+        if trainer.world_size > 1:
+            gathered: list[Any] = [None] * trainer.world_size
+            dist.all_gather_object(gathered, self._pending)
+            window = gathered
+        self._pending = []
+        kept = []
+        for micro in zip(*window, strict=True):
+            for row in (row for rank in micro for row in rank):
+                if self.buffer.add(row, self._group(trainer, row)):
+                    kept.append(row)
+        if complete is not None and kept:
+            still = {id(row) for rows in self.buffer.groups.values() for row in rows}
+            complete([row for row in kept if id(row) in still])
+
+    def _group(self, trainer: pl.Trainer, row: Row) -> str:
+        if self.balance == "none":
+            return ""
+        if self.balance == "class":
+            try:
+                return class_of(row)
+            except ValueError:
+                raise Refusal(
+                    f"{self.name}.balance class needs rows with one class each; balance by task, or not at all."
+                ) from None
+        task = task_of(trainer)
+        return task.name if task is not None else ""
+
+    # -- what is replayed ---------------------------------------------------------------------------------------------------
+
+    def draw(
+        self, trainer: pl.Trainer, batch: Any, rows: int | None, which: int = 0, without: str | None = None
+    ) -> list[Row]:
+        """What the present window replays, on all ranks and in all its micro-batches; nothing from an empty buffer.
+
+        Args:
+            trainer: of the run.
+            batch: the present micro-batch.
+            rows: how many; None: as many as the window trains.
+            which: of several draws.
+            without: a group that is left out.
+        """
+        step = trainer.global_step
+        if which not in self._drawn or self._drawn[which][0] != step:
+            count = rows if rows is not None else _rows_of_window(trainer, batch)
+            self._drawn[which] = (step, self.buffer.draw(count, 2 * step + which, without))
+        return self._drawn[which][1]
+
+    def share(self, trainer: pl.Trainer, drawn: list[Row]) -> tuple[list[Row], bool]:
+        """This rank's rows of the present micro-batch, and whether they count: where there are none, one that does not."""
+        loop = trainer.fit_loop.epoch_loop
+        micro, accumulate = _micro(trainer), trainer.accumulate_grad_batches
+        left = trainer.num_training_batches - (loop.batch_progress.current.ready - 1 - micro)
+        mine = placed(drawn, micro, int(min(accumulate, left)), trainer.global_rank, trainer.world_size)
+        return (mine, True) if mine else (drawn[:1], False)
+
+    # -- what a checkpoint holds -----------------------------------------------------------------------------------------------
+
+    def state(self) -> dict[str, Any]:
+        """The buffer, and what the present window has to offer."""
+        return {
+            "buffer": self.buffer.state(),
+            "seed": self.buffer.seed,
+            "pending": [list(rows) for rows in self._pending],
+        }
+
+    def load(self, state: dict[str, Any]) -> None:
+        """What `state` gave."""
+        self.buffer = ReplayBuffer(self.size, int(state["seed"]))
+        self.buffer.load(state["buffer"])
+        self._pending = [list(rows) for rows in state["pending"]]
+        self._drawn = {}
+
+
+def totals_of(rows: list[Row]) -> dict[str, float]:
+    """Units -> how many the rows have, as batches of them count."""
+    if not rows or "segments" not in rows[0]:
+        return {}
+    counts: dict[str, float] = {}
+    for row in rows:
+        for unit, count in batch_of([row]).counts.items():
+            counts[unit] = counts.get(unit, 0.0) + count
+    return counts
+
+
+def on_device(trainer: pl.Trainer, batch: Any) -> Any:
+    """A batch where the module is, and as the task that is trained now wants it."""
+    remask = getattr(getattr(trainer, "datamodule", None), "remask", None)
+    if callable(remask):
+        remask(batch)
+    return (
+        batch.to(trainer.strategy.root_device) if isinstance(batch, Batch) else trainer.strategy.batch_to_device(batch)
+    )
+
+
+def _micro(trainer: pl.Trainer) -> int:
+    """Which micro-batch of its window is trained, from 0."""
+    return int(trainer.fit_loop.epoch_loop.batch_progress.current.ready - 1) % trainer.accumulate_grad_batches
+
+
+def _rows_of_window(trainer: pl.Trainer, batch: Any) -> int:
+    if isinstance(batch, Batch) and batch.window is not None:
+        return int(batch.window.get("pair", batch.window.get("row", 0.0)))
+    return len(rows_of(batch)) * trainer.accumulate_grad_batches * trainer.world_size
+
+
+def _first_pass(trainer: pl.Trainer) -> bool:
+    first = getattr(getattr(trainer, "datamodule", None), "in_first_pass", None)
+    return bool(first()) if callable(first) else trainer.current_epoch == 0
+
+
+__all__ = ["Balance", "ReplayMemory", "on_device", "totals_of"]

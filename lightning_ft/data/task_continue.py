@@ -1,0 +1,103 @@
+"""Going on from the checkpoint of an earlier run with new tasks: what was learned, kept and measured, not how far it was."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import lightning.pytorch as pl
+import torch
+from lightning.pytorch import Callback
+
+from lightning_ft.engine.attachment import Attachment
+from lightning_ft.engine.checkpoints import KEY, difference, kept_keys, record_of, restore_adapters
+from lightning_ft.functional.errors import Refusal
+
+STREAM = "TaskStream"
+
+
+def read(given: str, *, mapped: bool = False) -> dict[str, Any]:
+    """The checkpoint.
+
+    Args:
+        given: a file.
+        mapped: without reading its tensors.
+
+    Raises:
+        Refusal: it does not exist, or cannot be read.
+    """
+    file = Path(given).expanduser()
+    if not file.is_file():
+        raise Refusal(
+            f"TaskStream.continue_from names {given!r}, which is no file; give the checkpoint of an earlier run."
+        )
+    try:
+        found: dict[str, Any] = torch.load(file, map_location="cpu", weights_only=True, mmap=mapped)
+    except Exception as error:
+        raise Refusal(f"TaskStream.continue_from: {given} cannot be read as a checkpoint: {error}") from error
+    return found
+
+
+def stream_state(checkpoint: dict[str, Any], given: str) -> dict[str, Any]:
+    """What the stream of that run had kept; of a run without one, nothing learned.
+
+    Raises:
+        Refusal: a run that was in the middle of a task.
+    """
+    state: dict[str, Any] = checkpoint.get(STREAM) or {}
+    if not state:
+        return {"learned": [], "scores": {"start": {}, "rows": {}}}
+    if state["ended"] < len(state["names"]):
+        at = state["names"][state["ended"]]
+        raise Refusal(
+            f"TaskStream.continue_from: the run of {given} has not finished its task {at}; resume it first (ckpt_path), or give "
+            "the checkpoint of its end."
+        )
+    return {"learned": [*state["learned"], *state["names"]], "scores": state["scores"]}
+
+
+def go_on_from(given: str, trainer: pl.Trainer, module: pl.LightningModule) -> None:
+    """Restores weights, snapshots and what continual techniques have kept.
+
+    Raises:
+        Refusal: a file of another model, or sharded training.
+    """
+    checkpoint = read(given)
+    weights = checkpoint["state_dict"]
+    attachment = Attachment.of(module)
+    if KEY in checkpoint and attachment.installed:
+        record = record_of(checkpoint)
+        if problem := difference(set(record["keys"]), kept_keys(module)):
+            raise Refusal(
+                f"TaskStream.continue_from: {given} does not fit this model: {problem}; use the same base, techniques and targets."
+            )
+        if record["fingerprint"] != attachment.fingerprint:
+            raise Refusal(
+                f"TaskStream.continue_from: {given} was trained on another base; give the one it was trained on."
+            )
+        kept = {name: state for name, state in record["references"].items() if name not in ("start", "base")}
+        now = attachment.references.snapshots
+        attachment.references.load(kept)
+        attachment.references.snapshots = {**now, **attachment.references.snapshots}
+        restore_adapters(module, record)
+    elif missing := set(module.state_dict()) - set(weights):
+        raise Refusal(
+            f"TaskStream.continue_from: {given} lacks {sorted(missing)[0]} of this model; give a file of the same."
+        )
+    own = module.state_dict(keep_vars=True)
+    for name, value in weights.items():
+        if name not in own or own[name].shape != value.shape:
+            raise Refusal(
+                f"TaskStream.continue_from: {given} holds {name} {tuple(value.shape)}, and this model does not."
+            )
+    with torch.no_grad():
+        for name, value in weights.items():
+            own[name].copy_(value)
+    callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]
+    for callback in callbacks:
+        state = checkpoint.get("callbacks", {}).get(callback.state_key)
+        if state and getattr(getattr(callback, "traits", None), "continual", False):
+            callback.load_state_dict(state)
+
+
+__all__ = ["STREAM", "go_on_from", "read", "stream_state"]

@@ -1,0 +1,520 @@
+"""Data for continual learning: tasks that are trained one after the other in one fit, and measured all the time."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import replace
+from functools import partial
+from typing import Annotated, Any, Literal
+
+import lightning.pytorch as pl
+import numpy as np
+from annotated_types import Ge
+from lightning.pytorch.trainer.states import TrainerFn
+from transformers import PreTrainedTokenizerBase
+
+from lightning_ft.data.named_files import Split
+from lightning_ft.data.planned import PlannedData
+from lightning_ft.data.preview import Preview
+from lightning_ft.data.task_continue import read, stream_state
+from lightning_ft.data.task_course import Course, Stage, begun, limited, next_epoch
+from lightning_ft.data.task_cut import Cut, cut_source, cut_tasks, joined
+from lightning_ft.data.task_dispatch import TaskDispatch
+from lightning_ft.data.task_parts import PlainTask, PlannedTask, class_mask
+from lightning_ft.data.task_scores import TaskScores
+from lightning_ft.data.task_split import Groups
+from lightning_ft.data.token_rows import Report
+from lightning_ft.engine.arguments import check_arguments, describe
+from lightning_ft.engine.batch import Batch
+from lightning_ft.engine.scoring import CLASS_MASK
+from lightning_ft.engine.tasks import Task
+from lightning_ft.functional.errors import Refusal
+
+Amount = Annotated[int, Ge(1)] | list[int] | dict[str, int]
+"""One for all tasks, one a task in their order, or by name."""
+
+
+class TaskStream(pl.LightningDataModule):
+    """Tasks that are learned one after the other, each without the rows of the others, and measured all the time.
+
+    The tasks are data modules of their own, or one data set cut by class or by a column. One fit trains them in order, for
+    so many epochs or steps each, and validates on all of them, past and future: one loader a task, whose results are logged
+    under the task's name (``val/accuracy/NAME``). After each task the matrix of scores is complete by a row: average,
+    backward and forward transfer and forgetting are logged as ``continual/...``, and the matrix is written as
+    ``task_matrix.csv`` and ``task_matrix.svg`` into the run's folder. An epoch of the Trainer is an epoch of one task, and
+    the stream says how many there are: ``trainer.max_epochs: -1`` will do.
+
+    Args:
+        tasks: data modules in the order of training, as a list or by name. Ours, or any whose loaders are plain DataLoaders
+            of map-style data sets; the stream deals their rows, so that a run is resumed exactly within a task.
+        source: instead, one data module whose rows are cut into tasks.
+        by: how: ``class``, or the name of a column, such as ``domain``.
+        groups: how many classes a task has, in their order; or which values (classes, domains) each task has, in the
+            order of training. None: each value is a task, classes in their order, others as they first come.
+        epochs: passes over the rows of a task: for all, one a task, or by name.
+        steps: optimizer steps of a task instead, over rows that are drawn pass after pass.
+        scenario: what is known when a row is judged. ``domain``: nothing, and all tasks have the same answers. ``class``:
+            nothing, and each task brings classes; the head has all of them from the start, and those not seen so far are
+            masked. ``task``: of which task the row is, so that only its classes compete. ``free``: as ``domain``, and
+            techniques are not told where a task ends. Masks need ClassificationData; a module of your own finds what to mask
+            in the task that its hooks are given.
+        optimizer: what becomes of the optimizer where a task begins: ``restart`` forgets its moments and begins the
+            schedule of the learning rate anew, as if the task were a run of its own; ``keep`` leaves both alone, with one
+            schedule over all tasks.
+        baseline: what continual learning is compared with, by one flag: ``naive`` trains as configured while all continual
+            techniques sit out; ``joint`` does too, and trains on the rows of all tasks at once.
+        continue_from: a checkpoint whose run has learned some of the tasks, or others: the weights, what continual techniques
+            have kept and the matrix go on from there, with a new optimizer. Tasks of a name that was trained there
+            are only measured. (``ckpt_path`` resumes the same run instead.)
+        metric: what fills the matrix, as it is logged in validation; None: ``val/accuracy`` where it is there, else
+            ``val/loss``, and the usual other spellings.
+        mode: which way of it is better; None: told from its name, less of a loss and more of all else.
+        measure_start: validate before the first task, which forward transfer is compared with.
+
+    Raises:
+        Refusal: arguments that contradict each other; from ``setup`` data that cannot be cut or dealt.
+
+    Example:
+        >>> from lightning_ft import ClassificationData
+        >>> TaskStream(source=ClassificationData("reviews.csv"), by="domain", epochs=2)
+        TaskStream(source=ClassificationData(path='reviews.csv'), by='domain', epochs=2)
+
+    References:
+        van de Ven and Tolias, 2019 (scenarios); Lopez-Paz and Ranzato, 2017, equations 2 to 4; Chaudhry et al., 2018, equation 3.
+    """
+
+    def __init__(
+        self,
+        tasks: list[pl.LightningDataModule] | dict[str, pl.LightningDataModule] | None = None,
+        *,
+        source: pl.LightningDataModule | None = None,
+        by: str | None = None,
+        groups: Groups | None = None,
+        epochs: Amount = 1,
+        steps: Amount | None = None,
+        scenario: Literal["domain", "class", "task", "free"] = "domain",
+        optimizer: Literal["restart", "keep"] = "restart",
+        baseline: Literal["naive", "joint"] | None = None,
+        continue_from: str | None = None,
+        metric: str | None = None,
+        mode: Literal["max", "min"] | None = None,
+        measure_start: bool = True,
+    ) -> None:
+        super().__init__()
+        self.tasks = tasks
+        self.source = source
+        self.by = by
+        self.groups = groups
+        self.epochs = epochs
+        self.steps = steps
+        self.scenario = scenario
+        self.optimizer = optimizer
+        self.baseline = baseline
+        self.continue_from = continue_from
+        self.metric = metric
+        self.mode = mode
+        self.measure_start = measure_start
+        self.scores = TaskScores(metric, mode)
+        self.begun = self.ended = 0  # tasks of this run whose hooks were called
+        self.measured_at = -1  # micro-batches done at the last validation
+        self.learned: list[str] = []  # names of the tasks that earlier runs have trained
+        self._parts: dict[str, PlannedTask | PlainTask] = {}
+        self._classes: dict[str, tuple[int, ...] | None] = {}
+        self._course: Course | None = None
+        self._dispatch: TaskDispatch | None = None
+        self._check()
+
+    def _check(self) -> None:
+        check_arguments(self)
+        if (self.tasks is None) == (self.source is None):
+            raise Refusal(
+                "TaskStream takes either tasks (data modules) or source (one, cut by `by`): give exactly one of them."
+            )
+        if (self.source is None) != (self.by is None):
+            raise Refusal("TaskStream.source is cut by TaskStream.by (class, or a column): give both or neither.")
+        if self.groups is not None and self.source is None:
+            raise Refusal("TaskStream.groups says how source is cut, and there is none; order the tasks themselves.")
+        if self.tasks is not None and not len(self.tasks):
+            raise Refusal("TaskStream.tasks is empty: give one data module or more.")
+        if self.steps is not None and self.epochs != 1:
+            raise Refusal("TaskStream.epochs and TaskStream.steps both say how long a task lasts: give one of them.")
+        if self.baseline == "joint" and self.continue_from is not None:
+            raise Refusal("TaskStream.baseline joint trains on all tasks from the start; leave continue_from out.")
+        for data in self._modules().values():
+            if getattr(data, "streaming", False):
+                raise Refusal(
+                    f"TaskStream needs to know how many rows a task has, and {type(data).__name__} streams them; set streaming "
+                    "false."
+                )
+
+    def _modules(self) -> dict[str, pl.LightningDataModule]:
+        """The data modules that were given, by name."""
+        if self.tasks is None:
+            assert self.source is not None
+            return {"source": self.source}
+        if isinstance(self.tasks, dict):
+            return dict(self.tasks)
+        return {f"task_{number}": data for number, data in enumerate(self.tasks)}
+
+    def __repr__(self) -> str:
+        return describe(self)
+
+    __str__ = __repr__
+
+    # -- what the run asks -----------------------------------------------------------------------------------------
+
+    @property
+    def tells_tasks(self) -> bool:
+        """Whether techniques are told of tasks."""
+        return self.scenario != "free"
+
+    @property
+    def task(self) -> Task | None:
+        """The task that is trained; None before the first, and where tasks are not told."""
+        return self.task_at(self.begun - 1) if self.begun and self.tells_tasks else None
+
+    @property
+    def course(self) -> Course:
+        """The stages of the present fit; made when first asked for, from the Trainer's limits."""
+        if self._course is None:
+            self._course = Course(self._stages())
+        return self._course
+
+    def task_at(self, stage: int) -> Task:
+        """The task of a stage of this run."""
+        at = self.course.stages[stage]
+
+        def batches() -> Iterator[Any]:
+            yield from at.rows.loader("train") or ()
+
+        return Task(len(self.learned) + stage, at.name, batches, at.classes, at.seen)
+
+    def in_first_pass(self) -> bool:
+        """Whether the micro-batch that is trained belongs to the first epoch of its task."""
+        if self.trainer is None:
+            return True
+        epoch = self.course.epoch_at(begun(self.trainer) - 1)
+        return epoch == self.course.first_epoch(self.course.stage_of_epoch[epoch])
+
+    def optimizer_steps(self) -> list[int]:
+        """Optimizer steps between two beginnings of the learning rate's schedule."""
+        assert self.trainer is not None
+        steps = self.course.steps(self.trainer.accumulate_grad_batches)
+        return steps if self.optimizer == "restart" else [sum(steps)]
+
+    def resolved_task(self) -> str | None:
+        """What the rows are for, where the data modules say so."""
+        asked = [getattr(data, "resolved_task", None) for data in self._modules().values()]
+        found = {ask() for ask in asked if callable(ask)}
+        if len(found) > 1:
+            raise Refusal(
+                f"TaskStream's tasks are of several kinds, {', '.join(sorted(found))}; one module learns one."
+            )
+        return found.pop() if found else None
+
+    def label_names(self) -> list[str] | None:
+        """Names of the classes of all tasks, those of the first task first; None where there are none."""
+        names: dict[str, None] = {}
+        for data in self._modules().values():
+            asked = getattr(data, "label_names", None)
+            if callable(asked) and (given := asked()) is not None:
+                names |= dict.fromkeys(given)
+        return list(names) or None
+
+    def multi_label(self) -> bool:
+        """Whether a row may have several classes."""
+        return any(data.multi_label() for data in self._modules().values() if hasattr(data, "multi_label"))
+
+    def class_counts(self) -> list[int]:
+        """Training rows of each class, over all tasks."""
+        counts = [task.data.class_counts() for task in self._ours()]  # type: ignore[attr-defined]
+        return [int(count) for count in np.sum(counts, axis=0)]
+
+    @property
+    def packing(self) -> bool | None:
+        """As the data modules have it: one that packs is enough to need a model that can."""
+        return any(getattr(data, "packing", False) for data in self._modules().values())
+
+    # -- Lightning's hooks -----------------------------------------------------------------------------------------
+
+    def check_files(self, stage: str | None = None) -> None:
+        """Reads every file that the stage needs, and refuses what is wrong with it; needs neither model nor tokenizer."""
+        for data in self._modules().values():
+            if hasattr(data, "check_files"):
+                data.check_files(stage)
+        _ = self.resolved_task()
+
+    def prepare_data(self) -> None:
+        """Each data module's own."""
+        for data in self._modules().values():
+            data.trainer = self.trainer
+            data.prepare_data()
+
+    def setup(self, stage: str | None = None) -> None:
+        """Sets the data modules up, cuts them into tasks, and puts what calls the hooks into the Trainer."""
+        for data in self._modules().values():
+            data.trainer = self.trainer
+            data.setup(stage)  # type: ignore[arg-type]
+        self._course = None
+        self._parts, self._classes = {}, {}
+        for cut in self._cut():
+            if cut.name in self._parts:
+                raise Refusal(f"TaskStream has two tasks called {cut.name!r}; name them otherwise.")
+            self._parts[cut.name], self._classes[cut.name] = cut.rows, cut.classes
+        if self.scenario in ("class", "task") and self.baseline != "joint":
+            self._mask()
+        if self.trainer is not None:
+            if stage == "fit":
+                self.begun, self.ended, self.measured_at = 0, 0, -1
+                self.learned, self._at = [], None
+                self.scores = TaskScores(self.metric, self.mode)
+                if self.continue_from is not None:
+                    before = stream_state(read(self.continue_from, mapped=True), self.continue_from)
+                    self.learned = before["learned"]
+                    self.scores.load(before["scores"])
+            self._dispatch = TaskDispatch(self)
+            self._dispatch.join(self.trainer, stage or "fit")
+
+    def _mask(self) -> None:
+        """Lets the batches of classified rows say which classes compete."""
+        names = self.label_names()
+        for name, part in self._named():
+            if names is None or self.resolved_task() != "sequence_classification" or self.multi_label():
+                raise Refusal(
+                    f"TaskStream.scenario {self.scenario} masks classes, and the rows of {name} do not have one class each, as "
+                    "ClassificationData reads them; take the scenario domain."
+                )
+            part.mask(len(names), self._competing if self.scenario == "class" else partial(self._classes.get, name))
+
+    def _competing(self) -> tuple[int, ...] | None:
+        """The classes of all tasks up to the one that is trained; before the first, all."""
+        known = [*self.learned, *self._begun_names]
+        return tuple(sorted({n for name in known for n in self._classes.get(name) or ()})) if known else None
+
+    @property
+    def _begun_names(self) -> list[str]:
+        return [stage.name for stage in self.course.stages[: self.begun]] if self._at is None else self._at
+
+    _at: list[str] | None = None  # of a checkpoint that is only measured
+
+    def remask(self, batch: Any) -> None:
+        """Rows of earlier tasks that are trained again compete with the classes that do now."""
+        if self.scenario == "class" and isinstance(batch, Batch) and (now := self._competing()) is not None:
+            batch.columns[CLASS_MASK] = class_mask(len(self.label_names() or ()), now, len(batch.rows))
+
+    def teardown(self, stage: str) -> None:
+        """The data modules' own; what calls the hooks leaves the Trainer in its own teardown."""
+        for data in self._modules().values():
+            data.teardown(stage)
+
+    def on_exception(self, exception: BaseException) -> None:
+        """Lightning calls no teardown after one."""
+        if self._dispatch is not None and self.trainer is not None:
+            self._dispatch.leave(self.trainer)
+
+    def train_dataloader(self) -> Any:
+        """The present epoch of the present task."""
+        trainer, course = self.trainer, self.course
+        number = 0
+        if trainer is not None:
+            number = course.stage_of_epoch[min(next_epoch(course, trainer), course.epochs - 1)]
+            if self._dispatch is not None and trainer.state.fn == TrainerFn.FITTING:
+                self._dispatch.allow_epochs(trainer)  # before Lightning asks whether there is anything left to do
+        return self._train_loader(course.stages[number], number)
+
+    def _train_loader(self, stage: Stage, number: int) -> Any:
+        def epoch() -> int:
+            trainer, course = self.trainer, self.course
+            return max(0, next_epoch(course, trainer) - course.first_epoch(number)) if trainer is not None else 0
+
+        return stage.rows.train_loader(epoch, stage.steps)
+
+    def val_dataloader(self) -> list[Any]:
+        """One loader for each task that has rows to validate on, in the order of `names`."""
+        return list(self._loaders("val").values())
+
+    def test_dataloader(self) -> list[Any]:
+        """The same of rows to test."""
+        return list(self._loaders("test").values())
+
+    def predict_dataloader(self) -> list[Any]:
+        """The same of rows to predict."""
+        return list(self._loaders("predict").values())
+
+    def names(self, split: Split = "val") -> list[str]:
+        """The tasks that have rows of a split."""
+        return list(self._loaders(split))
+
+    def _loaders(self, split: Split) -> dict[str, Any]:
+        loaders = {name: part.loader(split) for name, part in self._parts.items()}
+        return {name: loader for name, loader in loaders.items() if loader is not None}
+
+    def in_order(self) -> dict[str, Any]:
+        """The rows of every task and split that is set up, each once and in file order."""
+        found = {}
+        for task, part in self._parts.items():
+            for split in ("train", "val", "test", "predict"):
+                loader = part.loader(split)  # type: ignore[arg-type]
+                if loader is not None:
+                    found[f"{task}/{split}"] = loader
+        return found
+
+    # -- for people -------------------------------------------------------------------------------------------------
+
+    def reports(self) -> dict[str, Report]:
+        """What became of the rows of each task and split."""
+        if not self._parts:
+            self.setup()
+        rows = {f"{name}/{split}": r for name, part in self._named() for split, r in part.data._rows.items()}
+        return {name: one.report for name, one in rows.items()}
+
+    def preview(self, n: int = 3, split: Split = "train") -> list[Preview]:
+        """The first rows of the first data module as the model will see them."""
+        for data in self._modules().values():
+            if isinstance(data, PlannedData):
+                return data.preview(n, split)
+        return []
+
+    def use_tokenizer(self, tokenizer: PreTrainedTokenizerBase) -> None:
+        """Takes this tokenizer where none was given by name and no trainer leads to a module."""
+        for data in self._modules().values():
+            if isinstance(data, PlannedData):
+                data.use_tokenizer(tokenizer)
+
+    # -- what a checkpoint holds ------------------------------------------------------------------------------------
+
+    def state_dict(self) -> dict[str, Any]:
+        """Which tasks are done, their scores, and what decides the batches that remain."""
+        if self.trainer is None or self.trainer.state.fn != TrainerFn.FITTING:
+            return {}
+        return {
+            "format": 1,
+            "names": [stage.name for stage in self.course.stages],
+            "learned": list(self.learned),
+            "begun": self.begun,
+            "ended": self.ended,
+            "measured_at": self.measured_at,
+            "sizes": list(self.course.sizes),
+            "scores": self.scores.state(),
+            "deals": {stage.name: stage.rows.deal() for stage in self.course.stages},
+        }
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Goes on where the run was.
+
+        Raises:
+            Refusal: other tasks, or rows that would now be dealt otherwise.
+        """
+        if self.trainer is None or not state_dict:
+            return
+        if self.trainer.state.fn != TrainerFn.FITTING:
+            self.learned = list(state_dict["learned"])
+            self._at = list(state_dict["names"])[: int(state_dict["begun"])]
+            return
+        names = [stage.name for stage in self.course.stages]
+        if state_dict["names"] != names:
+            raise Refusal(
+                f"The checkpoint's run learns the tasks {', '.join(state_dict['names'])}, and this one {', '.join(names)}; resume "
+                "with the same, or begin a new fit that goes on from it (TaskStream.continue_from)."
+            )
+        self.begun, self.ended = int(state_dict["begun"]), int(state_dict["ended"])
+        self.measured_at, self.learned = int(state_dict["measured_at"]), list(state_dict["learned"])
+        self.scores.load(state_dict["scores"])
+        done = self.trainer.fit_loop.epoch_loop.batch_progress.total.ready
+        self._check_deals(state_dict, int(done))
+
+    def _check_deals(self, state: dict[str, Any], done: int) -> None:
+        # Lightning restores its counters later than ours; `TaskDispatch.on_train_start` comes back with them.
+        if not done:
+            self._resumed = state
+            return
+        course = self.course
+        epoch = course.epoch_at(done)
+        if state["sizes"][: epoch + 1] != course.sizes[: epoch + 1]:
+            raise Refusal(
+                f"The checkpoint's run had {state['sizes'][: epoch + 1]} micro-batches in its epochs so far, and this one has "
+                f"{course.sizes[: epoch + 1]}; resume with the same rows, batch size, devices and epochs a task."
+            )
+        if epoch < course.epochs and done > course.begins[epoch]:
+            stage = course.stages[course.stage_of_epoch[epoch]]
+            stage.rows.resume(state["deals"][stage.name], done - course.begins[epoch])
+
+    _resumed: dict[str, Any] | None = None
+
+    def check_resumed(self) -> None:
+        """Refuses a resumed run whose remaining batches would be others; called when the counters are restored."""
+        state, self._resumed = self._resumed, None
+        if state is not None and self.trainer is not None:
+            done = int(self.trainer.fit_loop.epoch_loop.batch_progress.total.ready)
+            if done:
+                self._check_deals(state, done)
+
+    # -- cutting ------------------------------------------------------------------------------------------------------
+
+    def _ours(self) -> list[PlannedTask]:
+        return [part for part in self._parts.values() if isinstance(part, PlannedTask)]
+
+    def _named(self) -> list[tuple[str, PlannedTask]]:
+        return [(name, part) for name, part in self._parts.items() if isinstance(part, PlannedTask)]
+
+    def _cut(self) -> Iterator[Cut]:
+        if self.source is not None:
+            assert self.by is not None
+            return cut_source(self.source, self.by, self.groups, self._running)
+        return cut_tasks(self._modules(), self.label_names(), self._running)
+
+    def _running(self) -> pl.Trainer | None:
+        return self.trainer
+
+    def _stages(self) -> list[Stage]:
+        """Of this fit: tasks that earlier runs have learned are left out."""
+        names = [name for name in self._parts if name not in self.learned]
+        if not names:
+            raise Refusal(
+                f"TaskStream.continue_from: its run has learned all of {', '.join(self._parts)}; add a task, or only validate."
+            )
+        epochs, steps = self._amounts("epochs"), self._amounts("steps")
+        if self.baseline == "joint":
+            return [self._joint(epochs, steps)]
+        stages, seen = [], set(self._seen_before())
+        for name in names:
+            part, classes = self._parts[name], self._classes[name]
+            seen |= set(classes or ())
+            one = Stage(
+                name, part, epochs[name] or 1, steps[name], 0, classes, tuple(sorted(seen)) if classes else None
+            )
+            stages.append(self._measured(one))
+        return stages
+
+    def _seen_before(self) -> set[int]:
+        return {number for name in self.learned for number in self._classes.get(name) or ()}
+
+    def _joint(self, epochs: dict[str, int | None], steps: dict[str, int | None]) -> Stage:
+        sizes = {name: part.deal()["rows"] for name, part in self._parts.items()}
+        passes = max(1, round(sum(sizes[n] * (epochs[n] or 1) for n in sizes) / sum(sizes.values())))
+        total = sum(step for step in steps.values() if step is not None) if self.steps is not None else None
+        classes = tuple(sorted({number for found in self._classes.values() for number in found or ()})) or None
+        rows = joined(list(self._parts.values()), self._running)
+        return self._measured(Stage("joint", rows, 1 if total else passes, total, 0, classes, classes))
+
+    def _measured(self, stage: Stage) -> Stage:
+        batches = len(stage.rows.train_loader(lambda: 0, stage.steps))
+        batches = batches if self.trainer is None else limited(batches, self.trainer)
+        return replace(stage, batches=batches)
+
+    def _amounts(self, argument: str) -> dict[str, int | None]:
+        given, names = getattr(self, argument), list(self._parts)
+        if given is None or isinstance(given, int):
+            return dict.fromkeys(names, given)
+        if isinstance(given, dict) and set(given) != set(names) or len(given) != len(names):
+            raise Refusal(
+                f"TaskStream.{argument} has {len(given)} entries ({given}) for the tasks {', '.join(names)}; give one number, or "
+                "one a task."
+            )
+        amounts = [given[name] for name in names] if isinstance(given, dict) else list(given)
+        if any(isinstance(amount, bool) or not isinstance(amount, int) or amount < 1 for amount in amounts):
+            raise Refusal(f"TaskStream.{argument} must be at least 1 for each task, got {given}.")
+        return dict(zip(names, amounts, strict=True))
+
+
+__all__ = ["TaskStream"]

@@ -1,0 +1,189 @@
+"""Replay: the contract, the losses of the papers written out, and the memory in a run."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import pytest
+import torch
+from lightning.pytorch import Callback
+from torch import nn
+
+from lightning_ft import LoRA, Refusal, Replay
+from lightning_ft.data.batch_rows import batch_of
+from lightning_ft.functional.soft_targets import logit_distance_sum, top_kl
+from tests.contract import Case, checks_for
+from tests.contract.subjects import PlainNet, chat_job, fit, rows, state, trainer
+from tests.data.streams import Hooks, Layer, Saves, stream
+from tests.data.streams import trainer as run_of
+from tests.data.streams import weights as weights_of
+
+CASE = Case(Replay, small={"size": 6}, idle={"weight": 0.0})
+
+
+@pytest.mark.parametrize("check", checks_for(CASE))
+def test_contract(check, place):
+    check(CASE, place)
+
+
+class Speaks(PlainNet):
+    """Says its logits."""
+
+    def logits(self, batch: Any) -> torch.Tensor:
+        return self(batch[0]).float()
+
+
+class Watch(Callback):
+    """The weights before each step, and what the memory held and drew then."""
+
+    def __init__(self, technique: Replay) -> None:
+        self.technique, self.steps = technique, []
+
+    def on_train_batch_start(self, run, module, batch, batch_idx) -> None:
+        memory = self.technique._memory
+        count = len(batch[0])
+        draws = [memory.buffer.draw(count, 2 * run.global_step + which) for which in range(2)]
+        self.steps.append((copy.deepcopy(module.net).double(), [t.clone() for t in batch], copy.deepcopy(draws)))
+
+
+@pytest.mark.parametrize("mode", ["er", "der", "der++"])
+def test_each_step_is_that_of_the_paper_s_loss(tmp_path, mode):
+    """Three steps in float32 against the loss written out in float64, step by step."""
+    net, technique = Speaks(), Replay(6, mode=mode, weight=0.7, alpha=0.3, beta=0.4)
+    watch = Watch(technique)
+    net_after = []
+
+    class After(Callback):
+        def on_train_batch_end(self, run, module, *_):
+            net_after.append(copy.deepcopy(module.net).double())
+
+    fit(tmp_path, net, technique, watch, After())
+    assert [len(draws[0]) for _, _, draws in watch.steps] == [0, 4, 4]
+    for (before, (x, y), draws), after in zip(watch.steps, net_after, strict=True):
+        loss = nn.functional.cross_entropy(before(x.double()), y)
+        if draws[0]:
+            mx, my = batch_of(draws[0])
+            replayed = nn.functional.cross_entropy(before(mx.double()), my)
+            dx, _ = batch_of(draws[1])
+            distance = torch.zeros((), dtype=torch.float64)
+            for n, one in enumerate(draws[1]):
+                if mode != "er":
+                    z, h = one["logits"][0].double(), before(dx.double())[n]
+                    distance = distance + sum((z[c] - h[c]) ** 2 for c in range(len(z))) / len(draws[1])
+            loss = (
+                loss
+                + {
+                    "er": 0.7 * replayed,
+                    "der": 0.3 * distance,
+                    "der++": 0.3 * distance + 0.4 * replayed,
+                }[mode]
+            )
+        loss.backward()
+        for a, b in zip(before.parameters(), after.parameters(), strict=True):
+            torch.testing.assert_close(b, a - 0.5 * a.grad, rtol=1e-5, atol=1e-6)
+
+
+def test_what_is_kept_of_a_row_is_what_the_model_said_after_its_step_in_eval_mode(tmp_path):
+    net = Speaks()
+    net.net = nn.Sequential(*net.net[:2], nn.Dropout(0.5), *net.net[2:])
+    technique = Replay(4, mode="der")
+    fit(tmp_path, net, technique, max_steps=1)
+    assert net.training
+    net.eval()
+    x, _ = rows()
+    for row in technique._memory.buffer.groups[""]:
+        place = next(n for n in range(4) if torch.equal(x[n], row["plain"][0]))
+        torch.testing.assert_close(row["logits"], net(x[place : place + 1]).detach())
+
+
+def test_the_kept_tokens_and_the_rest_against_loops():
+    drawn = torch.Generator().manual_seed(0)
+    old, new = (torch.randn(3, 7, generator=drawn, dtype=torch.float64) for _ in range(2))
+    new.requires_grad_()
+    log_p, index = old.log_softmax(1).topk(3)
+    rest = torch.log1p(-log_p.exp().sum(1))
+    value, slope = top_kl(log_p, rest, new.detach(), index)
+    for n in range(3):
+        p, q = old[n].softmax(0), new[n].softmax(0)
+        kept = index[n].tolist()
+        others = [v for v in range(7) if v not in kept]
+        p_rest, q_rest = sum(p[v] for v in others), sum(q[v] for v in others)
+        wanted = sum(p[v] * (p[v] / q[v]).log() for v in kept) + p_rest * (p_rest / q_rest).log()
+        torch.testing.assert_close(value[n], wanted.detach())
+        (gradient,) = torch.autograd.grad(wanted, new, retain_graph=True)
+        torch.testing.assert_close(slope[n], gradient[n])
+        whole = (p * (p / q).log()).sum()
+        assert float(value[n]) <= float(whole.detach()) + 1e-12
+    same, flat = top_kl(log_p, rest, old, index)
+    torch.testing.assert_close(same, torch.zeros(3, dtype=torch.float64), atol=1e-12, rtol=0)
+    torch.testing.assert_close(flat, torch.zeros(3, 7, dtype=torch.float64), atol=1e-12, rtol=0)
+    assert float(logit_distance_sum(old, old)) == 0.0
+
+
+@pytest.mark.parametrize("mode", ["er", "der", "der++"])
+@pytest.mark.parametrize("packing", [True, False], ids=["packed", "padded"])
+def test_a_language_model_s_rows_are_trained_again(chat, tmp_path, mode, packing):
+    module, data = chat_job(chat, tmp_path, data={"packing": packing, "batch_size": 4})
+    technique = Replay(8, mode=mode, top_k=3)
+    run = trainer(tmp_path, technique, LoRA(2), max_steps=3)
+    run.fit(module, data)
+    logged = {name: float(value) for name, value in run.callback_metrics.items() if "replay" in name}
+    names = {"er": {"train/replay"}, "der": {"train/replay"}, "der++": {"train/replay", "train/replay/logits"}}[mode]
+    assert set(logged) == names and all(value > 0 for value in logged.values())
+    kept = technique._memory.buffer.groups[""]
+    assert len(kept) == 8 and len({row["segments"][0]["row"] for row in kept}) == 8
+    if mode != "er":
+        assert all(row["top_logprob"].shape == (len(row["labels"]), 3) for row in kept)
+        total = kept[0]["top_logprob"].exp().sum(1) + kept[0]["rest_logprob"].exp()
+        torch.testing.assert_close(total, torch.ones_like(total))
+
+
+@pytest.mark.parametrize("mode", ["er", "der++"])
+@pytest.mark.parametrize("packing", [True, False], ids=["packed", "padded"])
+def test_at_once_or_in_pieces_the_training_is_the_same(chat, tmp_path, mode, packing):
+    """(Padded rows are sorted within a window, so that another, equally likely, sample of them is kept.)"""
+    outcomes = []
+    for size, accumulate in ((4, 1), (2, 2)):
+        module, data = chat_job(chat, tmp_path, data={"packing": packing, "batch_size": size})
+        run = trainer(tmp_path, Replay(8, mode=mode, top_k=3), max_steps=3, accumulate_grad_batches=accumulate)
+        run.fit(module, data)
+        outcomes.append(state(module))
+    for other in outcomes[1:]:
+        for name, value in outcomes[0].items():
+            torch.testing.assert_close(other[name], value, rtol=2e-4, atol=2e-5)
+
+
+def test_a_run_killed_in_the_third_task_goes_on_with_the_same_memory(tmp_path):
+    """Memory and counters included; a file is saved after each step, and each of task c is resumed."""
+    options = {"size": 7, "balance": "task"}
+    whole, one = Layer(), Replay(**options)
+    run_of(tmp_path, one, Hooks(), Saves(tmp_path, "batch")).fit(whole, stream())
+    for number in (8, 9):
+        again, other = Layer(), Replay(**options)
+        run_of(tmp_path, other, Hooks()).fit(
+            again, stream(), ckpt_path=tmp_path / f"batch-{number}.ckpt", weights_only=True
+        )
+        assert all(
+            torch.equal(a, b) for a, b in zip(weights_of(whole).values(), weights_of(again).values(), strict=True)
+        )
+        mine, theirs = one.state_dict()["buffer"], other.state_dict()["buffer"]
+        assert mine["seen"] == theirs["seen"] == {"a": 10, "b": 6, "c": 9}
+        for group, kept in mine["groups"].items():
+            for a, b in zip(kept, theirs["groups"][group], strict=True):
+                assert all(torch.equal(x, y) for x, y in zip(a["plain"], b["plain"], strict=True))
+
+
+def test_a_baseline_leaves_it_out(tmp_path):
+    plain, sitting = Layer(), Layer()
+    run_of(tmp_path).fit(plain, stream())
+    run_of(tmp_path, technique := Replay(5)).fit(sitting, stream(baseline="naive"))
+    assert all(torch.equal(a, b) for a, b in zip(weights_of(plain).values(), weights_of(sitting).values(), strict=True))
+    assert technique.state_dict() == {}
+
+
+def test_refusals(tmp_path):
+    with pytest.raises(Refusal, match="PlainNet does not say its logits.*give it a method logits"):
+        fit(tmp_path, PlainNet(), Replay(mode="der"))
+    with pytest.raises(Refusal, match="Replay.size must be at least 1"):
+        Replay(0)

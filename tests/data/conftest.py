@@ -1,0 +1,5 @@
+"""The tiny chat model."""
+
+from tests.contract.fixtures import chat
+
+__all__ = ["chat"]

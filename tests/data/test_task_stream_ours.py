@@ -1,0 +1,266 @@
+"""Task streams of this library's own data and modules: cut by column and class, masks, measures by name, ranks, resume."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from lightning.pytorch import Callback
+
+from lightning_ft import SFT, ClassificationData, LoRA, LwF, Refusal, Replay, SFTData, TaskStream
+from lightning_ft.cli.report_parts.run_files import RunFiles
+from lightning_ft.cli.report_parts.task_matrix import task_matrix
+from lightning_ft.data.task_scores import MATRIX, read_matrix
+from lightning_ft.engine.scoring import MASKED, row_logits
+from tests.contract.subjects import state, trainer
+from tests.modules.tasks import WORDS, write_base
+
+DOMAINS, CLASSES = ["films", "books", "tea"], ["bad", "fair", "good"]
+
+
+def write(folder: Path, n: int = 36) -> Path:
+    """Rows of three domains and three classes, of uneven lengths."""
+    rows = []
+    for number in range(n):
+        words = [WORDS[(number * 7 + k * 3) % len(WORDS)] for k in range(3 + number % 5)]
+        rows.append(
+            {
+                "text": " ".join(words),
+                "label": CLASSES[(number // 3) % 3],
+                "domain": DOMAINS[number % 3 if number < 30 else 0],
+            }
+        )
+    file = folder / "rows.jsonl"
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return file
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("ours")
+    write_base("bert", folder / "bert")
+    write(folder)
+    return folder
+
+
+def classifier(place: Path, **options: Any) -> SFT:
+    settings = {"lr": 5e-3, "schedule": "cosine", "warmup_steps": 1, "base_dtype": "float32"}
+    return SFT(str(place / "bert"), task="sequence_classification", **{**settings, **options})
+
+
+def data(place: Path, **options: Any) -> ClassificationData:
+    settings = {"val_fraction": 0.25, "batch_size": 4, "cache_dir": str(place / "cache"), "seed": 3}
+    return ClassificationData(str(place / "rows.jsonl"), **{**settings, **options})
+
+
+class Rows(Callback):
+    """Which rows were trained, the rates, and the tasks that were told."""
+
+    def __init__(self) -> None:
+        self.rows: list[list[int]] = []
+        self.rates: list[float] = []
+        self.tasks: list[Any] = []
+        self.masks: list[list[bool] | None] = []
+
+    def on_task_start(self, run, module, task) -> None:
+        self.tasks.append((task.name, task.classes, task.seen))
+
+    def on_train_batch_start(self, run, module, batch, batch_idx) -> None:
+        self.rows.append([row for row in batch.rows.tolist() if row >= 0])
+        self.rates.append(run.optimizers[0].param_groups[0]["lr"])
+        mask = batch.columns.get("class_mask")
+        self.masks.append(None if mask is None else mask[0].tolist())
+
+
+def fit(
+    place: Path,
+    folder: Path,
+    stream: TaskStream,
+    *callbacks: Callback,
+    model: dict[str, Any] | None = None,
+    **options: Any,
+) -> tuple[SFT, Any]:
+    module = classifier(place, **(model or {}))
+    settings = {"max_steps": -1, "max_epochs": -1, "limit_val_batches": None, "use_distributed_sampler": False}
+    run = trainer(folder, *callbacks, **{**settings, **options})
+    run.fit(module, stream)
+    return module, run
+
+
+def test_a_column_makes_tasks_and_each_metric_has_the_task_s_name(place, tmp_path):
+    rows = Rows()
+    stream = TaskStream(source=data(place), by="domain", groups=["books", "films", "tea"], epochs=[1, 2, 1])
+    _, run = fit(place, tmp_path, stream, rows, LoRA(2))
+    raw = [json.loads(line) for line in (place / "rows.jsonl").read_text().splitlines()]
+    domains = [{raw[row]["domain"] for row in batch} for batch in rows.rows]
+    assert [next(iter(one)) for one in domains] == sorted(
+        (next(iter(one)) for one in domains), key=["books", "films", "tea"].index
+    )
+    assert all(len(one) == 1 for one in domains)
+    names = {f"val/accuracy/{task}" for task in DOMAINS} | {"val/accuracy", "val/loss/tea", "continual/average"}
+    assert names <= set(run.callback_metrics)
+    mean = sum(float(run.callback_metrics[f"val/accuracy/{task}"]) for task in DOMAINS) / 3
+    assert float(run.callback_metrics["val/accuracy"]) == pytest.approx(mean)
+    matrix, start = stream.scores.matrix()
+    assert stream.scores.chosen() == "val/accuracy" and len(matrix) == 3 and len(start) == 3
+    assert stream.scores.columns() == ["books", "films", "tea"]
+    assert [t[0] for t in rows.tasks] == ["books", "films", "tea"] and rows.tasks[0][1] == (0, 1, 2)
+
+
+def test_the_first_task_is_trained_as_it_would_be_alone(place, tmp_path):
+    """The same rows in the same order, and the same schedule, as ClassificationData with those rows gives by itself."""
+    lines = (place / "rows.jsonl").read_text().splitlines(keepends=True)
+    whole = Rows()
+    fit(place, tmp_path, TaskStream(source=data(place, val_fraction=0.0), by="domain"), whole, limit_val_batches=0)
+    alone = Rows()
+    (tmp_path / "films.jsonl").write_text("".join(line for line in lines if json.loads(line)["domain"] == "films"))
+    own = ClassificationData(
+        str(tmp_path / "films.jsonl"), batch_size=4, cache_dir=str(tmp_path), seed=3, labels=CLASSES
+    )
+    module = classifier(place)
+    trainer(tmp_path, alone, max_steps=-1, max_epochs=1, limit_val_batches=0).fit(module, own)
+    numbers = [n for n, line in enumerate(lines) if json.loads(line)["domain"] == "films"]
+    steps = len(alone.rows)
+    assert whole.rows[:steps] == [[numbers[row] for row in batch] for batch in alone.rows]
+    assert whole.rates[:steps] == pytest.approx(alone.rates)
+    assert whole.rates[steps] == pytest.approx(whole.rates[0]), "the next task warms up again"
+
+
+@pytest.mark.parametrize("scenario", ["class", "task"])
+def test_classes_that_do_not_compete_are_masked(place, tmp_path, scenario):
+    rows = Rows()
+    stream = TaskStream(source=data(place), by="class", groups=[["bad", "good"], ["fair"]], scenario=scenario, epochs=1)
+    module, run = fit(place, tmp_path, stream, rows)
+    assert rows.tasks == [("bad+good", (0, 2), (0, 2)), ("fair", (1,), (0, 1, 2))]
+    first = rows.masks.index(rows.masks[-1]) if rows.masks[0] != rows.masks[-1] else 0
+    assert set(map(tuple, rows.masks[:first])) == {(True, False, True)}
+    assert set(map(tuple, rows.masks[first:])) == {(True, True, True) if scenario == "class" else (False, True, False)}
+    if scenario == "class":
+        assert stream.scores.rows["bad+good"]["fair"]["val/accuracy"] == 0.0, "a class not yet seen cannot be chosen"
+    else:
+        assert stream.scores.rows["bad+good"]["fair"]["val/accuracy"] == 1.0, "of one class there is no doubt"
+    batch = next(iter(stream._parts["fair"].loader("train")))
+    logits = row_logits(module.view, batch)
+    assert bool((logits[~batch.columns["class_mask"]] == MASKED).all())
+
+
+def test_replayed_rows_compete_with_the_classes_that_do_now(place, tmp_path):
+    seen: list[torch.Tensor] = []
+
+    class See(SFT):
+        def training_step(self, batch, batch_idx):
+            seen.append(batch.columns["class_mask"].clone())
+            return super().training_step(batch, batch_idx)
+
+    stream = TaskStream(source=data(place), by="class", groups=[["bad"], ["fair", "good"]], scenario="class")
+    module = classifier(place)
+    module.__class__ = See
+    run = trainer(tmp_path, Replay(20, rows=4), max_steps=-1, max_epochs=-1, limit_val_batches=None)
+    run.fit(module, stream)
+    first = next(n for n, mask in enumerate(seen) if bool(mask.all()))
+    assert first > 0 and not any(bool(mask[:, 1:].any()) for mask in seen[:first])
+    assert all(bool(mask.all()) for mask in seen[first:])
+
+
+def test_a_run_killed_in_the_middle_of_a_task_ends_bit_for_bit_as_the_unbroken_one(place, tmp_path):
+    """With replay, distillation, LoRA's dropout, a cosine in each task and accumulation; resumed in its third task."""
+
+    def techniques() -> list[Any]:
+        return [LoRA(2, dropout=0.2), Replay(6, balance="task"), LwF()]
+
+    class Keep(Callback):
+        def setup(self, run, module, stage):
+            run.callbacks.remove(self)
+            run.callbacks.append(self)
+
+        def on_train_batch_end(self, run, module, outputs, batch, batch_idx):
+            if run.global_step in (5, 7) and not run.fit_loop.epoch_loop._should_accumulate():
+                run.save_checkpoint(tmp_path / f"{run.global_step}.ckpt")
+
+    def stream() -> TaskStream:
+        return TaskStream(source=data(place), by="domain", epochs=[1, 2, 4])
+
+    whole, run = fit(place, tmp_path, (first := stream()), *techniques(), Keep(), accumulate_grad_batches=2)
+    assert run.global_step == 8 and first.begun == 3
+    for step in (5, 7):
+        again, rest = classifier(place), stream()
+        options = {"max_steps": -1, "max_epochs": -1, "limit_val_batches": None, "accumulate_grad_batches": 2}
+        trainer(tmp_path, *techniques(), **options).fit(
+            again, rest, ckpt_path=tmp_path / f"{step}.ckpt", weights_only=True
+        )
+        assert all(torch.equal(value, state(again)[name]) for name, value in state(whole).items())
+        assert rest.scores.state() == first.scores.state()
+
+
+def losses(place: str, folder: str, *, batch_size: int, accumulate: int = 1, devices: int = 1) -> dict[str, Any]:
+    """A stream with replay, for one or two ranks."""
+    torch.set_num_threads(1)
+    options: dict[str, Any] = {"accumulate_grad_batches": accumulate}
+    if devices > 1:
+        options |= {"devices": devices, "strategy": "ddp"}
+    source = data(Path(place), batch_size=batch_size, packing=True, cache_dir=f"{place}/cache")
+    stream = TaskStream(source=source, by="domain", epochs=1)
+    techniques = [Replay(6, mode="der++", rows=5, balance="task"), LwF()]
+    model = {"optimizer": torch.optim.SGD, "lr": 0.1}  # Adam's division blows rounding up
+    module, run = fit(Path(place), Path(folder), stream, *techniques, model=model, **options)
+    return {"state": state(module), "scores": stream.scores.state(), "calls": run.global_step}
+
+
+def test_two_ranks_train_and_measure_what_one_does(place, tmp_path, two_ranks):
+    one = losses(str(place), str(tmp_path), batch_size=4)
+    for other in two_ranks.run(
+        "tests.data.test_task_stream_ours:losses", place=str(place), folder=str(tmp_path), batch_size=2, devices=2
+    ):
+        assert other["calls"] == one["calls"]
+        for name, value in one["state"].items():
+            torch.testing.assert_close(other["state"][name], value, rtol=2e-3, atol=2e-4)
+        for task, row in one["scores"]["rows"].items():
+            for column, scores in row.items():
+                assert other["scores"]["rows"][task][column] == pytest.approx(scores, abs=2e-3)
+
+
+def test_the_matrix_is_written_and_drawn(place, tmp_path, capsys):
+    from lightning.pytorch.loggers import CSVLogger
+
+    stream = TaskStream(source=data(place), by="domain", epochs=1)
+    fit(place, tmp_path, stream, logger=CSVLogger(tmp_path, name="", version=""), log_every_n_steps=1)
+    what, rows, columns, values = read_matrix(tmp_path / MATRIX)
+    assert what == "val/accuracy (more is better)" and rows == ["(start)", *columns] and columns == DOMAINS
+    matrix, start = stream.scores.matrix()
+    assert values == [start, *matrix]
+    html = task_matrix([RunFiles(path=tmp_path)]) or ""
+    assert html.count("<rect") == 12 and "val/accuracy" in html
+    assert "films" in (tmp_path / "task_matrix.svg").read_text()
+
+
+def test_sft_rows_of_two_files_and_a_quantised_base(chat, tmp_path):
+    """Packed chats, LoRA over a base in nf4, replay with what was said: the base stays as it is."""
+    rows_of = {name: tmp_path / f"{name}.jsonl" for name in ("one", "two")}
+    lines = (chat / "rows.jsonl").read_text().splitlines(keepends=True)
+    rows_of["one"].write_text("".join(lines[:8]))
+    rows_of["two"].write_text("".join(lines[8:]))
+    tasks = {
+        name: SFTData(str(file), val_path=str(file), batch_size=4, packing=True, cache_dir=str(tmp_path / "cache"))
+        for name, file in rows_of.items()
+    }
+    module = SFT(str(chat / "model"), lr=1e-2, quantize="nf4")
+    technique = Replay(6, mode="der++", top_k=3)
+    run = trainer(tmp_path, technique, LoRA(2), LwF(), max_steps=-1, max_epochs=-1, limit_val_batches=None)
+    stream = TaskStream(tasks)
+    run.fit(module, stream)
+    assert len(technique._memory.buffer) == 6 and "val/loss/two" in run.callback_metrics
+    assert stream.scores.chosen() == "val/accuracy"
+
+
+def test_refusals(place, tmp_path):
+    with pytest.raises(Refusal, match="groups names the values of domain 'wine', and the training rows have 'films'"):
+        fit(place, tmp_path, TaskStream(source=data(place), by="domain", groups=["wine"]))
+    with pytest.raises(Refusal, match="there is no place, by which TaskStream.by splits"):
+        fit(place, tmp_path, TaskStream(source=data(place), by="place"))
+    with pytest.raises(Refusal, match="puts the classes 'bad' into two tasks"):
+        fit(place, tmp_path, TaskStream(source=data(place), by="class", groups=[["bad", "bad"], ["fair"]]))
+    with pytest.raises(Refusal, match="TaskStream needs to know how many rows a task has.*streams them"):
+        TaskStream([SFTData("x.jsonl", streaming=True)])
