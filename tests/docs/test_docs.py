@@ -1,8 +1,8 @@
 """What README.md and docs/ tell a reader to type works: shell lines, YAML, Python, links and generated tables.
 
 Everything runs in a folder that holds what the pages speak of: ``my.jsonl``, ``reviews.csv``, ``intents.csv``, ``pairs.jsonl``,
-``rated.jsonl``, ``my/model`` (a tiny random model), ``configs/`` and a finished run ``runs/sft_lora``. ``fit`` lines are parsed, the
-others run.
+``rated.jsonl``, ``my/model`` (a tiny random model), ``configs/`` and a finished run ``runs/sft_lora``. ``fit`` lines are
+parsed, the others run.
 """
 
 import importlib.util
