@@ -103,6 +103,11 @@ class EpisodeModule(FineTuningModule):
     def _outputs(self) -> int:
         return int(self.model.config.num_labels)
 
+    @property
+    def tokenizer(self) -> Any:
+        """The base's tokenizer; a net has none."""
+        return super().tokenizer if self.base is not None else None
+
     # -- loading ------------------------------------------------------------------------------------------------------
 
     def configure_model(self) -> None:
@@ -203,6 +208,7 @@ class EpisodeModule(FineTuningModule):
                 if gradient is not None:
                     sums[at] = gradient if before is None else before + gradient
             total, correct = total + loss.detach(), correct + hits.detach()
+            del loss, found, hits  # with what is left of their graph, before the next task begins its own
         if not batch.counts["task"]:  # a rank without tasks takes part in the backward pass of the others
             sums = [torch.zeros_like(p) for p in parameters]
         return with_gradients(total, list(parameters), sums), correct

@@ -1,6 +1,7 @@
 """MAML: one step is the plain loop's, however its tasks are dealt; what adapts; what composes; what is measured and refused."""
 
 import math
+import weakref
 
 import pytest
 import torch
@@ -209,6 +210,22 @@ def test_with_an_edit_of_gradients_and_clipping(tmp_path):
     assert norm > 0.2
     for name, gradient in pulled.items():
         torch.testing.assert_close(steps.gradients[0][f"model.{name}"], gradient * 0.1 / norm, rtol=1e-4, atol=1e-6)
+
+
+def test_one_task_s_graph_is_held_at_a_time(tmp_path):
+    """When a task begins, nothing is left of those before."""
+    made = module(tasks="one_by_one")
+    original, alive = made._task, []
+
+    def task(episode, *, transform):
+        assert not [ref for ref in alive if ref() is not None]
+        loss, hits = original(episode, transform=transform)
+        alive.append(weakref.ref(loss))
+        return loss, hits
+
+    made._task = task
+    fit(tmp_path, made, sines(), max_steps=1)
+    assert len(alive) == 8
 
 
 # ---- what is measured
