@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from lightning_ft import (
+    EWC,
     IA3,
     BottleneckAdapter,
     ExportAdapter,
@@ -19,6 +20,7 @@ from lightning_ft import (
     NEFTune,
     PrefixTuning,
     PromptTuning,
+    Replay,
     SampleGenerations,
     WeightEMA,
 )
@@ -134,6 +136,8 @@ EXTRAS = {
     for extra in (
         Extra("neftune", (NEFTune, {"alpha": 5.0}), alike=False),
         Extra("ema", (WeightEMA, {"decay": 0.5, "warmup": False}), alike=False),
+        Extra("ewc", (EWC, {"lam": 1.0, "importance": "uniform"}), alike=False),
+        Extra("replay", (Replay, {"size": 8}), logged="train/replay", alike=False),
         Extra("export", (ExportAdapter, {}), written="adapter/adapter_config.json"),
         Extra("samples", (SampleGenerations, {"prompts": ["hello"], "max_new_tokens": 2}), written="samples.jsonl"),
         Extra("generation", (GenerationMetrics, {"rows": 2, "max_new_tokens": 2}), logged="val/exact_match"),
@@ -142,4 +146,14 @@ EXTRAS = {
 EXTRA_PARTS = ("full", "lora", "prefix", "adapter-pfeiffer")
 """The parts that each extra is tried beside."""
 
-__all__ = ["EXTRAS", "EXTRA_PARTS", "PARTS", "Extra", "Part", "Recipe"]
+#: Techniques that are in no cell yet, and why; one that has a part or is an extra may not stand here.
+NOT_YET = {
+    "AGEM": "it acts from the second task on; tests/callbacks/test_agem",
+    "GradientSurgery": "it needs several terms; tests/callbacks/test_gradient_surgery and tests/modules/test_multitask",
+    "LossBalancing": "it needs several terms; tests/callbacks/test_loss_balancing",
+    "LwF": "it acts from the second task on; tests/callbacks/test_lwf",
+    "MAS": "it acts from the second task on; tests/callbacks/test_mas",
+    "SynapticIntelligence": "it acts from the second task on; tests/callbacks/test_si",
+}
+
+__all__ = ["EXTRAS", "EXTRA_PARTS", "NOT_YET", "PARTS", "Extra", "Part", "Recipe"]
