@@ -18,6 +18,7 @@ from lightning.pytorch.strategies import (
 )
 from torch import Tensor, nn
 
+from lightning_ft.engine.batch import Batch
 from lightning_ft.engine.checkpoints import kept_keys
 from lightning_ft.functional.errors import Refusal
 from lightning_ft.nn.packed import has_packed_weights
@@ -246,7 +247,8 @@ def keep_factors_in_fp32(strategy: Strategy, on_leave: Callable[[Callable[[], No
     """Under ``bf16-true`` Lightning casts every parameter, injected factors too; for those the cast is undone.
 
     A rate of 1e-4 on a bf16 factor changes nothing (its step is 2^-8 of the value), so training would silently stall.
-    Modules of ours keep whatever is trainable in fp32 unless ``dtype: pure_bfloat16`` asks otherwise.
+    Modules of ours keep whatever is trainable in fp32 unless ``dtype: pure_bfloat16`` asks otherwise. Nor are the numbers in a
+    batch of ours rounded: log-probabilities of an earlier policy, say, of which ratios are made.
     """
     precision = strategy.precision_plugin
     if not isinstance(precision, HalfPrecision):
@@ -267,5 +269,11 @@ def keep_factors_in_fp32(strategy: Strategy, on_leave: Callable[[Callable[[], No
             parameter.data = data
         return converted
 
-    object.__setattr__(precision, "convert_module", convert_module)
-    on_leave(lambda: precision.__dict__.pop("convert_module", None))
+    convert = precision.convert_input
+
+    def convert_input(data: Any) -> Any:
+        return data if isinstance(data, Batch) else convert(data)
+
+    for name, wrapper in (("convert_module", convert_module), ("convert_input", convert_input)):
+        object.__setattr__(precision, name, wrapper)
+        on_leave(lambda name=name: precision.__dict__.pop(name, None))  # type: ignore[misc]

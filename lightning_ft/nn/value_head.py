@@ -17,8 +17,9 @@ class ValueHead(nn.Module):
     def __init__(self, width: int) -> None:
         """Args: width: D, of the hidden states."""
         super().__init__()
-        self.weight = nn.Parameter(torch.zeros(1, width))
-        self.bias = nn.Parameter(torch.zeros(1))
+        # A Trainer in bf16-true has another default.
+        self.weight = nn.Parameter(torch.zeros(1, width, dtype=torch.float32))
+        self.bias = nn.Parameter(torch.zeros(1, dtype=torch.float32))
 
     def forward(self, hidden: Tensor) -> Tensor:
         """Values (N,) of hidden states (N, D)."""

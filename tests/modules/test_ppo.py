@@ -11,6 +11,7 @@ import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
 
 import lightning_ft
+from benchmarks.random_model import write_model
 from lightning_ft import PPO, Freeze, LoRA, PromptData, Refusal
 from lightning_ft.engine.scoring import scores
 from lightning_ft.functional.kl_estimators import adapted
@@ -48,6 +49,26 @@ def test_the_first_update_of_every_round_finds_the_policy_that_wrote(whole: Any)
         assert abs(later["train/ratio"] - 1) > 1e-4 and later["train/policy_kl"] > 1e-7, "nothing moved"
 
 
+def test_so_it_is_on_a_base_with_dropout(tmp_path: Path) -> None:
+    """Dropout that the base brings is switched off."""
+    place = write_prompts(tmp_path)
+    write_model(place / "model", initializer_range=0.2, attention_dropout=0.5)
+    module, watch, _ = play(place, tmp_path)
+    for first in (watch.logged[0], watch.logged[4]):
+        assert {name: first[name] for name in FIRST} == pytest.approx(FIRST, abs=1e-6)
+    assert watch.rounds[0].facts["kl_k3"] == 0
+
+
+@pytest.mark.parametrize("precision", ["32-true", "bf16-mixed", "bf16-true"])
+def test_so_it_is_in_sixteen_bits(job: Path, tmp_path: Path, precision: str) -> None:
+    """What is compared was measured as training computes, not while writing."""
+    module, watch, _ = play(job, tmp_path, base_dtype="bfloat16", options={"precision": precision})
+    for first in (watch.logged[0], watch.logged[4]):
+        assert {name: first[name] for name in FIRST} == pytest.approx(FIRST, abs=1e-6)
+    assert watch.rounds[0].facts["kl_k3"] == 0 and watch.rounds[1].facts["kl_k3"] > 0
+    assert all(p.dtype == torch.float32 for p in module.parameters() if p.requires_grad)
+
+
 def test_the_kl_to_the_reference_is_0_in_the_first_round_only(whole: Any) -> None:
     facts = [round.facts for round in whole[1].rounds]
     assert facts[0]["kl"] == facts[0]["kl_k1"] == facts[0]["kl_k3"] == 0.0
@@ -63,14 +84,18 @@ def test_a_new_value_head_expects_nothing(whole: Any) -> None:
 # -- what was measured ------------------------------------------------------------------------------------------------------
 
 
-def test_advantages_of_a_whole_round_by_hand(job: Path, tmp_path: Path) -> None:
-    """From the log-probabilities that the saved policy and the base give, answer by answer."""
+@pytest.mark.parametrize("chat", [False, True])
+def test_advantages_of_a_whole_round_by_hand(job: Path, tmp_path: Path, chat: bool) -> None:
+    """From the log-probabilities that the saved policy and the base give, answer by answer.
+
+    In a chat the end of turn, which is also what the model pads with nowhere, stands within the prompt already.
+    """
     save = ModelCheckpoint(tmp_path / "saved", filename="{step}", save_top_k=-1, every_n_train_steps=4)
-    _, watch, _ = play(
-        job, tmp_path, LoRA(r=4), save, beta=0.3, temperature=1.5, options={"enable_checkpointing": True}
-    )
+    data, options = {"chat": chat}, {"enable_checkpointing": True}
+    _, watch, _ = play(job, tmp_path, LoRA(r=4), save, data=data, beta=0.3, temperature=1.5, options=options)
     module, round = lightning_ft.load(tmp_path / "saved/step=4.ckpt"), watch.rounds[1]
     assert 0 < int(round.ended.sum()) < len(round.answers), "both kinds of answers are wanted"
+    assert (module.tokenizer.eos_token_id in round.prompts[0].ids) == chat
     expected: list[float] = []
     for number, answer in enumerate(round.answers):
         prompt = round.prompts[number // 2].ids
@@ -366,6 +391,7 @@ def test_dropout_and_noise_are_refused(job: Path, tmp_path: Path) -> None:
 
 def test_arguments_in_a_checkpoint_are_plain(job: Path, tmp_path: Path) -> None:
     module, rows = ppo(job, tmp_path, rewards={"a": {"length": 3, "weight": 0.5}, "b": sevens})
+    assert (module.top_k, module.top_p, module.gamma, module.lam) == (0, 1.0, 1.0, 0.95), "what PPO's ratios suppose"
     assert module.resolved_arguments()["rewards"] == {
         "a": {"length": 3, "weight": 0.5},
         "b": {"function": "tests.modules.rollouts.sevens"},
