@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
+from lightning_ft.cli.report_parts.adapting import adapting
 from lightning_ft.cli.report_parts.curves import curves, speed
 from lightning_ft.cli.report_parts.facts import facts
 from lightning_ft.cli.report_parts.run_files import RunFiles
@@ -17,6 +18,7 @@ Panel = Callable[[Sequence[RunFiles]], str | None]
 PANELS: tuple[tuple[str, Panel], ...] = (
     ("What was trained", facts),
     ("Curves", curves),
+    ("Adapting, step by step", adapting),
     ("Speed", speed),
     ("A row, as the model sees it", masked_row),
     ("Answers before and after", answers),
