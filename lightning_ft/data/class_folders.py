@@ -71,7 +71,7 @@ class FileReader:
         suffix = file.suffix.lower()
         try:
             if suffix == ".npy":
-                return np.load(file, allow_pickle=False).astype(np.float32)
+                return np.load(file).astype(np.float32)  # without pickle, by default
             if suffix == ".pt":
                 return torch.load(file, map_location="cpu", weights_only=True).float().numpy()  # type: ignore[no-any-return]
             return self._image(file)

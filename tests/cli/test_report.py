@@ -164,6 +164,21 @@ def test_a_score_has_its_interval(tmp_path: Path) -> None:
     assert "0.5" in cells and "none: everything is trained" in cells
 
 
+def test_a_meta_learned_run_shows_how_it_adapts(tmp_path: Path) -> None:
+    names = [f"val/step_{n}/accuracy{end}" for n in (0, 5) for end in ("", "_ci95")]
+    rows = f"step,train/loss,val/accuracy,val/accuracy_ci95,{','.join(names)}\n"
+    rows += "0,2,.3,.1,.2,.05,.3,.1\n9,1,.6,.1,.2,.05,.6,.1\n"
+    page = page_of(written(tmp_path / "run", rows))
+    assert page.texts("h3") == ["loss", "accuracy", "accuracy"] and "Adapting, step by step" in page.texts("h2")
+    titles = page.texts("title")
+    labels = ["accuracy, last validation", "accuracy, upper end of 95 %", "accuracy, first validation"]
+    for label, end in zip(labels, ("0.6", "0.7", "0.3"), strict=True):
+        assert any(label in title and end in title for title in titles), label
+    two = page_of(written(tmp_path / "a", rows), written(tmp_path / "b", rows))
+    assert not [title for title in two.texts("title") if "first validation" in title]
+    assert "Adapting, step by step" not in page_of(written(tmp_path / "c", "step,val/loss\n0,1\n1,2\n")).texts("h2")
+
+
 def test_two_runs_lie_over_one_another(tmp_path: Path) -> None:
     rows = "step,train/loss,val/loss\n0,1,2\n1,2,1\n"
     first = written(tmp_path / "first", rows, config__yaml="a: {init_args: {r: 1, s: 2}}\n")

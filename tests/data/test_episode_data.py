@@ -246,3 +246,13 @@ def test_tables_that_are_refused(table, tmp_path):
         data(table, tmp_path, way=6).setup("fit")
     with pytest.raises(Refusal, match="no classes for test"):
         data(table, tmp_path).test_dataloader()
+
+
+def test_a_pickled_array_is_not_opened(tmp_path):
+    for k in range(2):
+        (tmp_path / f"c{k}").mkdir()
+        for n in range(2):
+            np.save(tmp_path / f"c{k}/{n}.npy", np.array([{"a": 1}], dtype=object), allow_pickle=True)
+    made = EpisodeData(str(tmp_path), way=2, shot=1, query=1)
+    with pytest.raises(Refusal, match="cannot be read"):
+        list(made.train_dataloader())

@@ -186,6 +186,20 @@ def test_resume_is_exact(tmp_path, step):
     assert not differing(dict(whole.state_dict()), dict(again.state_dict()))
 
 
+@pytest.mark.parametrize("how", ["at_once", "one_by_one"])
+@pytest.mark.parametrize("order", [1, 2])
+@pytest.mark.parametrize("inner", ["all", "head"])
+def test_in_mixed_precision_no_part_loses_its_gradient(tmp_path, how, order, inner):
+    """A cast that was kept from a pass without a graph would cut the body off, silently."""
+    found = []
+    for precision in ("32-true", "bf16-mixed"):
+        made = module(tasks=how, order=order, inner=inner)
+        steps, _ = fit(tmp_path, made, sines(), max_steps=1, precision=precision)
+        found.append(steps.gradients[0])
+    for name, gradient in found[0].items():
+        assert float((found[1][name] - gradient).norm()) < 0.1 * float(gradient.norm()), name
+
+
 class Pull(Callback):
     """What EWC does: a closed form added to the gradients, towards the start."""
 

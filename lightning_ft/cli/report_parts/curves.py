@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from lightning_ft.cli.report_parts.adapting import is_of_adapting
 from lightning_ft.cli.report_parts.chart import Line, chart
 from lightning_ft.cli.report_parts.run_files import RunFiles
 
@@ -22,7 +23,7 @@ def curves(runs: Sequence[RunFiles]) -> str | None:
     for number, run in enumerate(runs):
         for name in run.metrics:
             quantity = quantity_of(name)
-            if quantity != SPEED:
+            if quantity != SPEED and not is_of_adapting(name):
                 grouped.setdefault(quantity, []).append((run, number, name))
     if not grouped:
         return '<p class="empty">Nothing was logged yet.</p>'

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
+from lightning_ft.cli.report_parts.adapting import adapting
 from lightning_ft.cli.report_parts.curves import curves, speed
 from lightning_ft.cli.report_parts.facts import facts
 from lightning_ft.cli.report_parts.reward_and_kl import reward_and_kl
@@ -21,6 +22,7 @@ PANELS: tuple[tuple[str, Panel], ...] = (
     ("Curves", curves),
     ("Reward and KL", reward_and_kl),
     ("One task after another", task_matrix),
+    ("Adapting, step by step", adapting),
     ("Speed", speed),
     ("A row, as the model sees it", masked_row),
     ("Answers before and after", answers),
