@@ -27,7 +27,9 @@ if TYPE_CHECKING:
     from lightning_ft.callbacks.prefix_tuning import PrefixTuning
     from lightning_ft.callbacks.prompt_tuning import PromptTuning
     from lightning_ft.callbacks.samples import SampleGenerations
+    from lightning_ft.callbacks.task_sampling import TaskSampling
     from lightning_ft.data.classification_data import ClassificationData
+    from lightning_ft.data.multitask_data import MultiTaskData
     from lightning_ft.data.preference_data import PreferenceData
     from lightning_ft.data.seq2seq_data import Seq2SeqData
     from lightning_ft.data.sft_data import SFTData
@@ -39,6 +41,7 @@ if TYPE_CHECKING:
     from lightning_ft.load import load
     from lightning_ft.modules.dpo import DPO
     from lightning_ft.modules.kto import KTO
+    from lightning_ft.modules.multitask import MultiTask
     from lightning_ft.modules.reward_model import RewardModel
     from lightning_ft.modules.sft import SFT
     from lightning_ft.nn.adapters import set_adapters
@@ -65,6 +68,8 @@ _HOMES = {
     "KTO": "modules.kto",
     "LoRA": "callbacks.lora",
     "LossBalancing": "callbacks.loss_balancing",
+    "MultiTask": "modules.multitask",
+    "MultiTaskData": "data.multitask_data",
     "NEFTune": "callbacks.neftune",
     "PreferenceData": "data.preference_data",
     "PrefixTuning": "callbacks.prefix_tuning",
@@ -75,6 +80,7 @@ _HOMES = {
     "SFTData": "data.sft_data",
     "SampleGenerations": "callbacks.samples",
     "Seq2SeqData": "data.seq2seq_data",
+    "TaskSampling": "callbacks.task_sampling",
     "UnpairedPreferenceData": "data.unpaired_data",
     "WeightEMA": "callbacks.ema",
     "inject_ia3": "nn.ia3",
@@ -102,6 +108,8 @@ __all__ = [
     "InBackward",
     "LoRA",
     "LossBalancing",
+    "MultiTask",
+    "MultiTaskData",
     "NEFTune",
     "PreferenceData",
     "PrefixTuning",
@@ -111,6 +119,7 @@ __all__ = [
     "SFTData",
     "SampleGenerations",
     "Seq2SeqData",
+    "TaskSampling",
     "UnpairedPreferenceData",
     "WeightEMA",
     "__version__",

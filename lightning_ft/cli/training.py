@@ -81,6 +81,8 @@ class FineTuningCLI(LightningCLI):
                 KTO,
                 SFT,
                 ClassificationData,
+                MultiTask,
+                MultiTaskData,
                 PreferenceData,
                 RewardModel,
                 Seq2SeqData,
@@ -89,7 +91,17 @@ class FineTuningCLI(LightningCLI):
             )
 
             # A class that is loaded may be given by its bare name: --data ClassificationData.
-            _ = (DPO, KTO, RewardModel, ClassificationData, PreferenceData, Seq2SeqData, UnpairedPreferenceData)
+            _ = (
+                DPO,
+                KTO,
+                MultiTask,
+                RewardModel,
+                ClassificationData,
+                MultiTaskData,
+                PreferenceData,
+                Seq2SeqData,
+                UnpairedPreferenceData,
+            )
             model, data = model or SFT, data or SFTData
         mode = register_mode()
         self.command = command

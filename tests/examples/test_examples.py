@@ -12,7 +12,7 @@ import pytest
 from benchmarks.random_model import write_model
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
-TESTED = {"dpo_on_sft_adapter", "lora_on_your_module", "lora_on_a_cnn", "sft_from_python"}
+TESTED = {"dpo_on_sft_adapter", "lora_on_your_module", "lora_on_a_cnn", "several_tasks", "sft_from_python"}
 
 
 def example(name: str) -> ModuleType:
@@ -81,3 +81,11 @@ def test_dpo_on_sft_adapter(model: str, tmp_path: Path, monkeypatch: pytest.Monk
     assert found["first"] == pytest.approx(math.log(2), abs=1e-5)
     assert found["val/rewards/margins"] > 0
     assert (tmp_path / "out/dpo/adapter_model.safetensors").is_file()
+
+
+def test_several_tasks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from tests.modules.tasks import write_base
+
+    monkeypatch.chdir(tmp_path)
+    found = example("several_tasks").main(str(write_base("bert", tmp_path / "bert")), rows=60, steps=4)
+    assert {"val/tone/accuracy", "val/share/loss", "val/macro", "train/conflict_rate"} <= set(found)
