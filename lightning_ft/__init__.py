@@ -34,8 +34,10 @@ if TYPE_CHECKING:
     from lightning_ft.callbacks.replay import Replay
     from lightning_ft.callbacks.samples import SampleGenerations
     from lightning_ft.callbacks.si import SynapticIntelligence
+    from lightning_ft.callbacks.task_sampling import TaskSampling
     from lightning_ft.data.classification_data import ClassificationData
     from lightning_ft.data.episode_data import EpisodeData
+    from lightning_ft.data.multitask_data import MultiTaskData
     from lightning_ft.data.preference_data import PreferenceData
     from lightning_ft.data.prompt_data import PromptData
     from lightning_ft.data.seq2seq_data import Seq2SeqData
@@ -53,6 +55,7 @@ if TYPE_CHECKING:
     from lightning_ft.modules.kto import KTO
     from lightning_ft.modules.linear_probe import LinearProbe
     from lightning_ft.modules.maml import MAML
+    from lightning_ft.modules.multitask import MultiTask
     from lightning_ft.modules.ppo import PPO
     from lightning_ft.modules.protonet import ProtoNet
     from lightning_ft.modules.reptile import Reptile
@@ -90,6 +93,8 @@ _HOMES = {
     "LwF": "callbacks.lwf",
     "MAML": "modules.maml",
     "MAS": "callbacks.mas",
+    "MultiTask": "modules.multitask",
+    "MultiTaskData": "data.multitask_data",
     "NEFTune": "callbacks.neftune",
     "PPO": "modules.ppo",
     "PreferenceData": "data.preference_data",
@@ -107,6 +112,7 @@ _HOMES = {
     "SampleGenerations": "callbacks.samples",
     "Seq2SeqData": "data.seq2seq_data",
     "SynapticIntelligence": "callbacks.si",
+    "TaskSampling": "callbacks.task_sampling",
     "TaskStream": "data.task_stream",
     "UnpairedPreferenceData": "data.unpaired_data",
     "WeightEMA": "callbacks.ema",
@@ -143,6 +149,8 @@ __all__ = [
     "LwF",
     "MAML",
     "MAS",
+    "MultiTask",
+    "MultiTaskData",
     "NEFTune",
     "PPO",
     "PreferenceData",
@@ -160,6 +168,7 @@ __all__ = [
     "SampleGenerations",
     "Seq2SeqData",
     "SynapticIntelligence",
+    "TaskSampling",
     "TaskStream",
     "UnpairedPreferenceData",
     "WeightEMA",

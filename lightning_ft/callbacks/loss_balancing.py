@@ -33,8 +33,8 @@ class LossBalancing(Technique):
     The weights multiply what each term brings (its mean over the accumulation window and all ranks, times its own weight):
 
         static       w_k as given
-        uncertainty  m_k exp(-s_k) L_k + s_k / 2 with s_k = log sigma_k^2 learned beside the model; m_k is 1/2 for the tasks named in
-                     ``squared`` (regressions) and 1 for others. It may become negative.
+        uncertainty  m_k exp(-s_k) L_k + s_k / 2 with s_k = log sigma_k^2 learned beside the model; m_k is 1/2 for the tasks named
+                     in ``squared`` (regressions) and 1 for others. It may become negative.
         dwa          K softmax(r_k / T), r_k = L_k(t - 1) / L_k(t - 2): terms that fall slowly weigh more
         gradnorm     weights that give all terms gradients of a like length, those that lag longer ones; sum K
         famo         weights by which the logarithms of all losses fall alike; sum 1
@@ -45,8 +45,8 @@ class LossBalancing(Technique):
         terms: of uncertainty: names of the terms, which must be known before the optimizer is built; None asks `MultiTask`.
         squared: of uncertainty: names of the terms that are squared errors; None asks `MultiTask`.
         temperature: of dwa: the paper's 2; larger ones make the weights alike.
-        every_steps: of dwa: optimizer steps a period, whose mean losses are compared; None is an epoch, as in the paper, which is too
-            long for a run of three.
+        every_steps: of dwa: optimizer steps a period, whose mean losses are compared; None is an epoch, as in the paper, which is
+            too long for a run of three.
         alpha: of gradnorm: pull on terms that lag; the paper's 1.5 for tasks that differ much, 0.12 for like ones.
         lr: rate of what the method learns: gradnorm's and famo's weights, by Adam (famo's authors: 0.025). Of uncertainty the rate
             of s, as a multiple of the model's.
@@ -57,9 +57,9 @@ class LossBalancing(Technique):
 
     Cost: gradnorm one backward pass a term and K gradients of what is trained, as surgery; the others nothing.
 
-    Differs from: GradNorm's paper, which measures gradients at the last shared layer: here on all that is trained and shared. FAMO's,
-    which runs the batch a second time after the step: here the next batch's losses stand for that, so that other rows' noise is in
-    the difference.
+    Differs from: GradNorm's paper, which measures gradients at the last shared layer: here on all that is trained and shared.
+    FAMO's, which runs the batch a second time after the step: here the next batch's losses stand for that, so that other rows'
+    noise is in the difference.
 
     Raises:
         Refusal: at setup for a term that is not there, terms without names, famo with accumulation, gradnorm or uncertainty under
@@ -145,8 +145,8 @@ class LossBalancing(Technique):
         trainer = attachment.trainer
         if self.method == "famo" and trainer.accumulate_grad_batches > 1:
             raise Refusal(
-                "LossBalancing famo cannot work with accumulation, because its weights come from the losses of the whole window, which "
-                "are not known before the first of its backward passes; set accumulate_grad_batches to 1, or take dwa."
+                "LossBalancing famo cannot work with accumulation, because its weights come from the losses of the whole window, "
+                "which are not known before the first of its backward passes; set accumulate_grad_batches to 1, or take dwa."
             )
         if self.method in ("uncertainty", "gradnorm") and isinstance(trainer.strategy, ModelParallelStrategy):
             raise Refusal(
@@ -157,8 +157,8 @@ class LossBalancing(Technique):
         names = self.terms if self.terms is not None else getattr(module, "task_names", None)
         if not names:
             raise Refusal(
-                f"LossBalancing uncertainty learns a number for each term, and {type(module).__name__} does not say which it has; name "
-                "them (balancing.terms), as train/<name> is logged."
+                f"LossBalancing uncertainty learns a number for each term, and {type(module).__name__} does not say which it has; "
+                f"name them (balancing.terms), as train/<name> is logged."
             )
         return list(names)
 

@@ -14,9 +14,7 @@ from typing import Any, Protocol
 import numpy as np
 
 from lightning_ft.data.collate import Segment, collate
-from lightning_ft.data.mixture import MixedRows, Shares
 from lightning_ft.data.plan import Plan, micro_batches, pack_bins, plan_epoch
-from lightning_ft.data.token_rows import TokenRows
 from lightning_ft.engine.batch import Batch
 
 
@@ -27,6 +25,42 @@ class Collate(Protocol):
         self, segments: Sequence[Segment], *, packed: bool, window: dict[str, float] | None, task: str | None
     ) -> Batch:
         """One micro-batch; no segments give a filler batch."""
+
+
+class Rows(Protocol):
+    """What a loader asks of a data set, such as `TokenRows`."""
+
+    @property
+    def lengths(self) -> np.ndarray:
+        """(rows,) tokens."""
+
+    @property
+    def widths(self) -> np.ndarray:
+        """(rows,) tokens of the longest sequence of each row."""
+
+    @property
+    def units(self) -> dict[str, np.ndarray]:
+        """Unit -> (rows,) how many of it each row counts for."""
+
+    @property
+    def copies(self) -> int:
+        """Sequences a row."""
+
+    def __len__(self) -> int:
+        """Rows."""
+
+    def segments(self, numbers: Sequence[int] | np.ndarray) -> Sequence[Segment]:
+        """The rows at these places."""
+
+
+class EpochRows(Protocol):
+    """Which rows an epoch takes, such as `Shares`."""
+
+    def __len__(self) -> int:
+        """How many."""
+
+    def rows(self, *, seed: int, epoch: int, shuffle: bool = True) -> np.ndarray:
+        """(len(self),) row numbers in order."""
 
 
 @dataclass(frozen=True)
@@ -100,7 +134,7 @@ class PlannedLoader:
 
     def __init__(
         self,
-        dataset: TokenRows | MixedRows,
+        dataset: Rows,
         *,
         batch_size: int,
         max_tokens: int | None = None,
@@ -110,7 +144,7 @@ class PlannedLoader:
         placement: Callable[[], Placement] = Placement,
         task: str | None = None,
         collate: Collate = collate,
-        shares: Shares | None = None,
+        shares: EpochRows | None = None,
         clock: EpochClock | None = None,
     ) -> None:
         self.dataset = dataset

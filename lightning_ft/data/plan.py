@@ -99,12 +99,21 @@ def plan_epoch(
     if limit is not None:
         micro = micro[:limit]
     none = np.zeros(len(lengths), dtype=np.int64)
-    counted = {"token": none, "row": none + 1, **(units or {})}
-    totals = {
-        unit: np.array([sum(int(counts[part].sum()) for part in ranks) for ranks in micro], dtype=np.float64)
-        for unit, counts in counted.items()
-    }
+    totals = count_units(micro, {"token": none, "row": none + 1, **(units or {})})
     return Plan(micro=micro, accumulate=accumulate, totals=totals)
+
+
+def count_units(micro: list[list[np.ndarray]], units: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """Unit -> (micro-batches,) float64, how many of it each holds on all ranks together.
+
+    Args:
+        micro: row numbers of each micro-batch on each rank.
+        units: unit -> (rows,) how many of it each row counts for.
+    """
+    return {
+        unit: np.array([sum(int(counts[part].sum()) for part in ranks) for ranks in micro], dtype=np.float64)
+        for unit, counts in units.items()
+    }
 
 
 def micro_batches(rows: int, *, batch_size: int, world_size: int) -> int:

@@ -135,6 +135,10 @@ class Attachment:
             raise Refusal("Two techniques want to weigh the loss terms; only one balancing can.")
         self.step.balancer = balancer
 
+    def watch(self, watcher: Callable[[list[Term], dict[str, Tensor]], None]) -> None:
+        """Registers what is told the terms and their exact means, over window and ranks, when a window is complete."""
+        self.step.watchers.append(watcher)
+
     def want_reference(self, name: str = "start") -> None:
         """Says that ``reference(name)`` will be used, so that it is taken before anything is trained."""
         self._snapshots_wanted.add(name)

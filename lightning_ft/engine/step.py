@@ -52,6 +52,7 @@ class Step:
         window: what divides sums.
         balancer: what weighs the terms; None: their own weights alone.
         muted: whether the module's own step runs on rows of which nothing is logged, see `Attachment.rerun`.
+        watchers: called with the terms and their exact means when a window is complete.
     """
 
     def __init__(self, attachment: Attachment) -> None:
@@ -66,6 +67,7 @@ class Step:
         self.window = Window()
         self.balancer: Balancer | None = None
         self.muted = False
+        self.watchers: list[Callable[[list[Term], dict[str, Tensor]], None]] = []
 
     def begin_window(self) -> None:
         """Forgets what was counted, where an accumulation window begins."""
@@ -86,8 +88,8 @@ class Step:
     def total(self, batch: Any, output: Any) -> Any:
         """The module's own loss plus every registered term, divided by the window's counts."""
         own = self.own
-        idle = not self.extra and self.balancer is None and self.attachment.term_gradients is None
-        if own is None and idle:
+        listens = self.extra or self.watchers or self.balancer is not None or self.attachment.term_gradients is not None
+        if own is None and not listens:
             return output
         loss = output["loss"] if isinstance(output, Mapping) else output
         terms = list(own) if own is not None else ([] if loss is None else [Term("loss", loss, 1.0, unit="mean")])
@@ -111,9 +113,13 @@ class Step:
                 )
             self.window.count(terms[0].count)
         self._add(terms)
+        wanted = (self.balancer is not None or self.watchers) and not self._accumulates
+        means = self._means(terms) if wanted else None
+        for watch in self.watchers if means is not None else ():
+            watch(terms, means or {})
         if self.balancer is not None:
             present = [totals is None or totals.get(term.unit, 1.0) > 0 for term in terms]
-            losses = self.balancer.weigh(terms, losses, present, None if self._accumulates else self._means(terms))
+            losses = self.balancer.weigh(terms, losses, present, means)
         self.losses = losses
         self._log(terms, totals, skip_own=own is None)
         total = losses[0]

@@ -3,8 +3,8 @@
     uncertainty  sum_k m_k exp(-s_k) L_k + s_k / 2, s_k = log sigma_k^2 learned; m_k is 1/2 for squared errors and 1 for
                  cross-entropies (Kendall, Gal and Cipolla, 2018, equations 7 and 10)
     dwa          w_k = K softmax_k(r_k / T), r_k = L_k(t - 1) / L_k(t - 2) (Liu, Johns and Davison, 2019, equation 7)
-    gradnorm     minimise sum_k |w_k G_k - mean_j(w_j G_j) r_k^alpha| over w, then scale it to sum K; G_k the norm of L_k's gradient,
-                 r_k = (L_k / L_k(0)) / mean_j(L_j / L_j(0)) (Chen et al., 2018, algorithm 1)
+    gradnorm     minimise sum_k |w_k G_k - mean_j(w_j G_j) r_k^alpha| over w, then scale it to sum K; G_k the norm of L_k's
+                 gradient, r_k = (L_k / L_k(0)) / mean_j(L_j / L_j(0)) (Chen et al., 2018, algorithm 1)
     famo         w_k = c z_k / L_k, z = softmax(x), c = 1 / sum_j z_j / L_j; after a step x falls along
                  J' (log L(t) - log L(t + 1)) + gamma x, J the Jacobian of the softmax (Liu et al., 2023, algorithm 1)
 

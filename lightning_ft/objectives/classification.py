@@ -16,6 +16,7 @@ from lightning_ft.engine.likelihood import Ask, layouts
 from lightning_ft.engine.scoring import row_logits
 from lightning_ft.engine.terms import Term
 from lightning_ft.functional.fisher import Groups
+from lightning_ft.functional.row_losses import row_losses
 from lightning_ft.models.classifier import Classifier
 
 
@@ -24,25 +25,6 @@ def token_logits(model: Classifier, batch: Batch) -> Tensor:
     return model.token_logits(
         batch.ids, batch.positions, batch.scored, bounds=batch.bounds, mask=batch.mask, types=batch.types
     ).float()
-
-
-def row_losses(logits: Tensor, targets: Tensor, weights: Tensor | None = None) -> Tensor:
-    """The loss of each row.
-
-    Args:
-        logits: (S, C).
-        targets: (S,) int64 classes, (S, C) float with 1 for each class that holds, or (S,) float values with C = 1.
-        weights: (C,) weight of each class (of its positives, where several may hold); None: all 1.
-
-    Returns:
-        (S,), fp32.
-    """
-    logits = logits.float()
-    if not targets.is_floating_point():
-        return F.cross_entropy(logits, targets, weight=weights, reduction="none")
-    if targets.dim() == 2:
-        return F.binary_cross_entropy_with_logits(logits, targets, pos_weight=weights, reduction="none").mean(-1)
-    return (logits[:, 0] - targets.float()).square()
 
 
 def row_term(model: Classifier, batch: Batch, weights: Tensor | None = None) -> Term:
@@ -89,3 +71,6 @@ def targets_of(batch: Batch) -> Tensor:
     """The targets of a batch whose rows have one each."""
     assert batch.targets is not None, "the data module gives rows without targets"
     return batch.targets
+
+
+__all__ = ["row_losses", "row_term", "targets_of", "token_logits", "token_term"]

@@ -73,7 +73,32 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> Callable[[Path], tuple[str
     prompts = [{"prompt": row["question"], **row} for row in sums]
     texts = {"causal_lm": chats, "pairs": pairs, "prompts": prompts, "rated": rated}
 
+    def several(path: Path) -> tuple[str, ...]:
+        """Of a job of several tasks: the same file with tiny rows, and their model."""
+        speaks = "SFTData" in path.read_text()
+        base, rows = folder / f"model-several-{speaks}", folder / "several.jsonl"
+        if not base.exists():
+            write_model(base, max_position_embeddings=256) if speaks else write_base("bert", base)
+            chat = [[*one["prompt"], *one["completion"]] for one in chats]
+            told = [
+                {"messages": m, "text": f"hello {n}", "label": "ab"[n % 2], "rating": n / 80}
+                for n, m in enumerate(chat)
+            ]
+            rows.write_text("".join(json.dumps(row) + "\n" for row in told))
+        tiny = folder / path.name
+        text = (
+            path.read_text()
+            .replace("starter:vader/train", str(rows))
+            .replace("val_fraction: 0.1 ", "val_fraction: 0.05 ")
+        )
+        tiny.write_text(re.sub(r"starter:\S+", str(base), text).replace("val_fraction: 0.02", "val_fraction: 0.05"))
+        return ("--config", str(tiny), "--trainer.max_steps=2", "--trainer.log_every_n_steps=1", *QUIET)
+
     def flags(path: Path) -> tuple[str, ...]:
+        if path.stem == "task_sampling":
+            return several(CONFIGS / "multitask_classification.yaml")
+        if path in JOBS and "MultiTask" in path.read_text():
+            return several(path)
         task = task_of(path)
         if path.stem == "maml_sinusoid":
             return ("--data.val_episodes=4", *SHORT)
@@ -126,7 +151,8 @@ def run(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureF
 
 def stacked(path: Path) -> list[str]:
     """A job by itself; a fragment on full training, which has nothing that a technique would clash with."""
-    files = [path] if path in JOBS else [CONFIGS / "sft_full.yaml", path]
+    base = "multitask_classification" if path.stem == "task_sampling" else "sft_full"
+    files = [path] if path in JOBS else [CONFIGS / f"{base}.yaml", path]
     return [word for file in files for word in ("--config", str(file))]
 
 
@@ -219,7 +245,7 @@ def test_a_misspelt_key_is_refused_with_its_line(path: Path, run: Run, tiny: Fla
     lines[line] = lines[line].replace(key, f"{key}x", 1)
     wrong = tmp_path / "wrong.yaml"
     wrong.write_text("\n".join(lines) + "\n")
-    base = [] if path in JOBS else ["--config", str(CONFIGS / "sft_full.yaml")]
+    base = [] if path in JOBS or path.stem == "task_sampling" else ["--config", str(CONFIGS / "sft_full.yaml")]
     outcome = run("fit", *base, "--config", str(wrong), *tiny(path))
     assert outcome.code == 2
     assert f"{key}x" in outcome.err and "Traceback" not in outcome.err

@@ -15,6 +15,7 @@ from torch.utils.data import DataLoader, TensorDataset
 from lightning_ft.engine.attachment import Attachment
 from lightning_ft.engine.technique import Technique
 from lightning_ft.engine.terms import Term
+from lightning_ft.functional.task_sampling import rows_in_tasks, task_sequence
 from lightning_ft.nn.lora import LoRAConfig, inject_lora
 from lightning_ft.nn.registry import injected_layers
 
@@ -129,11 +130,34 @@ class AttentionNet(PlainNet):
         return self.net(self.reader(words, use_cache=False).last_hidden_state.mean(1))
 
 
+class TaskLoader(DataLoader):
+    """Rows in order, or as a sampling of two tasks says: the first twelve rows, and the last four."""
+
+    sampling: Any = None
+
+    def use_sampling(self, sampling: Any) -> None:
+        self.sampling = sampling
+
+    def __iter__(self) -> Any:
+        if self.sampling is None:
+            return super().__iter__()
+        tasks = task_sequence(self.sampling.chances(["a", "b"], [12, 4], 0), ROWS, seed=0, epoch=0)
+        places = torch.from_numpy(12 * tasks + rows_in_tasks(tasks, [12, 4], seed=0, epoch=0))
+        return iter([list(self.dataset[places[n : n + 4]]) for n in range(0, ROWS, 4)])
+
+
 class PlainData(pl.LightningDataModule):
     """The rows as a data module, for the command line."""
 
+    sampling: Any = None
+
+    def use_sampling(self, sampling: Any) -> None:
+        self.sampling = sampling
+
     def train_dataloader(self) -> DataLoader:
-        return loader()
+        made = loader()
+        made.use_sampling(self.sampling)
+        return made
 
     def val_dataloader(self) -> DataLoader:
         return loader()
@@ -158,9 +182,9 @@ def rows(dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor]:
     return x.to(dtype), torch.randint(CLASSES, (ROWS,), generator=generator)
 
 
-def loader(dtype: torch.dtype = torch.float32) -> DataLoader:
+def loader(dtype: torch.dtype = torch.float32) -> TaskLoader:
     """Four batches of four rows, in order."""
-    return DataLoader(TensorDataset(*rows(dtype)), batch_size=4)
+    return TaskLoader(TensorDataset(*rows(dtype)), batch_size=4)
 
 
 def trainer(folder: Path, *techniques: Technique, **options: Any) -> pl.Trainer:
@@ -243,5 +267,11 @@ def chat_job(chat: Path, folder: Path, needs: frozenset[str] = frozenset(), **mo
         "cache_dir": str(folder / "cache"),
         **more.pop("data", {}),
     }
+    if "tasks" in needs:
+        from lightning_ft import MultiTask, MultiTaskData
+
+        own = {key: data.pop(key) for key in ("val_path", "cache_dir")}
+        tasks = {name: SFTData(rows_path, **own) for name in "ab"}
+        return MultiTask(str(chat / "model"), **model), MultiTaskData(tasks, epoch_rows=ROWS, **data)
     kind = Adapted if "adapter" in needs else SFT
     return kind(str(chat / "model"), **model), SFTData(rows_path, **data)

@@ -18,6 +18,7 @@ TESTED = {
     "lora_on_a_cnn",
     "lora_on_your_module",
     "ppo_from_python",
+    "several_tasks",
     "sft_from_python",
 }
 
@@ -107,3 +108,11 @@ def test_ppo_from_python(model: str, tmp_path: Path, monkeypatch: pytest.MonkeyP
     )
     assert rounds[0]["kl"] == 0 and rounds[1]["kl_k3"] > 0 and {"rewards/digits", "rewards/concise"} <= rounds[0].keys()
     assert (tmp_path / "out/adapter/adapter_model.safetensors").is_file()
+
+
+def test_several_tasks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from tests.modules.tasks import write_base
+
+    monkeypatch.chdir(tmp_path)
+    found = example("several_tasks").main(str(write_base("bert", tmp_path / "bert")), rows=60, steps=4)
+    assert {"val/tone/accuracy", "val/share/loss", "val/macro", "train/conflict_rate"} <= set(found)

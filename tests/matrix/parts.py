@@ -154,6 +154,7 @@ NOT_YET = {
     "LwF": "it acts from the second task on; tests/callbacks/test_lwf",
     "MAS": "it acts from the second task on; tests/callbacks/test_mas",
     "SynapticIntelligence": "it acts from the second task on; tests/callbacks/test_si",
+    "TaskSampling": "it needs MultiTaskData; tests/callbacks/test_task_sampling",
 }
 
 __all__ = ["EXTRAS", "EXTRA_PARTS", "NOT_YET", "PARTS", "Extra", "Part", "Recipe"]

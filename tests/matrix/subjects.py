@@ -116,6 +116,7 @@ NOT_YET = {
     "KTO": "it estimates a KL term in each micro-batch, so that its layouts differ by design; tests/modules/test_kto compares them",
     "LinearProbe": "it learns from episodes, and trains nothing; tests/modules/test_protonet",
     "MAML": "it learns from episodes; tests/modules/test_maml runs it beside LoRA, prefixes, gradient edits and on two ranks",
+    "MultiTask": "its rows are several kinds in one file each; tests/modules/test_multitask runs it beside LoRA and on two ranks",
     "PPO": "each of its rows is written while it trains; tests/modules/test_ppo runs it with every placement",
     "ProtoNet": "it learns from episodes; tests/modules/test_protonet",
     "Reptile": "it learns from episodes; tests/modules/test_reptile",

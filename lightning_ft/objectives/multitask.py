@@ -1,0 +1,136 @@
+"""One term a task, from hidden states that were computed once for the rows of all.
+
+Each term is the sum of its task's losses, counted in the task's own unit (``row:NAME`` or ``token:NAME``), so that a window divides
+it by what the task has in it. A task without rows gives zero, with a gradient of zero in what is its own, so that ranks agree on
+which parameters have one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+from lightning_ft.engine.batch import Batch
+from lightning_ft.engine.terms import Term
+from lightning_ft.functional.row_losses import row_losses
+
+Objective = Literal["causal_lm", "sequence_classification", "token_classification", "regression"]
+BY_TOKEN = ("causal_lm", "token_classification")
+Score = Callable[[Tensor, Tensor, tuple[str, ...]], dict[str, Tensor]]
+"""(hidden states (N, D), tokens (N,), outputs) -> scores by a language head."""
+
+
+@dataclass(frozen=True)
+class Task:
+    """One task.
+
+    Attributes:
+        number: its place among the tasks.
+        name: under which it is logged.
+        objective: what it learns.
+        own: parameters that no other task's rows reach.
+    """
+
+    number: int
+    name: str
+    objective: Objective
+    own: tuple[nn.Parameter, ...] = ()
+
+    @property
+    def unit(self) -> str:
+        """What its term is counted in."""
+        return f"{'token' if self.objective in BY_TOKEN else 'row'}:{self.name}"
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What the model says of a task's rows or tokens.
+
+    Attributes:
+        losses: (N,) in nats or squared units.
+        logits: (N, C), of heads; of a language model None.
+        targets: (N,) or (N, C).
+        correct: (N,) of a language model: whether the token was the most likely one.
+        segments: (N,) of tokens: the row of the batch that each belongs to.
+    """
+
+    losses: Tensor
+    logits: Tensor | None
+    targets: Tensor
+    correct: Tensor | None = None
+    segments: Tensor | None = None
+
+
+def outcome(
+    task: Task,
+    batch: Batch,
+    rows: Tensor,
+    hidden: Tensor,
+    head: nn.Module | None,
+    score: Score,
+    *,
+    accuracy: bool = False,
+) -> Outcome | None:
+    """What a task makes of its part of a batch; None where it has none.
+
+    Args:
+        task: which.
+        batch: with the columns of `lightning_ft.data.task_rows.TaskCollate`.
+        rows: (S, D) a vector for each row of the batch.
+        hidden: (T, D) all hidden states, end to end.
+        head: of the task; None for a language model.
+        score: of a language model.
+        accuracy: whether ``correct`` is wanted.
+    """
+    if task.objective in BY_TOKEN:
+        places = batch.columns.get(f"scored/{task.number}")
+        if places is None or not len(places):
+            return None
+        chosen, labels = hidden.index_select(0, batch.scored[places]), batch.labels[places]
+        if task.objective == "causal_lm":
+            found = score(chosen, labels, ("logprob", "correct") if accuracy else ("logprob",))
+            return Outcome(-found["logprob"], None, labels, found.get("correct"))
+        assert head is not None
+        logits = head(chosen).float()
+        return Outcome(row_losses(logits, labels), logits, labels, segments=batch.segment_of_scored[places])
+    mine = batch.columns.get(f"rows/{task.number}")
+    if mine is None:
+        return None
+    assert head is not None
+    logits, targets = head(rows.index_select(0, mine)).float(), batch.columns[f"targets/{task.number}"]
+    return Outcome(row_losses(logits, targets), logits, targets)
+
+
+def terms(
+    batch: Batch, tasks: Iterable[Task], found: Mapping[str, Outcome | None], weights: Mapping[str, float]
+) -> list[Term]:
+    """One term for each task, in their order.
+
+    Args:
+        batch: whose counts divide.
+        tasks: all.
+        found: name -> what the task made of the batch.
+        weights: name -> weight of the task's mean.
+    """
+    made = []
+    for task in tasks:
+        seen = found[task.name]
+        total = seen.losses.sum() if seen is not None else touched(task.own, batch.ids.device)
+        made.append(Term(task.name, total, batch.counts.get(task.unit, 0.0), task.unit, weights[task.name]))
+    return made
+
+
+def touched(parameters: Iterable[nn.Parameter], device: torch.device) -> Tensor:
+    """Zero, with a gradient of zero in each parameter."""
+    total = torch.zeros((), device=device)
+    for parameter in parameters:
+        if parameter.requires_grad:
+            total = total + parameter.reshape(-1)[:1].sum() * 0.0
+    return total
+
+
+__all__ = ["BY_TOKEN", "Objective", "Outcome", "Task", "outcome", "terms", "touched"]

@@ -1,0 +1,72 @@
+"""Tiny jobs of several tasks."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.distributed.tensor import DTensor
+
+from lightning_ft import ClassificationData, MultiTask, MultiTaskData, SFTData
+from lightning_ft.engine.strategies import FSDP2Strategy
+from tests.contract.subjects import trainer
+from tests.modules.tasks import rows_of, write_base
+
+
+def job(
+    folder: Path, kind: str = "bert", model: dict[str, Any] | None = None, **data: Any
+) -> tuple[MultiTask, MultiTaskData]:
+    """Classes, words and numbers on a tiny BERT; on a tiny Llama texts, too."""
+    base = folder / kind
+    if not base.exists():
+        write_base(kind, base)
+    rows = {"classes": rows_of("sequence_classification", 24), "words": rows_of("token_classification", 10)}
+    rows["numbers"] = rows_of("regression", 7)
+    if kind == "llama":
+        rows["texts"] = [{"text": row["text"]} for row in rows_of("regression", 9)]
+    parts: dict[str, Any] = {}
+    for name, found in rows.items():
+        path = folder / f"{name}.jsonl"
+        path.write_text("".join(json.dumps(row) + "\n" for row in found))
+        cls = SFTData if name == "texts" else ClassificationData
+        task = {"task": "regression"} if name == "numbers" else {}
+        parts[name] = cls(str(path), val_path=str(path), cache_dir=str(folder / "cache"), **task)
+    options = {"lr": 0.05, "schedule": "constant", "warmup_steps": 0, "base_dtype": "float32", "head_dropout": 0.0}
+    options |= {"optimizer": torch.optim.SGD, **(model or {})}
+    return MultiTask(str(base), **options), MultiTaskData(parts, **{"batch_size": 8, "seed": 1, **data})
+
+
+def fit(folder: Path, module: MultiTask, data: MultiTaskData, *callbacks: Any, **options: Any) -> Any:
+    made = trainer(folder, *callbacks, **{"max_steps": 4, "use_distributed_sampler": False, **options})
+    made.fit(module, data)
+    return made
+
+
+def weights(module: MultiTask) -> dict[str, torch.Tensor]:
+    whole = {
+        n: p.full_tensor() if isinstance(p, DTensor) else p for n, p in module.named_parameters() if p.requires_grad
+    }
+    return {name: p.detach().clone() for name, p in whole.items()}
+
+
+def on_ranks(
+    folder: str,
+    batch_size: int,
+    accumulate: int = 1,
+    devices: int = 1,
+    fsdp2: bool = False,
+    surgery: str | None = None,
+    **data: Any,
+) -> dict[str, torch.Tensor]:
+    """Trained weights after four steps."""
+    from lightning_ft import GradientSurgery
+
+    torch.set_num_threads(1)
+    module, rows = job(Path(folder), model={"weigh": "tasks"}, batch_size=batch_size, **data)
+    strategy = FSDP2Strategy(save_distributed_checkpoint=False, process_group_backend="gloo") if fsdp2 else "ddp"
+    ranks: dict[str, Any] = {"devices": devices, "strategy": strategy} if devices > 1 else {}
+    callbacks = [GradientSurgery(surgery)] if surgery else []
+    fit(Path(folder), module, rows, *callbacks, accumulate_grad_batches=accumulate, gradient_clip_val=1.0, **ranks)
+    return weights(module)

@@ -1,0 +1,324 @@
+"""MultiTask with MultiTaskData: one trunk for the rows of all, each task's exact mean, and what is each task's own."""
+
+import copy
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F  # noqa: N812
+from lightning.pytorch.callbacks import ModelCheckpoint
+
+import lightning_ft
+from lightning_ft import ClassificationData, GradientSurgery, LoRA, LossBalancing, MultiTaskData, Refusal, TaskSampling
+from lightning_ft.engine.attachment import Attachment
+from lightning_ft.nn.registry import injected_layers
+from tests.contract.subjects import Steps, differing, trainer
+from tests.modules.multitask_jobs import fit, job, on_ranks, weights
+
+TASKS = ["classes", "words", "numbers"]
+
+
+def batches(data: MultiTaskData) -> list:
+    return list(data.train_dataloader())
+
+
+def by_hand(module, batch, weigh: str) -> torch.Tensor:
+    """Row after row through transformers' own backbone, each head on what it reads; the mean of each task, added up."""
+    backbone, flat = module.view.backbone, batch.ids.reshape(-1)
+    bounds = batch.bounds or [n * batch.ids.shape[1] for n in range(len(batch.rows) + 1)]
+    losses: dict[str, list[torch.Tensor]] = {name: [] for name in TASKS}
+    for s, k in enumerate(batch.columns["task"].tolist()):
+        begin, end = bounds[s], bounds[s + 1]
+        if batch.mask is not None:
+            end = begin + int(batch.mask[s].sum())
+        hidden = backbone(input_ids=flat[None, begin:end]).last_hidden_state[0]
+        head = module.heads[TASKS[k]].out
+        if TASKS[k] == "words":
+            for place, label in zip(batch.scored.tolist(), batch.labels, strict=True):
+                if begin <= place < end:
+                    losses["words"].append(-F.log_softmax(head(hidden[place - begin]), -1)[label])
+        else:
+            at = batch.columns[f"rows/{k}"].tolist().index(s)
+            target = batch.columns[f"targets/{k}"][at]
+            logits = head(hidden[0])
+            loss = (logits[0] - target) ** 2 if TASKS[k] == "numbers" else -F.log_softmax(logits, -1)[target]
+            losses[TASKS[k]].append(loss)
+    rows = [batch.columns["task"].eq(k).sum() / len(batch.rows) for k in range(3)]
+    means = [torch.stack(losses[name]).mean() if losses[name] else torch.zeros(()) for name in TASKS]
+    return sum(
+        mean * (share if weigh == "rows" else float(bool(share))) for mean, share in zip(means, rows, strict=True)
+    )
+
+
+@pytest.mark.parametrize("packing", [True, False])
+@pytest.mark.parametrize("weigh", ["rows", "tasks"])
+def test_loss_and_gradients_are_those_by_hand(weigh: str, packing: bool, tmp_path) -> None:
+    module, data = job(tmp_path, model={"weigh": weigh}, packing=packing, batch_size=30)
+    steps = Steps()
+    start = {}
+
+    class Start(ModelCheckpoint):
+        def on_train_start(self, trainer, pl_module):
+            start.update(copy.deepcopy(pl_module.state_dict()))
+
+    fit(tmp_path, module, data, steps, Start(), max_steps=1, enable_checkpointing=True)
+    assert set(steps.batches[0].columns["task"].tolist()) == {0, 1, 2}
+    module.load_state_dict(start)
+    module.zero_grad()
+    loss = by_hand(module, steps.batches[0], weigh)
+    loss.backward()
+    assert steps.losses[0] == pytest.approx(float(loss.detach()), rel=1e-5)
+    for name, parameter in module.named_parameters():
+        torch.testing.assert_close(steps.gradients[0][name], parameter.grad, rtol=1e-4, atol=1e-6, msg=name)
+
+
+def test_a_mixed_batch_runs_the_trunk_once(tmp_path) -> None:
+    module, data = job(tmp_path, batch_size=12)
+    runs, tasks = [], []
+
+    class Count(Steps):
+        def on_train_start(self, trainer, pl_module):
+            pl_module.view.backbone.register_forward_hook(lambda *_: runs.append(1))
+
+        def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
+            tasks.append(len(set(batch.columns["task"].tolist())))
+
+    fit(tmp_path, module, data, Count(), max_steps=3, limit_val_batches=0)
+    assert len(runs) == 3 and max(tasks) == 3
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory) -> Path:
+    path = tmp_path_factory.mktemp("multitask")
+    job(path)
+    return path
+
+
+def assert_close(one: dict, other: dict) -> None:
+    assert one.keys() == other.keys()
+    for name in one:
+        torch.testing.assert_close(one[name], other[name], rtol=1e-4, atol=2e-6, msg=name)
+
+
+def test_eight_rows_are_four_twice_are_two_ranks(folder: Path, two_ranks) -> None:
+    """Rows and tokens in one step, each divided by its own count."""
+    whole = on_ranks(str(folder), 8)
+    assert_close(on_ranks(str(folder), 4, accumulate=2), whole)
+    for ranks in two_ranks.run("tests.modules.multitask_jobs:on_ranks", folder=str(folder), batch_size=4, devices=2):
+        assert_close(ranks, whole)
+
+
+def test_two_ranks_with_surgery_are_one_process_with_the_joint_batch(folder: Path, two_ranks) -> None:
+    whole = on_ranks(str(folder), 8, surgery="upgrad")
+    differs = on_ranks(str(folder), 8)
+    assert differing(whole, differs)
+    job = {"folder": str(folder), "batch_size": 4, "devices": 2, "surgery": "upgrad"}
+    for ranks in two_ranks.run("tests.modules.multitask_jobs:on_ranks", **job):
+        assert_close(ranks, whole)
+
+
+@pytest.mark.parametrize("fsdp2", [False, True])
+def test_one_task_a_batch_on_two_ranks(fsdp2: bool, folder: Path, two_ranks) -> None:
+    """Heads of absent tasks take part on both ranks, and nothing waits."""
+    whole = on_ranks(str(folder), 8, batches="homogeneous")
+    job = {"folder": str(folder), "batch_size": 4, "devices": 2, "batches": "homogeneous", "fsdp2": fsdp2}
+    for ranks in two_ranks.run("tests.modules.multitask_jobs:on_ranks", **job):
+        assert_close(ranks, whole)
+
+
+def test_all_ranks_deal_the_same_task(folder: Path) -> None:
+    from lightning_ft.data.loader import Placement
+
+    module, data = job(folder, batches="homogeneous", batch_size=3, packing=True, epoch_rows=90)
+    data.use_tokenizer(module.tokenizer)
+    data.setup("fit")
+    data.use_sampling(TaskSampling("uniform"))
+    seen = []
+    for rank in (0, 1):
+        loader = data.train_dataloader()
+        loader.placement = lambda rank=rank: Placement(world_size=2, rank=rank)
+        seen.append([set(batch.columns["task"].tolist()) - {-1} for batch in loader])
+    assert all(len(one | other) == 1 for one, other in zip(*seen, strict=True))
+    assert len(set().union(*seen[0])) == 3
+
+
+def test_a_head_rests_while_its_task_is_absent(tmp_path) -> None:
+    """Not even AdamW's momentum moves it."""
+    module, data = job(
+        tmp_path, model={"optimizer": torch.optim.AdamW, "lr": 1e-2}, batches="homogeneous", batch_size=4
+    )
+    moved = []
+
+    class Watch(Steps):
+        def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
+            self.before = copy.deepcopy(pl_module.heads.state_dict())
+
+        def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
+            (task,) = set(batch.columns["task"].tolist())
+            changed = {name.split(".")[0] for name in differing(self.before, pl_module.heads.state_dict())}
+            moved.append((TASKS[task], changed))
+
+    fit(tmp_path, module, data, Watch(), max_steps=8, limit_val_batches=0)
+    assert all(changed == {task} for task, changed in moved) and len({task for task, _ in moved}) > 1
+
+
+@pytest.mark.parametrize("batches", ["mixed", "homogeneous"])
+@pytest.mark.parametrize("callback", [None, TaskSampling("loss_driven"), LossBalancing("uncertainty")], ids=str)
+def test_a_run_resumed_in_mid_epoch_is_bit_equal(batches: str, callback, tmp_path) -> None:
+    options = {
+        "model": {"weigh": "tasks", "optimizer": torch.optim.AdamW, "lr": 1e-3},
+        "batches": batches,
+        "batch_size": 4,
+    }
+    options |= {"epoch_rows": 12}  # three batches an epoch
+    more = [copy.deepcopy(callback)] if callback else []
+    module, data = job(tmp_path, **options)
+    keep = ModelCheckpoint(tmp_path / "files", every_n_train_steps=5, save_top_k=-1, filename="{step}")
+    fit(tmp_path, module, data, keep, *more, max_steps=10, enable_checkpointing=True, limit_val_batches=0)
+    again, data = job(tmp_path, **options)
+    more = [copy.deepcopy(callback)] if callback else []
+    keep = ModelCheckpoint(tmp_path / "again", every_n_train_steps=5, save_top_k=-1, filename="{step}")
+    options = {"max_steps": 10, "use_distributed_sampler": False, "limit_val_batches": 0, "enable_checkpointing": True}
+    run = trainer(tmp_path, keep, *more, **options)
+    run.fit(again, data, ckpt_path=tmp_path / "files" / "step=5.ckpt")
+    assert not differing(weights(module), weights(again))
+
+
+def test_measures(tmp_path) -> None:
+    module, data = job(tmp_path, model={"baselines": {"classes": 0.5, "words": 0.5, "numbers": 0.5}}, epoch_rows=16)
+    run = fit(tmp_path, module, data, max_steps=2, limit_val_batches=None)
+    measured = {name: float(value) for name, value in run.callback_metrics.items()}
+    main = [measured["val/classes/accuracy"], measured["val/words/f1"], measured["val/numbers/pearson"]]
+    assert measured["val/macro"] == pytest.approx(sum(main) / 3)
+    assert measured["val/relative_improvement"] == pytest.approx(sum((m - 0.5) / 0.5 for m in main) / 3, rel=1e-5)
+    losses = [measured[f"val/{name}/loss"] for name in TASKS]
+    assert measured["val/loss"] == pytest.approx(sum(losses) / 3)
+
+
+def test_a_task_alone_is_a_flag(tmp_path) -> None:
+    module, data = job(tmp_path, only="numbers")
+    run = fit(tmp_path, module, data, limit_val_batches=None, max_steps=1, val_check_interval=1)
+    assert module.task_names == ["numbers"] and set(module.heads) == {"numbers"}
+    assert run.callback_metrics["val/loss"] == run.callback_metrics["val/numbers/loss"]
+
+
+def test_with_lora_the_factors_and_heads_are_trained_and_kept(tmp_path) -> None:
+    module, data = job(tmp_path, model={"lr": 0.5})
+    keep = ModelCheckpoint(tmp_path / "files", save_last=True, save_top_k=0)
+    start = {}
+
+    class Start(Steps):
+        def on_train_start(self, trainer, pl_module):
+            start.update({n: p.detach().clone() for n, p in pl_module.named_parameters()})
+
+    fit(tmp_path, module, data, LoRA(2), Start(), keep, enable_checkpointing=True)
+    trained = {n for n, p in module.named_parameters() if p.requires_grad}
+    assert {n.split(".")[0] for n in trained} == {"model", "heads"} and all(
+        "lora_" in n or n.startswith("heads.") for n in trained
+    )
+    assert not differing(
+        {n: start[n] for n in start if n not in trained},
+        {n: p.detach() for n, p in module.named_parameters() if n not in trained},
+    )
+    loaded = lightning_ft.load(tmp_path / "files" / "last.ckpt")
+    assert not differing(weights(module), weights(loaded)) and loaded.task_names == TASKS
+
+
+def test_an_adapter_of_a_task_is_its_own(tmp_path) -> None:
+    """Rows of the task see the shared adapter and its own, other rows the shared one alone."""
+    module, data = job(tmp_path, batches="homogeneous", batch_size=4, model={"lr": 0.5})
+    seen: dict[str, set[str]] = {}
+
+    class Watch(Steps):
+        def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
+            self.before = weights(pl_module)
+
+        def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
+            (task,) = set(batch.columns["task"].tolist())
+            names = {
+                id(p): layer.adapter_name
+                for layer in injected_layers(pl_module).values()
+                for p in layer.injected_parameters().values()
+            }
+            own = {n: names[id(p)] for n, p in pl_module.named_parameters() if id(p) in names}
+            seen.setdefault(TASKS[task], set()).update(
+                own[n] for n in differing(self.before, weights(pl_module)) if n in own
+            )
+
+    adapters = [LoRA(2, name="shared"), LoRA(2, name="classes"), LoRA(2, name="numbers")]
+    fit(tmp_path, module, data, *adapters, Watch(), max_steps=8, limit_val_batches=0)
+    assert seen["classes"] == {"shared", "classes"}
+    assert seen.get("words", {"shared"}) == {"shared"}
+    assert all(layer.enabled for layer in injected_layers(module).values())
+    mixed, data = job(tmp_path)
+    with pytest.raises(
+        Refusal, match="The adapter 'classes' is one task's own, and mixed batches hold rows of several"
+    ):
+        fit(tmp_path, mixed, data, LoRA(2, name="classes"))
+
+
+def test_a_task_is_added_to_a_trained_model(tmp_path) -> None:
+    module, data = job(tmp_path)
+    keep = ModelCheckpoint(tmp_path / "files", save_last=True, save_top_k=0)
+    fit(tmp_path, module, data, keep, enable_checkpointing=True)
+    loaded = lightning_ft.load(tmp_path / "files" / "last.ckpt")
+    before = weights(loaded)
+    loaded.train()
+    loaded.add_task("stars", "regression")
+    rows = ClassificationData(
+        str(tmp_path / "numbers.jsonl"), task="regression", val_fraction=0.3, cache_dir=str(tmp_path / "cache")
+    )
+    run = fit(tmp_path, loaded, MultiTaskData({**data.tasks, "stars": rows}, batch_size=12))
+    assert run.global_step == 4 and loaded.task_names == [*TASKS, "stars"]
+    assert set(weights(loaded)) == {*before, "heads.stars.out.weight", "heads.stars.out.bias"}
+    with pytest.raises(Refusal, match="has a task 'stars' already"):
+        loaded.add_task("stars", "regression")
+
+
+def test_a_language_model_beside_heads(tmp_path) -> None:
+    """The term of texts is that of SFT on the same rows."""
+    from lightning_ft.objectives.causal_lm import causal_lm
+
+    module, data = job(tmp_path, "llama", batch_size=30)
+    found = {}
+
+    class Watch(Steps):
+        def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
+            tasks = pl_module._tasks()
+            outcome = pl_module._outcomes(batch, tasks)["texts"]
+            rows = data._train_rows.parts["texts"]
+            begin = int(data._train_rows._begins[3])
+            numbers = [row - begin for row in batch.rows.tolist() if row >= begin]
+            alone = data.tasks["texts"].collate(rows.segments(numbers), packed=True, window=None, task=None)
+            found["texts"] = (
+                float(outcome.losses.detach().sum()),
+                float(causal_lm(pl_module.view, alone).sum.detach()),
+            )
+
+    fit(tmp_path, module, data, Watch(), max_steps=1)
+    assert found["texts"][0] == pytest.approx(found["texts"][1], rel=1e-5) and found["texts"][0] > 0
+    assert module.generate(["hello"], max_new_tokens=2)
+
+
+def test_balancing_and_surgery_find_the_tasks(tmp_path) -> None:
+    module, data = job(tmp_path, model={"weigh": "tasks"}, batch_size=12)
+    run = fit(tmp_path, module, data, LossBalancing("uncertainty"), GradientSurgery("pcgrad"), limit_val_batches=0)
+    assert {f"train/weight/{name}" for name in TASKS} | {"train/conflict_rate"} <= set(run.callback_metrics)
+    assert module.balancing.log_variance.abs().sum() > 0
+    assert Attachment.of(module).seed == 0
+
+
+def test_refusals(tmp_path) -> None:
+    module, data = job(tmp_path)
+    with pytest.raises(Refusal, match="MultiTask reads batches of MultiTaskData, got ClassificationData"):
+        fit(tmp_path, module, data.tasks["classes"])
+    module, data = job(tmp_path, model={"objectives": {"other": "regression"}})
+    with pytest.raises(Refusal, match="The data's tasks are classes, words, numbers, the module's other"):
+        fit(tmp_path, module, data)
+    module, data = job(tmp_path, model={"objectives": dict.fromkeys(TASKS, "regression")})
+    with pytest.raises(Refusal, match="The task 'classes' is regression"):
+        fit(tmp_path, module, data)
+    with pytest.raises(Refusal, match=r"MultiTaskData\.only must be one of classes, words, numbers, got 'x'"):
+        job(tmp_path, only="x")
+    with pytest.raises(Refusal, match=r"MultiTask\.weights must be at least 0"):
+        job(tmp_path, model={"weights": {"classes": -1.0}})
