@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from lightning_ft.callbacks.bottleneck_adapter import BottleneckAdapter
+    from lightning_ft.callbacks.distillation import Distillation
     from lightning_ft.callbacks.ema import WeightEMA
     from lightning_ft.callbacks.export_adapter import ExportAdapter
     from lightning_ft.callbacks.freeze import Freeze
@@ -52,6 +53,7 @@ _HOMES = {
     "BottleneckAdapter": "callbacks.bottleneck_adapter",
     "ClassificationData": "data.classification_data",
     "DPO": "modules.dpo",
+    "Distillation": "callbacks.distillation",
     "ExportAdapter": "callbacks.export_adapter",
     "FSDP2Strategy": "engine.strategies",
     "Freeze": "callbacks.freeze",
@@ -89,6 +91,7 @@ __all__ = [
     "Attachment",
     "BottleneckAdapter",
     "ClassificationData",
+    "Distillation",
     "ExportAdapter",
     "FSDP2Strategy",
     "Freeze",
