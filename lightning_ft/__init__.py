@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from lightning_ft.adapt import adapt
     from lightning_ft.callbacks.agem import AGEM
     from lightning_ft.callbacks.bottleneck_adapter import BottleneckAdapter
+    from lightning_ft.callbacks.distillation import Distillation
     from lightning_ft.callbacks.ema import WeightEMA
     from lightning_ft.callbacks.ewc import EWC
     from lightning_ft.callbacks.export_adapter import ExportAdapter
@@ -75,6 +76,7 @@ _HOMES = {
     "BottleneckAdapter": "callbacks.bottleneck_adapter",
     "ClassificationData": "data.classification_data",
     "DPO": "modules.dpo",
+    "Distillation": "callbacks.distillation",
     "EWC": "callbacks.ewc",
     "EpisodeData": "data.episode_data",
     "ExportAdapter": "callbacks.export_adapter",
@@ -131,6 +133,7 @@ __all__ = [
     "BottleneckAdapter",
     "ClassificationData",
     "DPO",
+    "Distillation",
     "EWC",
     "EpisodeData",
     "ExportAdapter",

@@ -1,7 +1,7 @@
 """A model that is only asked: reward models, teachers.
 
 It hangs on a module without being a part of it: its weights are in no ``parameters()``, checkpoint, optimizer, DDP bucket or
-FSDP2 shard, nothing trains it, and techniques that inject or freeze by name never see it.
+FSDP2 shard, no ``train()`` reaches it, and techniques that inject or freeze by name never see it.
 """
 
 from __future__ import annotations
@@ -13,17 +13,29 @@ from typing import Any, Generic, TypeVar, cast
 import torch
 from torch import nn
 
+from lightning_ft.functional.errors import Refusal
+from lightning_ft.models.dtype import apply_dtype_policy
+
 Model = TypeVar("Model", bound=nn.Module)
 
 
 class Frozen(Generic[Model]):
-    """Holds a model that was loaded elsewhere, or loads it when it is first asked.
+    """Holds a model that was loaded elsewhere, or loads it when it is first asked; in eval mode, with nothing to train.
 
     Being no ``nn.Module`` itself, it is an ordinary attribute to a module that keeps it. A copied module shares it.
     """
 
-    def __init__(self, model: Model | Callable[[], Model]) -> None:
-        """Args: model: the model, or what loads it."""
+    def __init__(self, model: Model | Callable[[], Model], *, dtype: torch.dtype | None = None) -> None:
+        """Takes the model over.
+
+        Args:
+            model: the model with its weights, packed or not, or what loads it; nobody else trains or moves it from here on.
+            dtype: of its weights; None leaves each as it is. Packed weights stay packed.
+
+        Raises:
+            Refusal: its values are not loaded.
+        """
+        self._dtype = dtype
         self._load: Callable[[], Model] | None = None
         self._model: Model | None = None
         if isinstance(model, nn.Module):
@@ -31,15 +43,18 @@ class Frozen(Generic[Model]):
         else:
             self._load = model
 
-    @staticmethod
-    def _quiet(model: Model) -> Model:
+    def _quiet(self, model: Model) -> Model:
+        if any(p.is_meta for p in model.parameters()):
+            raise Refusal(f"{type(model).__name__} has no values yet (meta device); load them before it is frozen.")
         model.requires_grad_(False)
         model.eval()
+        if self._dtype is not None:
+            apply_dtype_policy(model, self._dtype)
         return model
 
     @property
     def model(self) -> Model:
-        """The model, where it is, in eval mode and with nothing to train."""
+        """The model, where it is."""
         if self._model is None:
             assert self._load is not None
             self._model = self._quiet(self._load())
@@ -57,3 +72,6 @@ class Frozen(Generic[Model]):
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Frozen[Model]:
         return self
+
+
+__all__ = ["Frozen"]

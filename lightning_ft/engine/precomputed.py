@@ -67,7 +67,7 @@ def keys_of(batch: Batch) -> np.ndarray:
     real = int(batch.counts["pair"])
     ids, positions = batch.ids.reshape(-1).cpu().numpy(), batch.positions.reshape(-1).cpu().numpy()
     owner, scored = batch.segment_of_scored.cpu().numpy(), batch.scored.cpu().numpy()
-    rows = [ids[begin:end] for begin, end in _places(batch)]
+    rows = [ids[begin:end] for begin, end in segment_places(batch)]
     keys = np.empty(real, dtype=np.uint64)
     for pair in range(real):
         found = hashlib.blake2b(digest_size=8)
@@ -84,7 +84,7 @@ def keys_of(batch: Batch) -> np.ndarray:
     return keys
 
 
-def _places(batch: Batch) -> list[tuple[int, int]]:
+def segment_places(batch: Batch) -> list[tuple[int, int]]:
     """Where each segment begins and ends in the flattened tensor."""
     if batch.bounds is not None:
         return list(pairwise(batch.bounds))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any, Protocol
 
 import lightning.pytorch as pl
@@ -46,6 +47,7 @@ class Step:
     Attributes:
         extra: (name, function) of each term that techniques add.
         own: the terms that a module of ours handed over from inside its step; None for a user's own step.
+        own_weight: factor of the module's own loss, which techniques beside it may make smaller.
         losses: of the present micro-batch, one for each term, as they are back-propagated.
         logged: name -> (sum, count) of each term over the window so far.
         observed: names in ``logged`` that are no terms, but what a module of ours measured beside them.
@@ -60,6 +62,7 @@ class Step:
         self.attachment = attachment
         self.extra: list[tuple[str, LossTerm]] = []
         self.own: list[Term] | None = None
+        self.own_weight = 1.0
         self.losses: list[Tensor] = []
         self.logged: dict[str, tuple[Tensor, float]] = {}
         self.observed: set[str] = set()
@@ -93,6 +96,8 @@ class Step:
             return output
         loss = output["loss"] if isinstance(output, Mapping) else output
         terms = list(own) if own is not None else ([] if loss is None else [Term("loss", loss, 1.0, unit="mean")])
+        if self.own_weight != 1.0:
+            terms = [replace(term, weight=term.weight * self.own_weight) for term in terms]
         for _, function in self.extra:
             made = function(self.attachment.module, batch, output)
             extra = made if isinstance(made, list) else [made]

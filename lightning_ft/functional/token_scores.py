@@ -39,6 +39,24 @@ class Distribution(NamedTuple):
         return (self.logits - self.log_normaliser).clamp_(min=LOG_ZERO)
 
 
+class TopK(NamedTuple):
+    """What is kept of a distribution: its likeliest tokens, and the mass of all others together.
+
+    Attributes:
+        logprob: (n, k) log-probabilities of the kept tokens.
+        tokens: (n, k) int64, which they are.
+        rest: (n,) the log of the remaining mass.
+    """
+
+    logprob: Tensor
+    tokens: Tensor
+    rest: Tensor
+
+    def block(self, rows: slice) -> TopK:
+        """Those of some rows."""
+        return TopK(self.logprob[rows], self.tokens[rows], self.rest[rows])
+
+
 def distribution(logits: Tensor, temperature: float = 1.0) -> Distribution:
     """The distribution over tokens that ``logits`` stand for.
 
@@ -121,6 +139,29 @@ def jensen_shannon(
     if not gradient:
         return value, None
     return value, ratio.sub_(student.unsqueeze(-1)).mul_(p.probs).mul_(1.0 - beta)
+
+
+def top_k_kl(p: Distribution, q: TopK, *, gradient: bool = True) -> tuple[Tensor, Tensor | None]:
+    """KL(q || p) over k + 1 events: the tokens that were kept of the teacher q, and any other one.
+
+    Nothing is renormalised: the mass of the others is asked of the student as a whole, and how it is shared out among them is
+    left to the student, so that the gradient is p - q', where q' gives the others q(rest) in proportion to p.
+
+    Args:
+        p: the student's distribution, at the temperature that the teacher was kept at.
+        q: what was kept of the teacher.
+        gradient: whether to return d value / d logits of the student.
+    """
+    index = q.tokens
+    probs, mass = q.logprob.to(p.probs.dtype).exp(), q.rest.to(p.probs.dtype).exp()
+    left = p.probs.scatter(-1, index, 0.0)  # (n, V)
+    rest = left.sum(-1)
+    logp = p.logits.gather(-1, index) - p.log_normaliser
+    value = (probs * (q.logprob - logp)).sum(-1) + mass * (q.rest - rest.log().clamp(min=LOG_ZERO))
+    if not gradient:
+        return value, None
+    left.mul_((mass / rest.clamp(min=torch.finfo(rest.dtype).tiny)).unsqueeze(-1))
+    return value, p.probs - left.scatter_(-1, index, probs)
 
 
 def top_k(p: Distribution, k: int) -> tuple[Tensor, Tensor, Tensor]:

@@ -58,12 +58,22 @@ class LanguageHead:
         return any(p.requires_grad for p in self.head_parameters()) or _sharded_by_itself(self.head)
 
     def score(
-        self, hidden: Tensor, labels: Tensor, *, outputs: Sequence[str] = ("logprob",), **settings: Any
+        self,
+        hidden: Tensor,
+        labels: Tensor,
+        *,
+        outputs: Sequence[str] = ("logprob",),
+        size: int | None = None,
+        **settings: Any,
     ) -> dict[str, Tensor]:
-        """Scores of ``labels`` (N,) given hidden states (N, D); see :func:`lightning_ft.nn.head.score_tokens`."""
+        """Scores of ``labels`` (N,) given hidden states (N, D); see :func:`lightning_ft.nn.head.score_tokens`.
+
+        Of a vocabulary that is padded only the first ``size`` tokens count, if that is given.
+        """
         if "recompute" not in settings and _sharded_by_itself(self.head):
             settings["recompute"] = True
-        return score_tokens(hidden, labels, self.logits, parameters=self.head_parameters(), outputs=outputs, **settings)
+        head = self.logits if size is None else lambda rows: self.logits(rows)[..., :size]
+        return score_tokens(hidden, labels, head, parameters=self.head_parameters(), outputs=outputs, **settings)
 
 
 class CausalLM(BackboneView, LanguageHead):

@@ -25,12 +25,15 @@ from torch.utils.checkpoint import checkpoint
 
 from lightning_ft.functional import token_scores
 from lightning_ft.functional.errors import Refusal
-from lightning_ft.functional.token_scores import Distribution
+from lightning_ft.functional.token_scores import Distribution, TopK
 
 #: Outputs with a gradient, and those without; "topk" becomes the keys topk_logprob, topk_index and rest_logprob.
-DIFFERENTIABLE = ("logprob", "entropy", "forward_kl", "reverse_kl", "jensen_shannon")
+DIFFERENTIABLE = ("logprob", "entropy", "forward_kl", "reverse_kl", "jensen_shannon", "topk_kl")
 PLAIN = ("correct", "argmax", "entropy_value", "topk")
-NEEDS_OTHER = ("forward_kl", "reverse_kl", "jensen_shannon")
+NEEDS_OTHER = ("forward_kl", "reverse_kl", "jensen_shannon", "topk_kl")
+
+Other = Callable[[slice], Tensor | TopK]
+"""Of a slice of the rows the logits (n, V) of a second model, or what was kept of them."""
 
 
 @dataclass(frozen=True)
@@ -47,15 +50,18 @@ class _Scores:
         return tuple(name for name in self.outputs if name in DIFFERENTIABLE)
 
     def value(
-        self, name: str, p: Distribution, q: Distribution | None, labels: Tensor, gradient: bool
+        self, name: str, p: Distribution, q: Distribution | TopK | None, labels: Tensor, gradient: bool
     ) -> tuple[Tensor, Tensor | None]:
         """One differentiable output and its gradient with respect to the logits before the temperature."""
         if name == "logprob":
             value, slope = token_scores.log_prob(p, labels, gradient=gradient)
         elif name == "entropy":
             value, slope = token_scores.entropy(p, gradient=gradient)
+        elif name == "topk_kl":
+            assert isinstance(q, TopK)
+            value, slope = token_scores.top_k_kl(p, q, gradient=gradient)
         else:
-            assert q is not None  # checked on entry
+            assert isinstance(q, Distribution)  # checked on entry
             if name == "forward_kl":
                 value, slope = token_scores.forward_kl(p, q, gradient=gradient)
             elif name == "reverse_kl":
@@ -89,7 +95,7 @@ def score_tokens(
     outputs: Sequence[str] = ("logprob",),
     chunk_size: int = 256,
     temperature: float = 1.0,
-    other: Callable[[slice], Tensor] | None = None,
+    other: Other | None = None,
     top_k: int = 64,
     beta: float = 0.5,
     recompute: bool | None = None,
@@ -106,14 +112,15 @@ def score_tokens(
         parameters: the head's parameters. Only a hint that saves one wasted chunk: trained parameters that are not
             listed are found in the graph of the first chunk.
         outputs: any of "logprob" (log p(label)), "entropy", "forward_kl" (KL(other || p)), "reverse_kl"
-            (KL(p || other)), "jensen_shannon", all (N,) with a gradient; "correct" (N,) bool, "argmax" (N,) int64,
-            "entropy_value" (N,), which is "entropy" for those who only look at it, and "topk" (the keys "topk_logprob"
-            (N, k), "topk_index" (N, k) and "rest_logprob" (N,)), without.
+            (KL(p || other)), "jensen_shannon", "topk_kl" (forward, over the tokens kept of ``other`` and the rest), all (N,) with
+            a gradient; "correct" (N,) bool, "argmax" (N,) int64, "entropy_value" (N,), which is "entropy" for those who only look
+            at it, and "topk" (the keys "topk_logprob" (N, k), "topk_index" (N, k) and "rest_logprob" (N,)), without.
         chunk_size: tokens whose logits exist at one time; 256 x 49,152 logits in bfloat16 are 25 MB. Measured at
             D = 576, V = 49,152, 1,024 tokens in bfloat16 with a frozen head, forward and backward, on one core with
             AVX512-BF16: 872, 745, 685, 725 and 745 ms with 64, 128, 256, 512 and 1,024.
         temperature: what the logits are divided by, and those of ``other`` too; "correct" does not change.
-        other: gives the logits (n, V) of a second model for a slice of the N rows; called without gradients.
+        other: gives the logits (n, V) of a second model for a slice of the N rows, or for "topk_kl" a `TopK`, kept at
+            ``temperature``; called without gradients.
         top_k: how many tokens "topk" keeps.
         beta: the weight of ``other`` in "jensen_shannon".
         recompute: whether backward runs the head again instead of keeping (N, D) slopes. None decides: yes when
@@ -165,10 +172,17 @@ def _row_blocks(n: int, device: torch.device) -> list[slice]:
     return [slice(start, min(start + step, n)) for start in range(0, n, step)]
 
 
-def _check_logits(logits: Tensor, rows: int, q: Tensor | None) -> None:
+def _second(q: Tensor | TopK | None, block: slice, temperature: float) -> Distribution | TopK | None:
+    """The second distribution of a block of rows."""
+    if isinstance(q, TopK):
+        return q.block(block)
+    return token_scores.distribution(q[block], temperature) if q is not None else None
+
+
+def _check_logits(logits: Tensor, rows: int, q: Tensor | TopK | None) -> None:
     if logits.dim() != 2 or logits.shape[0] != rows:
         raise Refusal(f"score_tokens: the head must turn ({rows}, D) into ({rows}, V), it gave {tuple(logits.shape)}.")
-    if q is not None and q.shape != logits.shape:
+    if isinstance(q, Tensor) and q.shape != logits.shape:
         raise Refusal(
             f"score_tokens: the second model's logits are {tuple(q.shape)} where the first one's are "
             f"{tuple(logits.shape)}; a divergence needs one vocabulary."
@@ -190,7 +204,7 @@ def _kept(
     head: Callable[[Tensor], Tensor],
     ask: _Scores,
     chunk_size: int,
-    other: Callable[[slice], Tensor] | None,
+    other: Other | None,
     slopes: tuple[str, ...],
     recompute: bool | None,
 ) -> dict[str, Tensor]:
@@ -214,7 +228,7 @@ def _kept(
             pulled = {name: torch.empty_like(logits) for name in kept}
             for block in _row_blocks(chunk.shape[0], logits.device):
                 p = token_scores.distribution(logits.detach()[block], ask.temperature)
-                q = token_scores.distribution(q_logits[block], ask.temperature) if q_logits is not None else None
+                q = _second(q_logits, block, ask.temperature)
                 block_labels = labels[rows][block]
                 for name in ask.differentiable:
                     value, slope = ask.value(name, p, q, block_labels, name in kept)
@@ -268,19 +282,20 @@ class _FromLogits(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, logits: Tensor, q_logits: Tensor | None, labels: Tensor, ask: _Scores, names: list[str]
+        ctx: Any, logits: Tensor, q_logits: Tensor | TopK | None, labels: Tensor, ask: _Scores, names: list[str]
     ) -> tuple[Tensor, ...]:
         parts: dict[str, list[Tensor]] = {}
         for block in _row_blocks(logits.shape[0], logits.device):
             p = token_scores.distribution(logits[block], ask.temperature)
-            q = token_scores.distribution(q_logits[block], ask.temperature) if q_logits is not None else None
+            q = _second(q_logits, block, ask.temperature)
             for name in ask.differentiable:
                 parts.setdefault(name, []).append(ask.value(name, p, q, labels[block], False)[0])
             for name, value in ask.plain(p, labels[block]).items():
                 parts.setdefault(name, []).append(value)
         names.extend(name for name in parts if name not in names)
         scores = {name: torch.cat(values) for name, values in parts.items()}
-        ctx.save_for_backward(logits, q_logits, labels)
+        ctx.kept = q_logits if isinstance(q_logits, TopK) else None
+        ctx.save_for_backward(logits, None if isinstance(q_logits, TopK) else q_logits, labels)
         ctx.ask = ask
         ctx.names = list(parts)
         ctx.mark_non_differentiable(*(value for name, value in scores.items() if name not in ask.differentiable))
@@ -290,11 +305,12 @@ class _FromLogits(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         logits, q_logits, labels = ctx.saved_tensors
+        q_logits = ctx.kept if ctx.kept is not None else q_logits
         ask: _Scores = ctx.ask
         pulled = torch.empty_like(logits)
         for block in _row_blocks(logits.shape[0], logits.device):
             p = token_scores.distribution(logits[block], ask.temperature)
-            q = token_scores.distribution(q_logits[block], ask.temperature) if q_logits is not None else None
+            q = _second(q_logits, block, ask.temperature)
             slopes: list[Tensor] = []
             for name, grad in zip(ctx.names, grads, strict=True):
                 if name not in ask.differentiable:
@@ -312,7 +328,7 @@ def _recomputed(
     head: Callable[[Tensor], Tensor],
     ask: _Scores,
     chunk_size: int,
-    other: Callable[[slice], Tensor] | None,
+    other: Other | None,
 ) -> dict[str, Tensor]:
     """Values now; backward runs the head on each chunk again, in the chunk's own dtype and autocast state."""
     names: list[str] = []

@@ -100,3 +100,36 @@ def test_is_top() -> None:
     """A label is a hit when nothing is likelier, ties included."""
     z = torch.tensor([[0.0, 2.0, 1.0], [3.0, 3.0, 0.0], [1.0, 0.0, 0.5]])
     assert ts.is_top(ts.distribution(z), torch.tensor([1, 1, 2])).tolist() == [True, True, False]
+
+
+@pytest.mark.parametrize("k", [1, 4, 41])
+def test_kept_tokens_and_the_rest_are_events_of_one_kl(k: int) -> None:
+    """Value and slope against autograd of sum_i q_i log q_i/p_i over the kept tokens and the rest as one more event."""
+    torch.manual_seed(0)
+    z, q = torch.randn(7, 41, dtype=torch.float64) * 3, torch.randn(7, 41, dtype=torch.float64) * 3
+    kept = ts.TopK(*ts.top_k(ts.distribution(q, 0.7), k))
+    exact = (z / 0.7).requires_grad_()
+    events = []
+    for logits in (q / 0.7, exact):
+        probs = logits.softmax(-1)
+        rest = probs.scatter(-1, kept.tokens, 0.0).sum(-1, keepdim=True)
+        events.append(torch.cat([probs.gather(-1, kept.tokens), rest], -1).clamp_min(1e-300))
+    expected = (events[0] * (events[0] / events[1]).log()).sum(-1)
+    (slope,) = torch.autograd.grad(expected.sum(), exact)
+    value, gradient = ts.top_k_kl(ts.distribution(z, 0.7), kept)
+    assert gradient is not None
+    torch.testing.assert_close(value, expected.detach(), atol=1e-10, rtol=0)
+    torch.testing.assert_close(gradient, slope, atol=1e-10, rtol=0)
+    if k == 41:
+        whole, steepness = ts.forward_kl(ts.distribution(z, 0.7), ts.distribution(q, 0.7))
+        torch.testing.assert_close(value, whole, atol=1e-10, rtol=0)
+        torch.testing.assert_close(gradient, steepness, atol=1e-10, rtol=0)
+    else:
+        assert (value <= ts.forward_kl(ts.distribution(z, 0.7), ts.distribution(q, 0.7))[0] + 1e-12).all()
+
+
+def test_kept_tokens_of_the_model_itself_cost_nothing() -> None:
+    z = torch.randn(5, 30, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    p = ts.distribution(z)
+    value, gradient = ts.top_k_kl(p, ts.TopK(*ts.top_k(p, 3)))
+    assert value.abs().max() < 1e-12 and gradient is not None and gradient.abs().max() < 1e-12

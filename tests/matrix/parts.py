@@ -148,6 +148,7 @@ EXTRA_PARTS = ("full", "lora", "prefix", "adapter-pfeiffer")
 
 #: Techniques that are in no cell yet, and why; one that has a part or is an extra may not stand here.
 NOT_YET = {
+    "Distillation": "it needs a teacher; tests/callbacks/test_distillation runs it with adapters, packed bases and on two ranks",
     "AGEM": "it acts from the second task on; tests/callbacks/test_agem",
     "GradientSurgery": "it needs several terms; tests/callbacks/test_gradient_surgery and tests/modules/test_multitask",
     "LossBalancing": "it needs several terms; tests/callbacks/test_loss_balancing",

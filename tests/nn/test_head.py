@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from lightning_ft.functional import token_scores as ts
 from lightning_ft.functional.errors import Refusal
 from lightning_ft.nn.head import score_tokens
 from tests.tolerances import TOL
@@ -250,3 +251,25 @@ def test_refusals() -> None:
         score_tokens(hidden, labels, head, outputs=("forward_kl",), other=lambda r: torch.zeros(4, V + 1))
     with pytest.raises(Refusal, match="leave positions"):
         score_tokens(hidden, torch.tensor([0, 1, -100, 2]), head)
+
+
+@pytest.mark.parametrize("recompute", [False, True])
+def test_what_was_kept_of_a_second_model_stands_for_its_logits(recompute: bool) -> None:
+    """With all tokens kept the value is the forward KL; with few, values and gradients equal the closed form on dense logits."""
+    hidden, labels, q, weights = problem(torch.float64)
+    head = HEADS["everything"]().double().requires_grad_(recompute)
+    for k in (V, 3):
+        kept = ts.TopK(*ts.top_k(ts.distribution(q, 0.8), k))
+        settings = {"chunk_size": 4, "temperature": 0.8, "other": kept.block}
+        found = score_tokens(hidden, labels, head, outputs=("topk_kl",), recompute=recompute, **settings)["topk_kl"]
+        logits = head(hidden)
+        value, slope = ts.top_k_kl(ts.distribution(logits.detach(), 0.8), kept)
+        torch.testing.assert_close(found, value, atol=TOL[torch.float64], rtol=0)
+        leaves = [hidden, *(p for p in head.parameters() if p.requires_grad)]
+        expected = torch.autograd.grad(logits, leaves, slope / 0.8 * weights[0][:, None])
+        for a, b in zip(torch.autograd.grad((weights[0] * found).sum(), leaves), expected, strict=True):
+            torch.testing.assert_close(a, b, atol=TOL[torch.float64], rtol=1e-10)
+    whole = score_tokens(hidden, labels, head, outputs=("forward_kl",), temperature=0.8, other=lambda rows: q[rows])
+    kept = ts.TopK(*ts.top_k(ts.distribution(q, 0.8), V))
+    same = score_tokens(hidden, labels, head, outputs=("topk_kl",), temperature=0.8, other=kept.block)
+    torch.testing.assert_close(same["topk_kl"], whole["forward_kl"], atol=TOL[torch.float64], rtol=0)

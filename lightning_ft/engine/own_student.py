@@ -1,0 +1,149 @@
+"""A part of a user's own LightningModule as the student: its outputs are caught in the module's own step, which runs once."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from contextlib import ExitStack
+from typing import Any
+
+import lightning.pytorch as pl
+import torch
+from torch import Tensor, nn
+
+from lightning_ft.engine.attachment import Attachment
+from lightning_ft.engine.frozen import Frozen
+from lightning_ft.functional.errors import Refusal
+from lightning_ft.models.admission import evaluating
+from lightning_ft.nn.registry import pristine_modules
+
+
+class Caught:
+    """What a part of a module was called with and gave, in the last pass that builds a graph."""
+
+    def __init__(self, part: nn.Module, attachment: Attachment, teacher: Frozen[Any] | None) -> None:
+        """Sets it up.
+
+        Args:
+            part: of the module.
+            attachment: the module's; its reference teaches where no teacher is given.
+            teacher: called as the part was.
+        """
+        self.part = part
+        self._attachment = attachment
+        self._teacher = teacher
+        self._calls: list[tuple[tuple[Any, ...], dict[str, Any], Any]] = []
+
+    def hook(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+        """A forward hook."""
+        if torch.is_grad_enabled():
+            self._calls.append((args, kwargs, output))
+
+    def forget(self) -> None:
+        """Of what was caught so far."""
+        self._calls = []
+
+    def compared(self, batch: Any, mask: str | None) -> tuple[Tensor, Tensor]:
+        """The student's and the teacher's outputs in a step, (N, C) each.
+
+        Args:
+            batch: the step's.
+            mask: the entry of it that is True where outputs count; None: the attention mask of the call, if it had one.
+
+        Raises:
+            Refusal: the part did not run, or ran more than once; or its outputs are no logits.
+        """
+        calls, self._calls = self._calls, []
+        if len(calls) != 1:
+            raise Refusal(
+                f"Distillation looks at what {type(self.part).__name__} gives in a training step, where it was called {len(calls)} "
+                "times and not once; name another part of the module by student."
+            )
+        args, kwargs, output = calls[0]
+        student = logits_of(output)
+        with torch.no_grad():
+            teacher = logits_of(self._say(args, kwargs))
+        if teacher.shape != student.shape:
+            raise Refusal(
+                f"The teacher gives {tuple(teacher.shape)} where the student's part gives {tuple(student.shape)}; they must "
+                "predict the same things."
+            )
+        chosen = self._chosen(batch, mask, kwargs, student)
+        pairs = (z.reshape(-1, z.shape[-1]) for z in (student, teacher))
+        both = [z if chosen is None else z[chosen] for z in pairs]
+        return both[0], both[1]
+
+    def _say(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        if self._teacher is not None:
+            with self._teacher.on(next(self.part.parameters()).device) as teacher:
+                return teacher(*args, **kwargs)
+        with ExitStack() as stack:
+            stack.enter_context(self._attachment.reference())
+            stack.enter_context(evaluating(self.part))
+            return self.part(*args, **kwargs)
+
+    def _chosen(self, batch: Any, mask: str | None, kwargs: dict[str, Any], student: Tensor) -> Tensor | None:
+        """(N,) places that count in the flattened outputs, or None for all."""
+        if mask is not None:
+            found = batch.get(mask) if isinstance(batch, Mapping) else getattr(batch, mask, None)
+            if not isinstance(found, Tensor):
+                raise Refusal(
+                    f"Distillation.mask names {mask!r}, which the batch does not have; name an entry that holds a tensor."
+                )
+        else:
+            found = kwargs.get("attention_mask")
+            if not isinstance(found, Tensor) or found.shape != student.shape[:-1]:
+                return None
+        if found.shape != student.shape[:-1]:
+            raise Refusal(
+                f"Distillation.mask is {tuple(found.shape)} where the outputs are {tuple(student.shape)}; it must have one entry "
+                "for each row of logits."
+            )
+        return found.reshape(-1).bool().nonzero()[:, 0]
+
+
+def catch(module: pl.LightningModule, name: str | None, attachment: Attachment, teacher: Frozen[Any] | None) -> Caught:
+    """Listens to a part of a user's module for the run.
+
+    Args:
+        module: the user's.
+        name: of the part, as in ``named_modules``; None: the only child with parameters.
+        attachment: the module's.
+        teacher: called as the part is; None: the part itself as it was when the fit began.
+
+    Raises:
+        Refusal: there is no such part.
+    """
+    places = {path: place for path, (_, place) in pristine_modules(module).items()}
+    if name is None:
+        children = [n for n, child in module.named_children() if any(True for _ in child.parameters())]
+        if len(children) != 1:
+            raise Refusal(
+                f"{type(module).__name__} has {len(children)} parts ({', '.join(children)}); say by student which one gives the "
+                "logits."
+            )
+        name = children[0]
+    if name not in places:
+        raise Refusal(f"Distillation.student names {name!r}, which the module does not have; name a part of it.")
+    caught = Caught(places[name], attachment, teacher)
+    handle = places[name].register_forward_hook(caught.hook, with_kwargs=True)
+    attachment.on_leave(handle.remove)
+    attachment.on_leave(caught.forget)
+    return caught
+
+
+def logits_of(output: Any) -> Tensor:
+    """The logits (..., C) in what a module gave: a tensor, or what is called ``logits`` in it.
+
+    Raises:
+        Refusal: there are none.
+    """
+    found = output.get("logits") if isinstance(output, Mapping) else getattr(output, "logits", output)
+    if not isinstance(found, Tensor) or not found.is_floating_point() or found.dim() < 2:
+        raise Refusal(
+            f"The part that is compared gives {type(output).__name__} and no logits (rows, classes); name by student one that "
+            "gives them."
+        )
+    return found
+
+
+__all__ = ["Caught", "catch", "logits_of"]

@@ -1,0 +1,465 @@
+"""Distillation: the contract, and what only it does."""
+
+import copy
+
+import lightning.pytorch as pl
+import pytest
+import torch
+import torch.nn.functional as F  # noqa: N812
+import transformers as hf
+
+import lightning_ft
+from lightning_ft import Distillation, LoRA, Refusal
+from lightning_ft.functional import distillation as maths
+from tests.contract import Case, checks_for
+from tests.contract.subjects import PlainNet, Steps, chat_job, fit, rows, state, trainer
+from tests.modules.tasks import SIZE, job, write_base
+
+CASE = Case(Distillation, small={"temperature": 2.0}, idle={"soft_targets": 0.0})
+
+
+@pytest.mark.parametrize("check", checks_for(CASE))
+def test_contract(check, place):
+    check(CASE, place)
+
+
+@pytest.fixture(scope="module")
+def bases(tmp_path_factory):
+    """Folders: bert and t5 students, and trained-looking teachers of each task, wider and deeper ones among them."""
+    folder = tmp_path_factory.mktemp("bases")
+    for kind in ("bert", "t5", "llama"):
+        write_base(kind, folder / kind)
+    torch.manual_seed(7)
+    quiet = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0, "initializer_range": 0.3}
+    names = {0: "high", 1: "low", 2: "middle"}
+    for name, labels, kind in (
+        ("classes", names, hf.BertForSequenceClassification),
+        ("words", {0: "B-X", 1: "I-X", 2: "O"}, hf.BertForTokenClassification),
+        ("numbers", None, hf.BertForSequenceClassification),
+        ("several", {0: "a", 1: "b", 2: "c"}, hf.BertForSequenceClassification),
+    ):
+        size = {**SIZE, "hidden_size": 48, "num_hidden_layers": 4}
+        config = hf.BertConfig.from_pretrained(folder / "bert", **{**size, **quiet})
+        if labels is None:
+            config.num_labels, config.problem_type = 1, "regression"
+        else:
+            config.id2label, config.label2id = labels, {v: k for k, v in labels.items()}
+        if name == "several":
+            config.problem_type = "multi_label_classification"
+        kind(config).save_pretrained(folder / name)
+        hf.AutoTokenizer.from_pretrained(folder / "bert").save_pretrained(folder / name)
+    for kind in ("t5", "llama"):
+        config = hf.AutoConfig.from_pretrained(folder / kind)
+        cls = hf.T5ForConditionalGeneration if kind == "t5" else hf.LlamaForCausalLM
+        if kind == "t5":
+            config.num_layers, config.num_decoder_layers = 3, 3
+        else:
+            config.num_hidden_layers, config.hidden_size, config.vocab_size = 4, 48, config.vocab_size + 5
+        model = cls(config)
+        with torch.no_grad():
+            for p in model.parameters():
+                p.mul_(1.5)
+        model.save_pretrained(folder / f"{kind}-teacher")
+        hf.AutoTokenizer.from_pretrained(folder / kind).save_pretrained(folder / f"{kind}-teacher")
+    return folder
+
+
+TEACHERS = {
+    "sequence_classification": "classes",
+    "token_classification": "words",
+    "regression": "numbers",
+    "multi_label": "several",
+    "seq2seq_lm": "t5-teacher",
+}
+
+
+class Watch(pl.Callback):
+    """Batches and what was logged."""
+
+    def __init__(self):
+        self.batches, self.logged = [], []
+
+    def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
+        self.batches.append(batch)
+        self.logged.append({k: float(v) for k, v in trainer.callback_metrics.items()})
+
+
+def teach(bases, tmp_path, task, *, model=None, data=None, callbacks=(), steps=1, **arguments):
+    """(module, watch) after a fit of few steps at rate zero point one, the teacher's numbers in float32."""
+    base = "t5" if task == "seq2seq_lm" else "bert"
+    options = {"optimizer": torch.optim.SGD, "lr": 0.1, **(model or {})}
+    module, rows_ = job(bases / base, tmp_path, task, model=options, shuffle=False, **{"batch_size": 8, **(data or {})})
+    watch = Watch()
+    technique = Distillation(str(bases / TEACHERS[task]), dtype="float32", **arguments)
+    run = trainer(tmp_path, technique, watch, *callbacks, max_steps=steps, limit_val_batches=0)
+    run.fit(module, rows_)
+    return module, watch
+
+
+@torch.no_grad()
+def by_hand(bases, task, batch, module, temperature):
+    """The first step's soft targets in float64, by transformers' own forward of each row alone."""
+    name = {"multi_label": "sequence_classification", "regression": "sequence_classification"}.get(task, task)
+    auto = {
+        "sequence_classification": hf.AutoModelForSequenceClassification,
+        "token_classification": hf.AutoModelForTokenClassification,
+        "seq2seq_lm": hf.AutoModelForSeq2SeqLM,
+    }[name]
+    teacher = auto.from_pretrained(bases / TEACHERS[task]).double().eval()
+    student = copy.deepcopy(module.model).double().eval()
+    total, count = 0.0, 0
+    for number, row in enumerate(batch.rows.tolist()):
+        if row < 0:
+            continue
+        if batch.bounds is not None:
+            begin, end = batch.bounds[number], batch.bounds[number + 1]
+            ids = batch.ids[:, begin:end]
+        else:
+            begin, ids = number * batch.ids.shape[1], batch.ids[number : number + 1, : int(batch.mask[number].sum())]
+        given = {"input_ids": ids}
+        if task == "seq2seq_lm":
+            source = batch.source.ids[number : number + 1, : int(batch.source.mask[number].sum())]
+            given = {"input_ids": source, "decoder_input_ids": ids}
+        z = [m(**given).logits[0] for m in (student, teacher)]
+        if task in ("token_classification", "seq2seq_lm"):
+            at = batch.scored[batch.segment_of_scored == number] - begin
+            z = [one[at] for one in z]
+        pairs = [one.reshape(-1, one.shape[-1]) for one in z]
+        for s, t in zip(*pairs, strict=True):
+            if task == "regression":
+                total += float((s - t) ** 2)
+            elif task == "multi_label":
+                p, q = torch.sigmoid(s / temperature), torch.sigmoid(t / temperature)
+                each = q * (q / p).log() + (1 - q) * ((1 - q) / (1 - p)).log()
+                total += float(each.mean()) * temperature**2
+            else:
+                p, q = torch.softmax(s / temperature, -1), torch.softmax(t / temperature, -1)
+                total += float((q * (q / p).log()).sum()) * temperature**2
+            count += 1
+    return total / count
+
+
+@pytest.mark.parametrize("task", TEACHERS)
+def test_every_task_learns_what_the_formula_says(task, bases, tmp_path):
+    """The logged mean of the first step, at a rate of zero so that the student is still what it was."""
+    model = {"optimizer": None, "lr": 1e-12}
+    module, watch = teach(bases, tmp_path, task, model=model, soft_targets=0.7, temperature=2.0)
+    expected = by_hand(bases, task, watch.batches[0], module, 2.0)
+    logged = watch.logged[0]
+    assert logged["train/distillation/soft_targets"] == pytest.approx(expected, rel=1e-4)
+    assert logged["train/loss"] == pytest.approx(logged["train/sft"] + 0.7 * expected, rel=1e-4)
+    assert logged["train/distillation/t2"] == 4.0
+
+
+@pytest.fixture(scope="module")
+def larger(chat, tmp_path_factory):
+    """A deeper, wider teacher of the tiny chat model, with a padded vocabulary."""
+    folder = tmp_path_factory.mktemp("larger") / "model"
+    config = hf.AutoConfig.from_pretrained(chat / "model")
+    config.num_hidden_layers, config.vocab_size = 4, config.vocab_size + 3
+    config.hidden_size = 2 * config.hidden_size
+    torch.manual_seed(3)
+    hf.LlamaForCausalLM(config).save_pretrained(folder)
+    hf.AutoTokenizer.from_pretrained(chat / "model").save_pretrained(folder)
+    return folder
+
+
+def chat_run(chat, tmp_path, technique, *more, model=None, data=None, **options):
+    module, rows_ = chat_job(chat, tmp_path, model=model or {}, data=data or {})
+    watch, steps = Watch(), Steps()
+    run = trainer(tmp_path, *([technique] if technique else []), *more, watch, steps, **{"max_steps": 2, **options})
+    run.fit(module, rows_)
+    return module, watch, steps
+
+
+@torch.no_grad()
+def dense(module, teacher, batch, divergence, temperature, beta):
+    """Mean over the scored tokens from all logits of both models in float64, each row alone, padding of the vocabulary cut."""
+    student = copy.deepcopy(module.model).double().eval()
+    size, found = student.config.vocab_size, []
+    for number in range(len(batch.rows)):
+        begin, end = batch.bounds[number], batch.bounds[number + 1]
+        at = batch.scored[batch.segment_of_scored == number] - begin
+        ids = batch.ids[:, begin:end]
+        logp, logq = (torch.log_softmax(m(ids).logits[0, at, :size] / temperature, -1) for m in (student, teacher))
+        if divergence == "jensen_shannon":
+            m = (beta * logq.exp() + (1 - beta) * logp.exp()).log()
+            value = beta * (logq.exp() * (logq - m)).sum(-1) + (1 - beta) * (logp.exp() * (logp - m)).sum(-1)
+            found.append(value / (beta * (1 - beta)))
+        else:
+            a, b = (logq, logp) if divergence == "forward_kl" else (logp, logq)
+            found.append((a.exp() * (a - b)).sum(-1))
+    return float(torch.cat(found).mean()) * temperature**2
+
+
+@pytest.mark.parametrize("divergence", maths.DIVERGENCES)
+def test_language_models_in_chunks_equal_all_logits_at_once(divergence, chat, larger, tmp_path):
+    teacher = hf.AutoModelForCausalLM.from_pretrained(larger).double().eval()
+    found = []
+    for chunk in (3, 256):
+        technique = Distillation(
+            str(larger), divergence=divergence, temperature=1.5, beta=0.2, chunk_size=chunk, dtype="float32"
+        )
+        module, watch, steps = chat_run(chat, tmp_path, technique, model={"lr": 1e-12}, max_steps=1)
+        found.append(steps.gradients[0])
+    expected = dense(module, teacher, watch.batches[0], divergence, 1.5, 0.2)
+    assert watch.logged[0]["train/distillation/soft_targets"] == pytest.approx(expected, rel=1e-4)
+    for name, gradient in found[0].items():
+        torch.testing.assert_close(gradient, found[1][name], rtol=1e-4, atol=1e-6)
+
+
+def test_packed_is_padded(chat, larger, tmp_path):
+    gradients = []
+    for packing in (True, False):
+        technique = Distillation(str(larger), hidden=1.0, layers="uniform", task=0.0, dtype="float32")
+        _, watch, steps = chat_run(chat, tmp_path, technique, data={"packing": packing}, max_steps=1)
+        assert (watch.batches[0].bounds is not None) == packing
+        gradients.append(steps.gradients[0])
+    for name, gradient in gradients[0].items():
+        torch.testing.assert_close(gradient, gradients[1][name], rtol=1e-3, atol=1e-5)
+
+
+def test_the_same_model_as_teacher_costs_and_pulls_nothing(chat, tmp_path):
+    for teacher in ("self", str(chat / "model")):
+        technique = Distillation(teacher, task=0.0, hidden=1.0, cosine=1.0, dtype="float32")
+        _, watch, steps = chat_run(chat, tmp_path, technique, max_steps=1)
+        for kind in ("soft_targets", "hidden", "cosine"):
+            assert abs(watch.logged[0][f"train/distillation/{kind}"]) < 1e-5
+        assert max(float(g.abs().max()) for g in steps.gradients[0].values()) < 1e-4
+
+
+def test_self_is_the_model_before_the_fit_with_lora_and_without(chat, tmp_path):
+    """The second step's divergence equals that from a copy of the start as an external teacher."""
+    for more in ([], [LoRA(2)]):
+        logged = []
+        for teacher in ("self", str(chat / "model")):
+            technique = Distillation(teacher, temperature=2.0, dtype="float32")
+            _, watch, _ = chat_run(chat, tmp_path, technique, *copy.deepcopy(more), max_steps=3)
+            logged.append([entry["train/distillation/soft_targets"] for entry in watch.logged])
+        assert logged[0] == pytest.approx(logged[1], rel=1e-4, abs=1e-6) and logged[0][2] > 1e-4
+
+
+def test_a_lora_student_trains_its_factors_alone_and_the_teacher_is_in_no_file(chat, larger, tmp_path):
+    technique = Distillation(str(larger), hidden=0.5, projection_rate=3.0, dtype="float32")
+    module, rows_ = chat_job(chat, tmp_path, model={"optimizer": None, "lr": 1e-3, "weight_decay": 0.1})
+    seen = {}
+
+    class Look(pl.Callback):
+        def on_train_start(self, trainer, pl_module):
+            seen["frozen"] = technique._teacher.observer.view.model
+            seen["bytes"] = {n: p.clone() for n, p in seen["frozen"].state_dict().items()}
+            seen["modes"] = {m.training for m in seen["frozen"].modules()}
+            seen["groups"] = [(g["lr"], len(g["params"])) for g in trainer.optimizers[0].param_groups]
+            held = {id(p) for p in seen["frozen"].parameters()}
+            assert not held & {id(p) for p in pl_module.parameters()}
+            assert not held & {id(p) for g in trainer.optimizers[0].param_groups for p in g["params"]}
+
+    run = trainer(tmp_path, LoRA(2), technique, Look(), max_steps=3)
+    run.fit(module, rows_)
+    assert seen["modes"] == {False} and not any(p.requires_grad for p in seen["frozen"].parameters())
+    assert all(torch.equal(p, seen["bytes"][n]) for n, p in seen["frozen"].state_dict().items())
+    trained = [n for n, p in module.named_parameters() if p.requires_grad]
+    assert all("lora_" in n or n == "distillation_projections.layer_2.weight" for n in trained)
+    assert any(count == 1 and lr == pytest.approx(3e-3) for lr, count in seen["groups"])
+    file = tmp_path / "run.ckpt"
+    run.save_checkpoint(file)
+    saved = torch.load(file, weights_only=True)
+    assert set(saved["state_dict"]) == set(trained)
+    (recipe,) = [t for t in saved["lightning_ft"]["techniques"] if t["class_path"].endswith("Distillation")]
+    assert recipe["init_args"]["teacher_width"] == seen["frozen"].config.hidden_size
+    loaded = lightning_ft.load(file)  # the teacher is not asked
+    assert torch.equal(
+        loaded.distillation_projections["layer_2"].weight, module.distillation_projections["layer_2"].weight
+    )
+
+
+def test_resumed_is_unbroken_and_another_teacher_is_refused(chat, larger, tmp_path):
+    def make(teacher=larger):
+        return Distillation(str(teacher), hidden=0.5, temperature=2.0, dtype="float32")
+
+    whole, data = chat_job(chat, tmp_path)
+    trainer(tmp_path, make(), max_steps=4, max_epochs=4).fit(whole, data)
+    first, data = chat_job(chat, tmp_path)
+    run = trainer(tmp_path, make(), max_steps=3, max_epochs=4)
+    run.fit(first, data)
+    run.save_checkpoint(tmp_path / "three.ckpt")
+    second, data = chat_job(chat, tmp_path)
+    trainer(tmp_path, make(), max_steps=4, max_epochs=4).fit(second, data, ckpt_path=tmp_path / "three.ckpt")
+    assert all(torch.equal(value, state(second)[name]) for name, value in state(whole).items())
+    other = hf.AutoModelForCausalLM.from_pretrained(larger)
+    with torch.no_grad():
+        other.lm_head.weight.add_(0.1)
+    other.save_pretrained(tmp_path / "other")
+    hf.AutoTokenizer.from_pretrained(larger).save_pretrained(tmp_path / "other")
+    third, data = chat_job(chat, tmp_path)
+    with pytest.raises(Refusal, match="The run was begun with another teacher"):
+        trainer(tmp_path, make(tmp_path / "other"), max_steps=4, max_epochs=4).fit(
+            third, data, ckpt_path=tmp_path / "three.ckpt"
+        )
+
+
+def test_a_teacher_in_four_bits(chat, larger, tmp_path):
+    pytest.importorskip("bitsandbytes")
+    logged = []
+    for quantize in (None, "nf4"):
+        technique = Distillation(str(larger), quantize=quantize, dtype="float32")
+        _, watch, _ = chat_run(chat, tmp_path, technique, LoRA(2), max_steps=1)
+        logged.append(watch.logged[0]["train/distillation/soft_targets"])
+    assert logged[0] != logged[1] and logged[1] == pytest.approx(logged[0], rel=0.5)
+
+
+def test_a_checkpoint_and_an_adapter_teach_as_the_model_they_are(chat, tmp_path):
+    trained, data = chat_job(chat, tmp_path)
+    run = trainer(tmp_path, LoRA(2), max_steps=3)
+    run.fit(trained, data)
+    run.save_checkpoint(tmp_path / "teacher.ckpt")
+    from lightning_ft.formats.merged import export_merged
+    from lightning_ft.formats.peft import export_peft
+
+    export_peft(trained.model, tmp_path / "adapter", base_model_name=str(chat / "model"))
+    export_merged(trained.model, trained.tokenizer, tmp_path / "merged")
+    logged = []
+    for teacher in ("teacher.ckpt", "adapter", "merged"):
+        technique = Distillation(str(tmp_path / teacher), dtype="float32")
+        _, watch, _ = chat_run(chat, tmp_path, technique, max_steps=1)
+        logged.append(watch.logged[0]["train/distillation/soft_targets"])
+    assert logged == pytest.approx([logged[0]] * 3, rel=1e-3) and logged[0] > 1e-3
+
+
+def test_distilbert_is_its_weights_and_hidden_states_are_transformers_own(bases, tmp_path):
+    model = {"optimizer": None, "lr": 1e-12}
+    module, watch = teach(bases, tmp_path, "sequence_classification", model=model, recipe="distilbert")
+    logged = watch.logged[0]
+    terms = [logged[f"train/{name}"] for name in ("sft", "distillation/soft_targets", "distillation/cosine")]
+    assert logged["train/loss"] == pytest.approx(2 * terms[0] + 5 * terms[1] + terms[2], rel=1e-5)
+    assert logged["train/distillation/t2"] == 4.0
+    batch, total = watch.batches[0], 0.0
+    teacher = hf.AutoModel.from_pretrained(bases / "classes", add_pooling_layer=False).double().eval()
+    student = copy.deepcopy(module.model).double().eval()
+    matrix = module.distillation_projections["layer_2"].weight.detach().double()
+    teacher.requires_grad_(False), student.requires_grad_(False)
+    for number in range(len(batch.rows)):
+        ids = batch.ids[:, batch.bounds[number] : batch.bounds[number + 1]]
+        s = student.base_model(ids, output_hidden_states=True).hidden_states[2][0] @ matrix.T
+        t = teacher(ids, output_hidden_states=True).hidden_states[4][0]
+        total += float((1 - F.cosine_similarity(s, t, dim=-1)).mean())
+    assert terms[2] == pytest.approx(total / len(batch.rows), rel=1e-4)
+
+
+def test_minilm_compares_maps_and_relations_of_padded_rows(bases, tmp_path):
+    model = {"attention": "eager", "optimizer": None, "lr": 1e-12}
+    module, watch = teach(
+        bases,
+        tmp_path,
+        "sequence_classification",
+        model=model,
+        data={"packing": False},
+        recipe="minilm",
+        layers="uniform",
+    )
+    batch, maps, values = watch.batches[0], 0.0, 0.0
+    teacher = hf.AutoModel.from_pretrained(bases / "classes", attn_implementation="eager").double().eval()
+    student = copy.deepcopy(module.model).double().eval().base_model
+    caught = {}
+    for who, net in (("s", student), ("t", teacher)):
+        for index, layer in enumerate(net.encoder.layer, 1):
+            layer.attention.self.value.register_forward_hook(
+                lambda m, a, out, key=(who, index): caught.__setitem__(key, out[0])
+            )
+    teacher.requires_grad_(False), student.requires_grad_(False)
+    for number in range(len(batch.rows)):
+        ids = batch.ids[number : number + 1, : int(batch.mask[number].sum())]
+        found = {w: n(ids, output_attentions=True).attentions for w, n in (("s", student), ("t", teacher))}
+        for own, other in ((1, 2), (2, 4)):
+            p, q = found["s"][own - 1][0], found["t"][other - 1][0]
+            maps += float((q * (q / p).log()).sum(-1).mean()) / 2
+            relations = []
+            for key in (("s", own), ("t", other)):
+                v = caught[key].view(len(ids[0]), 4, -1).transpose(0, 1)
+                relations.append((v @ v.transpose(1, 2) / v.shape[-1] ** 0.5).log_softmax(-1))
+            p, q = relations
+            values += float((q.exp() * (q - p)).sum(-1).mean()) / 2
+    logged, n = watch.logged[0], len(batch.rows)
+    assert logged["train/distillation/attention"] == pytest.approx(maps / n, rel=1e-3)
+    assert logged["train/distillation/values"] == pytest.approx(values / n, rel=1e-3)
+    assert "train/distillation/soft_targets" not in logged
+
+
+@pytest.mark.parametrize("task", ["sequence_classification", "token_classification"])
+def test_a_window_of_two_halves_is_one_batch(task, bases, tmp_path):
+    """Rows of uneven length, the last window incomplete, all kinds of terms that packed rows allow."""
+    ends = []
+    for size, accumulate in ((8, 1), (4, 2)):
+        base = bases / "bert"
+        options = {"optimizer": torch.optim.SGD, "lr": 0.1}
+        module, rows_ = job(base, tmp_path, task, model=options, shuffle=False, batch_size=size)
+        technique = Distillation(str(bases / TEACHERS[task]), hidden=0.3, cosine=0.2, layers="uniform", dtype="float32")
+        run = trainer(tmp_path, technique, max_steps=3, accumulate_grad_batches=accumulate, limit_val_batches=0)
+        run.fit(module, rows_)
+        ends.append(state(module))
+    for name, value in ends[0].items():
+        torch.testing.assert_close(value, ends[1][name], rtol=1e-4, atol=1e-5)
+
+
+# -- a user's own module ------------------------------------------------------------------------------------------------
+
+
+def wide():
+    """A teacher of the plain net's inputs."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(5)
+        return torch.nn.Sequential(
+            torch.nn.Linear(4, 16), torch.nn.Tanh(), torch.nn.Dropout(0.5), torch.nn.Linear(16, 3)
+        )
+
+
+def test_a_module_of_your_own_by_hand(tmp_path):
+    """Three steps of SGD at rate 0.5 against a loop, the teacher without dropout, the student's part run once a step."""
+    net, runs = PlainNet(), []
+    net.net.register_forward_hook(lambda *_: runs.append(torch.is_grad_enabled()))
+    fit(tmp_path, net, Distillation(teacher_module=wide, soft_targets=0.5, temperature=3.0, dtype="float32"))
+    assert sum(runs) == 3
+    hand, teacher = PlainNet(), wide().eval()
+    optimizer = torch.optim.SGD(hand.parameters(), lr=0.5)
+    x, y = rows()
+    for step in range(3):
+        at = slice(4 * step, 4 * step + 4)
+        z, t = hand(x[at]), teacher(x[at]).detach()
+        q, p = (t / 3).softmax(-1), (z / 3).log_softmax(-1)
+        loss = F.cross_entropy(z, y[at]) + 0.5 * 9 * F.kl_div(p, q, reduction="batchmean")
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    for name, value in state(hand).items():
+        torch.testing.assert_close(state(net)[name], value, rtol=1e-4, atol=1e-6)
+
+
+def test_what_cannot_be_compared_is_refused(chat, larger, bases, tmp_path):
+    def run(technique, **settings):
+        module, data = chat_job(chat, tmp_path, **settings)
+        trainer(tmp_path, technique, max_steps=1).fit(module, data)
+
+    with pytest.raises(Refusal, match="different vocabularies"):
+        run(Distillation(str(bases / "llama")))
+    with pytest.raises(Refusal, match="set --model.attention eager"):
+        run(Distillation(str(larger), attention=1.0))
+    with pytest.raises(Refusal, match="set --data.packing false"):
+        run(Distillation(str(larger), values=1.0))
+    with pytest.raises(Refusal, match="layers maps 9 to 1, but the student has 2 blocks"):
+        run(Distillation(str(larger), hidden=1.0, layers={9: 1}))
+    with pytest.raises(Refusal, match="There is no folder"):
+        run(Distillation(str(tmp_path / "nowhere" / "a b")))
+    with pytest.raises(Refusal, match="teacher_module is for modules of your own"):
+        run(Distillation(teacher_module=wide))
+    with pytest.raises(Refusal, match="what calls it in a module of your own is not known"):
+        fit(tmp_path, PlainNet(), Distillation(str(larger)))
+    with pytest.raises(Refusal, match="Distillation.student names 'nets'"):
+        fit(tmp_path, PlainNet(), Distillation(student="nets"))
+    with pytest.raises(Refusal, match="of PlainNet only what its part gives"):
+        fit(tmp_path, PlainNet(), Distillation(hidden=1.0))
+    with pytest.raises(Refusal, match=r"teacher's classes .* are not the student's"):
+        module, data = job(bases / "bert", tmp_path, "multi_label")
+        trainer(tmp_path, Distillation(str(bases / "classes")), max_steps=1).fit(module, data)
+    with pytest.raises(Refusal, match="has no trained head|has no head"):
+        module, data = job(bases / "bert", tmp_path, "regression")
+        trainer(tmp_path, Distillation(str(bases / "bert")), max_steps=1).fit(module, data)
