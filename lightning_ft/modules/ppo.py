@@ -51,8 +51,9 @@ class PPO(RolloutModule):
         gamma: discount of what comes a token later; 1 for answers of limited length.
         lam: of the advantages: 0 trusts the values, 1 what was got. 0.95 is usual.
         beta: weight of the KL to the reference; 0.05 is TRL's. 0: none.
-        kl: where it counts: in the ``reward`` of each token (by k1, log p - log q), which holds KL(p || q) down, or in the ``loss``
-            (by k3), whose gradient is that of KL(q || p).
+        kl: where it counts: in the ``reward`` of each token (by k1, log p - log q), or in the ``loss`` (by k3).
+        correct_kl: multiply a KL in the loss by the token's rho, so that its gradient is that of KL(p || q); that of k3 alone is
+            that of KL(q || p).
         kl_target: nats of KL an answer that ``beta`` is moved for, round by round; 6 in Ziegler et al. None: it stays.
         kl_horizon: answers over which it moves; 10,000 in the paper.
         watch_kl: measure the KL to the reference once a round even with ``beta`` 0.
@@ -117,6 +118,7 @@ class PPO(RolloutModule):
         lam: Annotated[float, Ge(0), Le(1)] = 0.95,
         beta: Annotated[float, Ge(0)] = 0.05,
         kl: Literal["reward", "loss"] = "reward",
+        correct_kl: bool = True,
         kl_target: Annotated[float, Gt(0)] | None = None,
         kl_horizon: Annotated[float, Gt(0)] = 10000.0,
         watch_kl: bool = False,
@@ -169,6 +171,7 @@ class PPO(RolloutModule):
         self.lam = lam
         self.beta = beta
         self.kl = kl
+        self.correct_kl = correct_kl
         self.kl_target = kl_target
         self.kl_horizon = kl_horizon
         self.watch_kl = watch_kl
@@ -189,7 +192,7 @@ class PPO(RolloutModule):
                 "PPO.kl_target moves beta, and beta is 0, which stays 0; give a beta, or leave kl_target out."
             )
         self._appraisal = ppo.Appraisal(gamma, lam, missing_end_penalty, whiten_rewards, whiten_advantages)
-        self._settings = ppo.Settings(Clip(clip_low, clip_high), value_clip, value_weight, entropy_weight)
+        self._settings = ppo.Settings(Clip(clip_low, clip_high), value_clip, value_weight, entropy_weight, correct_kl)
         self.values: ValueHead | ValueModel | None = None
         self._controller: dict[str, float] = {"coefficient": beta, "observed": math.nan, "answers": 0.0}
 

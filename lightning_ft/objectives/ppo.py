@@ -79,12 +79,14 @@ class Settings:
         value_clip: how far values may move in a round; None: any.
         value_weight: of the values' loss.
         entropy_weight: of the policy's entropy, which is then raised.
+        correct_kl: whether a KL in the loss is multiplied by the token's ratio.
     """
 
     clip: Clip
     value_clip: float | None
     value_weight: float
     entropy_weight: float
+    correct_kl: bool = True
 
 
 def terms(
@@ -110,7 +112,9 @@ def terms(
         Term("value", value.sum(), count, weight=settings.value_weight),
     ]
     if kl_weight > 0:
-        found.append(Term("kl_loss", kl_estimate(logp, columns["reference_logps"]).sum(), count, weight=kl_weight))
+        kl = kl_estimate(logp, columns["reference_logps"], "k3")
+        kl = kl * ratio.exp() if settings.correct_kl else kl
+        found.append(Term("kl_loss", kl.sum(), count, weight=kl_weight))
     if settings.entropy_weight > 0:
         found.append(Term("entropy_bonus", -entropy.sum(), count, weight=settings.entropy_weight))
     return found

@@ -8,6 +8,7 @@ from typing import Any
 
 import lightning.pytorch as pl
 import torch
+from lightning.pytorch.callbacks import ModelCheckpoint
 
 from benchmarks.random_model import write_model
 from lightning_ft import GRPO, LoRA, PromptData
@@ -120,3 +121,23 @@ def on_ranks(job: str, folder: str, devices: int, strategy: str, full: bool, **m
         "metrics": {name: float(value) for name, value in made.callback_metrics.items()},
         "weights": weights(module),
     }
+
+
+def resumed_on_ranks(
+    job: str, folder: str, step: int
+) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor], list[int]]:
+    """Trained weights of an unbroken run on two ranks, of one that goes on from its ``step``, and the rounds that this one drew."""
+    torch.set_num_threads(1)
+    drawn: list[int] = []
+
+    def play_(folder: Path, *callbacks: Any, **options: Any) -> dict[str, torch.Tensor]:
+        module, data = grpo(Path(job), folder, data={"batch_size": 4}, optimizer=None, lr=0.01, beta=0.1)
+        own = module.roll_out
+        module.roll_out = lambda prompts, number, **more: (drawn.append(number), own(prompts, number, **more))[1]  # type: ignore
+        fit(folder, module, data, LoRA(r=4), *callbacks, devices=2, strategy="ddp", **options)
+        return weights(module)
+
+    save = ModelCheckpoint(Path(folder), filename="{step}", every_n_train_steps=1, save_top_k=-1)
+    whole = play_(Path(folder) / "whole", save, enable_checkpointing=True)
+    drawn.clear()
+    return whole, play_(Path(folder) / "resumed", ckpt_path=str(Path(folder) / f"step={step}.ckpt")), drawn

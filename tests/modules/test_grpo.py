@@ -312,6 +312,15 @@ def test_a_resumed_run_goes_on_with_its_round(job, tmp_path, done, again):
         assert torch.equal(weights(resumed)[name], value), name
 
 
+def test_two_ranks_go_on_with_their_round(job, tmp_path, two_ranks):
+    """From the middle of the first round; a checkpoint has the round of both ranks."""
+    found = two_ranks.run("tests.modules.rollouts:resumed_on_ranks", job=str(job), folder=str(tmp_path), step=1)
+    for whole, resumed, drawn in found:
+        assert drawn == [1]
+        for name, value in whole.items():
+            assert torch.equal(resumed[name], value), name
+
+
 def test_the_checkpoint_holds_plain_types_and_loads(job, tmp_path):
     module, _, made = play(job, tmp_path, LoRA(r=4), options={"max_epochs": 1}, rewards={"short": {"length": 3}})
     made.save_checkpoint(tmp_path / "last.ckpt")

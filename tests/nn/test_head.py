@@ -211,19 +211,23 @@ def test_without_gradients_one_product_a_chunk() -> None:
 
 @pytest.mark.parametrize("trained", [False, True])
 def test_outputs_without_gradient(trained: bool) -> None:
-    """correct, argmax and topk equal the dense ones and carry no gradient."""
+    """correct, argmax, topk and entropy_value equal the dense ones and carry no gradient."""
     torch.manual_seed(0)
     head = nn.Linear(D, V).requires_grad_(trained)
     hidden = torch.randn(N, D, requires_grad=True)
     z = head(hidden)
     labels = torch.where(torch.arange(N) % 2 == 0, z.argmax(-1), torch.randint(V, (N,)))
-    scores = score_tokens(hidden, labels, head, outputs=("logprob", "correct", "argmax", "topk"), chunk_size=5, top_k=4)
+    outputs = ("logprob", "correct", "argmax", "entropy_value", "topk")
+    scores = score_tokens(hidden, labels, head, outputs=outputs, chunk_size=5, top_k=4)
+    torch.testing.assert_close(scores["entropy_value"], -(z.softmax(-1) * z.log_softmax(-1)).sum(-1))
     assert scores["correct"].equal(z.argmax(-1) == labels) and scores["argmax"].equal(z.argmax(-1))
     torch.testing.assert_close(scores["topk_logprob"], z.log_softmax(-1).topk(4).values)
     total = scores["topk_logprob"].exp().sum(-1) + scores["rest_logprob"].exp()
     torch.testing.assert_close(total, torch.ones(N))
     assert scores["logprob"].requires_grad
-    assert not any(scores[k].requires_grad for k in ("correct", "argmax", "topk_logprob", "rest_logprob"))
+    assert not any(
+        scores[k].requires_grad for k in ("correct", "argmax", "entropy_value", "topk_logprob", "rest_logprob")
+    )
 
 
 @pytest.mark.parametrize("trained", [False, True])
@@ -231,8 +235,10 @@ def test_no_rows_is_a_connected_zero(trained: bool) -> None:
     """A rank without scored tokens gets a zero loss and zero gradients everywhere, not None."""
     head = nn.Linear(D, V).requires_grad_(trained)
     start = torch.randn(3, D, requires_grad=True)
-    scores = score_tokens(start[:0], torch.zeros(0, dtype=torch.long), head, outputs=("logprob", "correct", "topk"))
-    assert scores["logprob"].shape == (0,) and scores["topk_index"].shape == (0, 64)
+    scores = score_tokens(
+        start[:0], torch.zeros(0, dtype=torch.long), head, outputs=("logprob", "correct", "entropy_value", "topk")
+    )
+    assert scores["logprob"].shape == (0,) == scores["entropy_value"].shape and scores["topk_index"].shape == (0, 64)
     scores["logprob"].sum().backward()
     assert start.grad is not None and (start.grad == 0).all()
     assert not trained or all(p.grad is not None and (p.grad == 0).all() for p in head.parameters())

@@ -109,10 +109,12 @@ def batch(logp: Tensor) -> Batch:
 
 
 @pytest.mark.parametrize("value_clip", [None, 0.3])
-@pytest.mark.parametrize(("kl_weight", "entropy_weight"), [(0.0, 0.0), (0.2, 0.05)])
-def test_losses_against_loops(value_clip: float | None, kl_weight: float, entropy_weight: float) -> None:
+@pytest.mark.parametrize(
+    ("kl_weight", "entropy_weight", "correct"), [(0.0, 0.0, True), (0.2, 0.05, True), (0.2, 0.05, False)]
+)
+def test_losses_against_loops(value_clip: float | None, kl_weight: float, entropy_weight: float, correct: bool) -> None:
     logp, values, entropy = (x.clone().requires_grad_() for x in (LOGP, drawn(7), drawn(8).abs()))
-    settings = Settings(Clip(0.2, 0.3), value_clip, 0.1, entropy_weight)
+    settings = Settings(Clip(0.2, 0.3), value_clip, 0.1, entropy_weight, correct)
     made = batch(logp)
     found = terms(made, logp, values, entropy, settings, kl_weight)
     total = sum(term.weight * term.sum for term in found)
@@ -127,7 +129,8 @@ def test_losses_against_loops(value_clip: float | None, kl_weight: float, entrop
             error = max(error, (inside - target) ** 2)
         expected = expected + 0.1 * 0.5 * error
         difference = REFERENCE[t] - logp[t]
-        expected = expected + kl_weight * (torch.exp(difference) - 1 - difference) - entropy_weight * entropy[t]
+        kl = (rho if correct else 1) * (torch.exp(difference) - 1 - difference)
+        expected = expected + kl_weight * kl - entropy_weight * entropy[t]
     torch.testing.assert_close(total, expected)
     assert all(term.count == N and term.unit == "token" for term in found)
     assert [term.name for term in found] == ["policy", "value", *(["kl_loss", "entropy_bonus"] if kl_weight else [])]
@@ -160,3 +163,33 @@ def test_an_unmoved_policy() -> None:
     found = measured(made, OLD, VALUES, drawn(8), Settings(Clip(), 0.3, 0.1, 0))
     still = {name: float(value) / count for name, (value, count) in found.items() if name != "entropy"}
     assert still == {"ratio": 1.0, "clipped_low": 0.0, "clipped_high": 0.0, "clipped_values": 0.0, "policy_kl": 0.0}
+
+
+@pytest.mark.parametrize("correct", [True, False])
+def test_whose_gradient_a_kl_in_the_loss_has(correct: bool) -> None:
+    """Over all tokens of a vocabulary, weighted as they are drawn: KL(p || q) where it is corrected, else KL(q || p)."""
+    z, logq = drawn(9, 12).requires_grad_(), drawn(10, 12).log_softmax(-1)
+    logp = z.log_softmax(-1)
+    p = logp.detach().exp()
+    settings, none = Settings(Clip(), None, 1.0, 0.0, correct), torch.zeros(1)
+    each = []
+    for v in range(12):
+        here = slice(v, v + 1)
+        each.append(terms(one(logp[here], logq[here]), logp[here], none, none, settings, 1.0))
+    loss = sum(weight * found[2].sum for weight, found in zip(p, each, strict=True))
+    kl = (logp.exp() * (logp - logq)).sum() if correct else (logq.exp() * (logq - logp)).sum()
+    torch.testing.assert_close(torch.autograd.grad(loss, z, retain_graph=True)[0], torch.autograd.grad(kl, z)[0])
+
+
+def one(logp: Tensor, reference: Tensor) -> Batch:
+    """A batch of one token, drawn by the policy as it is."""
+    none, at = torch.zeros(1, dtype=torch.float64), torch.zeros(1, dtype=torch.long)
+    columns = {
+        "advantages": none,
+        "returns": none,
+        "old_values": none,
+        "old_logps": logp.detach(),
+        "reference_logps": reference,
+    }
+    counts = {"token": 1.0, "row": 1.0}
+    return Batch(at[None], at[None], (0, 1), None, at, at, at, at, counts, columns=columns)
