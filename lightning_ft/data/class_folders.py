@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from functools import lru_cache
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 
+from lightning_ft.data.episode_draw import refuse_shared, split_classes
 from lightning_ft.functional.errors import Refusal
 
 IMAGES = (".png", ".jpg", ".jpeg", ".bmp", ".webp", ".gif", ".ppm")
@@ -32,6 +35,33 @@ def classes_in(folder: Path) -> dict[str, list[Path]]:
             f"{', '.join((*IMAGES, *TENSORS))})."
         )
     return found
+
+
+def files_of_splits(
+    path: str, others: Mapping[str, Any], val: int | Sequence[str], test: int | Sequence[str], *, seed: int
+) -> dict[str, dict[str, list[Path]]]:
+    """Split -> class -> its files.
+
+    Args:
+        path: the folder whose classes are dealt, see `lightning_ft.data.episode_draw.split_classes`.
+        others: ``val`` or ``test`` -> a folder of its own.
+        val: classes of ``path`` for validation.
+        test: likewise.
+        seed: of the choice.
+
+    Raises:
+        Refusal: a folder that is none, or a class in two splits.
+    """
+    found = classes_in(Path(path).expanduser())
+    dealt = split_classes(list(found), val, test, seed=seed, owner="EpisodeData")
+    files = {split: {name: found[name] for name in names} for split, names in dealt.items()}
+    for split, given in others.items():
+        folder = Path(str(given)).expanduser()
+        if not folder.is_dir():
+            raise Refusal(f"EpisodeData.{split}_path {given} is no folder of classes, as path is.")
+        files[split] = classes_in(folder)
+    refuse_shared({split: set(classes) for split, classes in files.items()}, "EpisodeData")
+    return files
 
 
 class FileReader:
@@ -92,4 +122,4 @@ class FileReader:
         return pixels[None] if self.channels == 1 else np.ascontiguousarray(pixels.transpose(2, 0, 1))
 
 
-__all__ = ["FileReader", "classes_in"]
+__all__ = ["FileReader", "classes_in", "files_of_splits"]

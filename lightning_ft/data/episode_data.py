@@ -9,23 +9,18 @@ from typing import Annotated, Any, Literal
 import numpy as np
 import torch
 from annotated_types import Ge
-from datasets import Dataset
-from lightning.pytorch.trainer.states import TrainerFn
 
-from lightning_ft.data.class_folders import FileReader, classes_in
-from lightning_ft.data.collate_labelled import LabelledSegment, collate_labelled
-from lightning_ft.data.episode_draw import TEST, TRAIN, VAL, check_pools, draw_episode, split_classes
+from lightning_ft.data.class_folders import FileReader, files_of_splits
+from lightning_ft.data.class_texts import ClassTexts, parts_of, without_twins
+from lightning_ft.data.episode_draw import TEST, TRAIN, VAL, check_pools, draw_episode
 from lightning_ft.data.episode_loader import EpisodeLoader
-from lightning_ft.data.frames import Frame
-from lightning_ft.data.labelled_rows import LabelledRows, select_labelled, tokenise_labelled
-from lightning_ft.data.labels import Asked, Columns, answers_of, asked_of, columns_of
-from lightning_ft.data.mixture import Files, mixed
+from lightning_ft.data.labelled_rows import LabelledRows
+from lightning_ft.data.labels import Asked
+from lightning_ft.data.mixture import Files
 from lightning_ft.data.named_files import Split
-from lightning_ft.data.planned import PlannedData
-from lightning_ft.data.preview import Piece, Preview, pieces_between
-from lightning_ft.data.sources import Source, open_source
+from lightning_ft.data.preview import Preview
 from lightning_ft.data.task_functions import DrawnTasks
-from lightning_ft.data.token_rows import BadRows, Report, TokenRows, Truncation
+from lightning_ft.data.token_rows import BadRows, Report, Truncation
 from lightning_ft.engine.arguments import check_arguments
 from lightning_ft.engine.episodes import Episode, Rows
 from lightning_ft.functional.dotted import named_function
@@ -35,7 +30,7 @@ _STREAMS: dict[Split, int] = {"train": TRAIN, "val": VAL, "test": TEST}
 _STAGES = {"fit": ("train", "val"), "validate": ("val",), "test": ("test",), "predict": ("test",)}
 
 
-class EpisodeData(PlannedData):
+class EpisodeData(ClassTexts):
     """Small tasks, each of a few classes with a few examples: support rows to adapt on, query rows to be measured on.
 
     Rows come from a table of ``text`` and ``label``, or from a folder with a folder of images (or tensors) for each class; or
@@ -257,6 +252,11 @@ class EpisodeData(PlannedData):
     # -- splits -----------------------------------------------------------------------------------------------------------
 
     @property
+    def reads_no_files(self) -> bool:
+        """Whether episodes come from a function, or from folders."""
+        return self.tasks is not None or self.folders
+
+    @property
     def folders(self) -> bool:
         """Whether ``path`` is a folder of classes."""
         return isinstance(self.path, str) and Path(self.path).expanduser().is_dir()
@@ -310,36 +310,11 @@ class EpisodeData(PlannedData):
             for number in numbers.tolist()
         ]
 
-    def _split(self, names: list[str]) -> dict[str, list[str]]:
-        return split_classes(names, self.val_classes, self.test_classes, seed=self._seed, owner="EpisodeData")
-
-    @staticmethod
-    def _refuse_shared(split: str, names: set[str], others: set[str]) -> None:
-        if both := sorted(names & others):
-            raise Refusal(
-                f"EpisodeData: the class {both[0]!r} is trained on and in {split}_path too ({len(both)} classes in all); what is "
-                "measured there would not be new to the model: take it out of one."
-            )
-
     # -- folders ------------------------------------------------------------------------------------------------------------
 
-    def _class_files(self) -> dict[Split, dict[str, list[Path]]]:
-        found = classes_in(Path(str(self.path)).expanduser())
-        split = self._split(list(found))
-        files: dict[Split, dict[str, list[Path]]] = {
-            "train": {name: found[name] for name in split["train"]},
-            "val": {name: found[name] for name in split["val"]},
-            "test": {name: found[name] for name in split["test"]},
-        }
-        for other in ("val", "test"):
-            given = getattr(self, f"{other}_path")
-            if given is not None:
-                theirs = Path(str(given)).expanduser()
-                if not theirs.is_dir():
-                    raise Refusal(f"EpisodeData.{other}_path {given} is no folder of classes, as path is.")
-                files[other] = classes_in(theirs)  # type: ignore[index]
-                self._refuse_shared(other, set(files[other]), set(files["train"]))  # type: ignore[index]
-        return files
+    def _class_files(self) -> dict[str, dict[str, list[Path]]]:
+        given = {split: path for split, path in (("val", self.val_path), ("test", self.test_path)) if path is not None}
+        return files_of_splits(str(self.path), given, self.val_classes, self.test_classes, seed=self._seed)
 
     def _prepare_folders(self, split: Split) -> None:
         classes = self._class_files()[split]
@@ -363,129 +338,21 @@ class EpisodeData(PlannedData):
     # -- texts ----------------------------------------------------------------------------------------------------------------
 
     def _prepare_texts(self, split: Split) -> None:
-        rows, names = self._texts_of(split)
+        rows, names = self.texts_of(split)
         asked = self._asks()
-        classes = np.concatenate([part.classes() for part in _parts(rows)])
+        classes = np.concatenate([part.classes() for part in parts_of(rows)])
         pools = {name: np.flatnonzero(classes == asked.names.index(name)) for name in names}
-        pools = {name: self._without_twins(rows, places) for name, places in pools.items()}
+        pools = {name: without_twins(rows, places) for name, places in pools.items()}
         self.pools[split] = self._checked(pools, split)
         self._rows[split] = rows
 
         def made(epoch: int, numbers: np.ndarray) -> tuple[Episode, ...]:
             return tuple(
-                Episode(self._side(rows, d.support, d.support_labels), self._side(rows, d.query, d.query_labels))
+                Episode(self.side(rows, d.support, d.support_labels), self.side(rows, d.query, d.query_labels))
                 for d in self._draws(split, epoch, numbers)
             )
 
         self._made[split] = made
-
-    def _side(self, rows: Any, places: np.ndarray, labels: np.ndarray) -> Rows:
-        """Rows with the labels of their episode, padded."""
-        segments = [
-            replace(segment, target=np.asarray(label, dtype=np.int64))
-            for segment, label in zip(rows.segments(places), labels.tolist(), strict=True)
-        ]
-        batch = collate_labelled(segments, packed=False)
-        assert batch.targets is not None
-        return Rows(batch, batch.targets)
-
-    @staticmethod
-    def _without_twins(rows: Any, places: np.ndarray) -> np.ndarray:
-        """Of texts that are alike to the model the first, so that none stands in support and query."""
-        seen: set[bytes] = set()
-        kept = []
-        for place, segment in zip(places.tolist(), rows.segments(places), strict=True):
-            ids = segment.ids.tobytes()
-            if ids not in seen:
-                seen.add(ids)
-                kept.append(place)
-        return np.array(kept, dtype=np.int64)
-
-    def _texts_of(self, split: Split) -> tuple[Any, list[str]]:
-        """The rows of a split, and the names of its classes."""
-        own = split != "train" and getattr(self, f"{split}_path") is not None
-        of: Split = split if own else "train"
-        parts = [self._select(file) for file in self._files(of)]
-        asked = self._asks()
-        present = self._names_in(of)
-        if own:
-            chosen = sorted(present)
-            self._refuse_shared(split, present, set(self._split(sorted(self._names_in("train")))["train"]))
-        else:
-            chosen = self._split(sorted(present))[split]
-        numbers = np.array([asked.names.index(name) for name in chosen])
-        kept = []
-        for part in parts:
-            assert isinstance(part, LabelledRows)
-            kept.append(part.subset(np.flatnonzero(np.isin(part.classes(), numbers))))
-        kept = [part for part in kept if len(part)]
-        if not kept:
-            raise Refusal(
-                f"EpisodeData has no rows for {split}: {', '.join(self._files(of))} hold none of its classes."
-            )
-        return mixed(kept), chosen
-
-    def _names_in(self, split: Split) -> set[str]:
-        """Classes that occur in the files of a split."""
-        asked, found = self._asks(), set()
-        for file in self._files(split):
-            answers = answers_of(self._source(file), self._columns(file).label, asked)
-            found |= {asked.names[number] for number in np.unique(answers.values).tolist()}
-        return found
-
-    def _paths(self, stage: str | None) -> list[str]:
-        """All files: that classes are disjoint needs a look at each."""
-        if self.tasks is not None or self.folders:
-            return []
-        splits: list[Split] = ["train", "val", "test"]
-        given = [split for split in splits if split == "train" or getattr(self, f"{split}_path") is not None]
-        return list(dict.fromkeys(file for split in given for file in self._files(split)))
-
-    def _refuse_overlap(self) -> None:
-        """One file for two splits has the same classes in both, which is refused when they are known."""
-
-    def _check(self, source: Source) -> None:
-        answers = answers_of(source, self._columns(source.name).label, self._asks())
-        if answers.problems and self.bad_rows == "error":
-            row = min(answers.problems)
-            raise Refusal(f"{source.where(row)}: {answers.problems[row]}")
-
-    def _open(self, path: str) -> Source:
-        return open_source(path, any_columns=True)
-
-    def _columns(self, path: str) -> Columns:
-        source = self._source(path)
-        return columns_of(source, "sequence_classification", self.text_column, None, self.label_column, labelled=True)
-
-    def _asks(self) -> Asked:
-        if self._asked is None:
-            files = self._paths(None)
-            sources, columns = [self._source(file) for file in files], [self._columns(file) for file in files]
-            self._asked = asked_of(sources, columns, "sequence_classification", None)
-            if self._asked.multi_label:
-                raise Refusal("EpisodeData takes rows of one class each, and these have lists of classes.")
-        return self._asked
-
-    def _tokenised(self, path: str) -> Dataset:
-        return tokenise_labelled(
-            self._source(path),
-            self.resolve_tokenizer(),
-            self._columns(path),
-            keep_bad_rows=self.bad_rows == "drop",
-            cache_dir=self.cache_dir,
-        )
-
-    def _select(self, path: str) -> TokenRows:
-        return select_labelled(
-            self._tokenised(path),
-            self._source(path),
-            Frame.of(self.resolve_tokenizer(), pair=False),
-            self._asks(),
-            answers_of(self._source(path), self._columns(path).label, self._asks()),
-            max_length=self.max_length,
-            truncation=self.truncation,
-            bad_rows=self.bad_rows,
-        )
 
     def everything(self) -> tuple[Rows, list[str]]:
         """All rows of ``path`` as one support set, and the names of its classes in the order of their labels."""
@@ -495,7 +362,7 @@ class EpisodeData(PlannedData):
             raise Refusal("A support set is one file; put its rows together.")
         rows = self._select(files[0])
         assert isinstance(rows, LabelledRows)
-        return self._side(rows, np.arange(len(rows)), rows.classes()), list(self._asks().names)
+        return self.side(rows, np.arange(len(rows)), rows.classes()), list(self._asks().names)
 
     # -- for people, and for checkpoints --------------------------------------------------------------------------------------
 
@@ -519,15 +386,6 @@ class EpisodeData(PlannedData):
         self._prepare_split(split)
         return super().preview(n, split) if split in self._rows else []
 
-    def _places(self, split: Split) -> Any:
-        own = split != "train" and getattr(self, f"{split}_path") is not None
-        return super()._places(split if own else "train")
-
-    def _pieces(self, segment: Any) -> list[Piece]:
-        assert isinstance(segment, LabelledSegment) and segment.target is not None
-        shown = self._asks().names[int(segment.target)]
-        return [*pieces_between(segment.ids, segment.at, self.resolve_tokenizer()), Piece(f" {shown}", True, 0)]
-
     def _content(self) -> dict[str, Any]:
         if self.tasks is not None:
             return {"content": self.tasks}
@@ -536,15 +394,6 @@ class EpisodeData(PlannedData):
             listed = repr([(name, [file.name for file in found]) for name, found in files.items()])
             return {"content": hashlib.sha256(listed.encode()).hexdigest()}
         return super()._content()
-
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Refuses to go on in the middle of an epoch that would now be dealt otherwise."""
-        if self.trainer is not None and self.trainer.state.fn == TrainerFn.FITTING:
-            super().load_state_dict(state_dict)
-
-
-def _parts(rows: Any) -> list[LabelledRows]:
-    return list(rows.parts) if hasattr(rows, "parts") else [rows]
 
 
 def _span(sizes: list[int]) -> str:

@@ -98,6 +98,27 @@ def split_classes(
     return {"train": sorted(left), "val": sorted(chosen["val"]), "test": sorted(chosen["test"])}
 
 
+def refuse_shared(classes: Mapping[str, set[str]], owner: str) -> None:
+    """Refuses splits that share a class, since what is measured there would not be new to the model.
+
+    Args:
+        classes: split -> its classes, ``train`` among them.
+        owner: for the sentence.
+
+    Raises:
+        Refusal: naming one.
+    """
+    said = {"train": "trained on", "val": "in the validation", "test": "in the test"}
+    splits = list(classes)
+    for at, one in enumerate(splits):
+        for other in splits[at + 1 :]:
+            if both := sorted(classes[one] & classes[other]):
+                raise Refusal(
+                    f"{owner}: the class {both[0]!r} is {said[one]} and {said[other]} too ({len(both)} classes in all), so that "
+                    "it would not be new there; take it out of one."
+                )
+
+
 def check_pools(
     pools: Mapping[str, np.ndarray], split: str, *, way: int, rows: int, drop: bool, owner: str
 ) -> dict[str, np.ndarray]:
@@ -129,4 +150,4 @@ def check_pools(
     return left
 
 
-__all__ = ["TEST", "TRAIN", "VAL", "Draw", "check_pools", "draw_episode", "split_classes"]
+__all__ = ["TEST", "TRAIN", "VAL", "Draw", "check_pools", "draw_episode", "refuse_shared", "split_classes"]

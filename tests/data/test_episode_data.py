@@ -139,8 +139,10 @@ def test_own_files_of_validation_share_no_class(table, tmp_path):
     made = data(table, tmp_path, val_classes=0, val_path=str(other))
     made.setup("fit")
     assert all(name.startswith("other") for name in made.pools["val"]) and len(made.pools["train"]) == 8
-    with pytest.raises(Refusal, match="trained on and in val_path too"):
+    with pytest.raises(Refusal, match="trained on and in the validation too"):
         data(table, tmp_path, val_classes=0, val_path=str(table)).setup("fit")
+    with pytest.raises(Refusal, match="in the validation and in the test too"):
+        data(table, tmp_path, val_classes=0, val_path=str(other), test_path=str(other)).setup("fit")
     (preview,) = made.preview(1)
     assert preview.pieces[-1].text == " class 0" and set(made.reports()) == {"train", "val"}
 
@@ -180,6 +182,19 @@ def test_folders_of_classes(tmp_path, kind):
                 both = torch.cat([x, episode.query.inputs], 1)
                 assert all(len({tuple(row) for row in rows.tolist()}) == 6 for rows in both)
     assert made.reports() == {} and made.preview() == []
+
+
+def test_folders_of_their_own_share_no_class(tmp_path):
+    for folder, names in (("a", "xyz"), ("b", "uvw"), ("c", "wxt")):
+        for name in names:
+            (tmp_path / folder / name).mkdir(parents=True)
+            for n in range(2):
+                np.save(tmp_path / folder / name / f"{n}.npy", np.zeros(2))
+    made = EpisodeData(str(tmp_path / "a"), val_path=str(tmp_path / "b"), way=2, shot=1, query=1)
+    made.setup("fit")
+    assert (set(made.pools["train"]), set(made.pools["val"])) == (set("xyz"), set("uvw"))
+    with pytest.raises(Refusal, match="the class 'x' is trained on and in the test too"):
+        EpisodeData(str(tmp_path / "a"), test_path=str(tmp_path / "c"), way=2, shot=1, query=1).setup("test")
 
 
 def test_folders_that_are_refused(tmp_path):
