@@ -12,7 +12,7 @@ import pytest
 from benchmarks.random_model import write_model
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
-TESTED = {"dpo_on_sft_adapter", "lora_on_your_module", "lora_on_a_cnn", "sft_from_python"}
+TESTED = {"continual_digits", "dpo_on_sft_adapter", "lora_on_your_module", "lora_on_a_cnn", "sft_from_python"}
 
 
 def example(name: str) -> ModuleType:
@@ -53,6 +53,15 @@ def test_lora_on_a_cnn(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     assert result["all ten, before"] < 0.6
     assert result["all ten, after"] > result["all ten, before"] + 0.15
     assert 0 < result["trained share"] < 0.2
+
+
+def test_continual_digits(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.chdir(tmp_path)
+    found = example("continual_digits").main(epochs=3)
+    average = {name: values["continual/average"] for name, values in found.items()}
+    # Five tasks of two digits: who remembers the last alone has a fifth.
+    assert average["naive"] < 0.4 < average["replay"] < average["joint"]
+    assert found["replay"]["continual/forgetting_max"] < found["naive"]["continual/forgetting_max"] / 2
 
 
 def test_sft_from_python(model: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
