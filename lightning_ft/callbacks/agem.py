@@ -58,6 +58,11 @@ class AGEM(Technique):
         continual=True,
         cannot=(
             Cannot("fsdp2", "its second gradient is taken outside FSDP2's passes", "use ddp"),
+            Cannot(
+                "mismatched_answers",
+                "a row is compared with others of its batch, and cannot be kept alone",
+                "use loss apo_zero_unpaired, or a technique that keeps no rows (ewc, lwf)",
+            ),
             Cannot("fp16", "it compares gradients that may still be scaled", "use bf16-mixed or 32-true"),
         ),
     )

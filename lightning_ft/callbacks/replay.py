@@ -78,6 +78,11 @@ class Replay(Technique):
         continual=True,
         cannot=(
             Cannot("fsdp2", "its own step would run twice within one of FSDP2's forward passes", "use ddp"),
+            Cannot(
+                "mismatched_answers",
+                "a row is compared with others of its batch, and cannot be kept alone",
+                "use loss apo_zero_unpaired, or a technique that keeps no rows (ewc, lwf)",
+            ),
             Cannot("fp16", "replayed losses were not tried with gradient scaling", "use bf16-mixed or 32-true"),
         ),
     )

@@ -162,7 +162,9 @@ class FineTuningCLI(LightningCLI):
             config["ckpt_path"] = str(self.checkpoint)
         trainer = config["trainer"]
         if trainer.max_epochs is None and trainer.max_steps == -1 and trainer.max_time is None:
-            trainer.max_epochs = DEFAULT_EPOCHS
+            # A stream of tasks knows how many epochs it has.
+            streams = str(config["data"]["class_path"]).rpartition(".")[2] == "TaskStream"
+            trainer.max_epochs = -1 if streams else DEFAULT_EPOCHS
 
     def _default_name(self, checkpoint: str | None) -> str:
         inside = folder_of(checkpoint) if checkpoint and checkpoint not in checkpoint_argument.WORDS else None

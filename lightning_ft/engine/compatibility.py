@@ -64,6 +64,7 @@ WORDS = {
     "several_ranks": "several ranks",
     "weight_averaging": "Lightning's weight averaging",
     "quantised": "a quantised base",
+    "mismatched_answers": "a loss over mismatched answers (KTO)",
     "bitsandbytes_precision": "Lightning's BitsandbytesPrecision",
     "time_saves_in_window": "ModelCheckpoint.train_time_interval with accumulation on several ranks",
 }
@@ -157,6 +158,8 @@ def situation(trainer: pl.Trainer, module: pl.LightningModule) -> Situation:
         words.add("bitsandbytes_precision")
     if isinstance(getattr(module, "quantize", None), str) or has_packed_weights(module):
         words.add("quantised")
+    if getattr(module, "wants_mismatched", False):
+        words.add("mismatched_answers")
     if not module.automatic_optimization:
         words.add("manual_optimization")
     if trainer.world_size > 1:

@@ -13,6 +13,7 @@ from benchmarks.random_model import write_model
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
 TESTED = {
+    "continual_digits",
     "dpo_on_sft_adapter",
     "few_shot_images",
     "lora_on_a_cnn",
@@ -68,6 +69,15 @@ def test_few_shot_images(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Non
     monkeypatch.chdir(tmp_path)
     result = example("few_shot_images").main(episodes=160, test_episodes=50)
     assert result["after"] > result["before"] + 0.05
+
+
+def test_continual_digits(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.chdir(tmp_path)
+    found = example("continual_digits").main(epochs=3)
+    average = {name: values["continual/average"] for name, values in found.items()}
+    # Five tasks of two digits: who remembers the last alone has a fifth.
+    assert average["naive"] < 0.4 < average["replay"] < average["joint"]
+    assert found["replay"]["continual/forgetting_max"] < found["naive"]["continual/forgetting_max"] / 2
 
 
 def test_sft_from_python(model: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,0 +1,263 @@
+"""What continual learning keeps, cell by cell: every method between nothing (naive) and everything at once (joint).
+
+    python -m benchmarks.continual [--suites digits_permuted,digits_split,vader_minilm,vader_minilm_lora,vader_smollm]
+                                   [--methods naive,joint,ewc,...] [--seeds 3] [--minutes 75]
+
+A cell is one run of one method with one seed. Finished cells are in results/continual.json and are not run again, so that the
+program may be stopped at any time and started anew; ``--minutes`` begins no cell after that time. Where a method has a strength to
+choose, three values are tried first on rows and a seed of their own (cells ``choose``), and the best average is taken.
+
+The digits are scikit-learn's (1,797 of 8 x 8 pixels): five permutations of the pixels, or five tasks of two digits whose classes
+all compete. The sentences are VADER's, sign of the rating, in the order tweets, amazon, nyt, movie.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import json
+import logging
+import random
+import tempfile
+import time
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import lightning.pytorch as pl
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, TensorDataset
+
+from lightning_ft import (
+    AGEM,
+    EWC,
+    MAS,
+    SFT,
+    ClassificationData,
+    LoRA,
+    LwF,
+    Replay,
+    SFTData,
+    SynapticIntelligence,
+    TaskStream,
+)
+from lightning_ft.data.vader import LABELS, QUESTION, ratings
+
+RESULTS = Path(__file__).parent / "results" / "continual.json"
+CHOOSE = 99
+"""Seed, and rows, of the cells that choose a strength."""
+DOMAINS = {
+    "tweets": "tweets",
+    "amazon": "amazonReviewSnippets",
+    "nyt": "nytEditorialSnippets",
+    "movie": "movieReviewSnippets",
+}
+
+Maker = Callable[[float], list[pl.Callback]]
+METHODS: dict[str, tuple[tuple[float, ...], Maker]] = {
+    "naive": ((), lambda _: []),
+    "joint": ((), lambda _: []),
+    "ewc": ((10.0, 100.0, 1000.0), lambda lam: [EWC(lam)]),
+    "si": ((1.0, 10.0, 100.0), lambda lam: [SynapticIntelligence(lam)]),
+    "mas": ((0.1, 1.0, 10.0), lambda lam: [MAS(lam)]),
+    "lwf": ((0.3, 1.0, 3.0), lambda weight: [LwF(weight)]),
+    "er": ((), lambda _: [Replay(200, balance="task")]),
+    "der++": ((0.01, 0.03, 0.1), lambda alpha: [Replay(200, mode="der++", alpha=alpha, balance="task")]),
+    "agem": ((), lambda _: [AGEM(200)]),
+}
+SUITES: dict[str, tuple[str, ...]] = {
+    "digits_permuted": tuple(METHODS),
+    "digits_split": tuple(METHODS),
+    "vader_minilm": tuple(METHODS),
+    "vader_minilm_lora": ("naive", "joint", "ewc", "er"),
+    "vader_smollm": ("naive", "joint", "ewc", "er", "lwf"),
+}
+
+
+class Net(pl.LightningModule):
+    """A user's own module: 64 pixels, two hidden layers, ten digits. (Of ReLUs too many die from task to task.)"""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.net = nn.Sequential(nn.Linear(64, 128), nn.Tanh(), nn.Linear(128, 128), nn.Tanh(), nn.Linear(128, 10))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Logits."""
+        return self.net(x)  # type: ignore[no-any-return]
+
+    def logits(self, batch: list[Tensor]) -> Tensor:
+        """What LwF and der++ compare."""
+        return self(batch[0])  # type: ignore[no-any-return]
+
+    def training_step(self, batch: list[Tensor], batch_idx: int) -> Tensor:
+        """Cross-entropy."""
+        return nn.functional.cross_entropy(self(batch[0]), batch[1])
+
+    def validation_step(self, batch: list[Tensor], batch_idx: int) -> None:
+        """Accuracy."""
+        right = (self(batch[0]).argmax(-1) == batch[1]).float().mean()
+        self.log("val_acc", right, batch_size=len(batch[1]))
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        """Begun anew with each task."""
+        return torch.optim.Adam(self.parameters(), 1e-3)
+
+
+class Digits(pl.LightningDataModule):
+    """Every fifth row is held out for the score; a different fifth of the rest chooses strengths."""
+
+    def __init__(self, seed: int, permutation: np.ndarray | None = None) -> None:
+        from sklearn.datasets import load_digits  # type: ignore[import-untyped]
+
+        super().__init__()
+        pixels, digits = load_digits(return_X_y=True)
+        x = torch.tensor(pixels / 16, dtype=torch.float32)
+        if permutation is not None:
+            x = x[:, torch.as_tensor(permutation)]
+        y, place = torch.tensor(digits), torch.arange(len(digits))
+        held = place % 5 == (1 if seed == CHOOSE else 0)
+        trained = (place % 5 > 1) if seed == CHOOSE else ~held
+        self.train, self.val = TensorDataset(x[trained], y[trained]), TensorDataset(x[held], y[held])
+
+    def train_dataloader(self) -> DataLoader[tuple[Tensor, ...]]:
+        """In a new order each epoch."""
+        return DataLoader(self.train, batch_size=32, shuffle=True)
+
+    def val_dataloader(self) -> DataLoader[tuple[Tensor, ...]]:
+        """In order."""
+        return DataLoader(self.val, batch_size=512)
+
+
+def digits(
+    suite: str, seed: int, baseline: str | None, folder: Path
+) -> tuple[pl.LightningModule, TaskStream, list[pl.Callback]]:
+    """The net and its stream."""
+    options: dict[str, Any] = {"metric": "val_acc", "baseline": baseline}
+    if suite == "digits_split":
+        return Net(), TaskStream(source=Digits(seed), by="class", groups=2, scenario="class", epochs=10, **options), []
+    drawn = np.random.default_rng(seed)
+    orders = [None, *(drawn.permutation(64) for _ in range(4))]
+    tasks = {f"permutation_{n}": Digits(seed, order) for n, order in enumerate(orders)}
+    return Net(), TaskStream(dict(tasks), epochs=6, **options), []
+
+
+def sentences(folder: Path, seed: int, per_domain: int, held: int) -> tuple[Path, Path]:
+    """Rows of the four domains with a rating beyond 0.5 either way, to train and to score, in files."""
+    files = folder / f"train-{seed}.csv", folder / f"val-{seed}.csv"
+    columns = ("text", "label", "domain", "prompt", "completion")
+    tables = [[columns], [columns]]
+    for name, domain in DOMAINS.items():
+        rows = sorted({(text, rating > 0) for rating, text in ratings(domain) if abs(rating) > 0.5 and text})
+        random.Random(0).shuffle(rows)
+        half = len(rows) // 2  # strengths are chosen on rows that no score ever sees
+        rows = rows[:half] if seed == CHOOSE else rows[half:]
+        random.Random(seed).shuffle(rows)
+        for n, (text, positive) in enumerate(rows[: per_domain + held]):
+            label = LABELS[0] if positive else LABELS[1]
+            tables[n < held].append((text, label, name, f"{QUESTION}\n{text}", f" {label}"))
+    for file, table in zip(files, tables, strict=True):
+        with open(file, "w", newline="") as opened:
+            csv.writer(opened).writerows(table)
+    return files
+
+
+def vader(
+    suite: str, seed: int, baseline: str | None, folder: Path
+) -> tuple[pl.LightningModule, TaskStream, list[pl.Callback]]:
+    """An encoder that classifies, or a language model that answers."""
+    options: dict[str, Any] = {"by": "domain", "groups": list(DOMAINS), "epochs": 1, "baseline": baseline}
+    cache = str(folder / "cache")
+    if suite == "vader_smollm":
+        train, val = sentences(folder, seed, 400, 100)
+        source: Any = SFTData(str(train), val_path=str(val), batch_size=16, packing=True, cache_dir=cache)
+        return SFT("starter:smollm2-135m", lr=5e-4), TaskStream(source=source, **options), [LoRA(r=8)]
+    train, val = sentences(folder, seed, 800, 200)
+    source = ClassificationData(str(train), val_path=str(val), batch_size=32, labels=list(LABELS), cache_dir=cache)
+    lora = suite == "vader_minilm_lora"
+    rate, head = (1e-3, 1e-3) if lora else (1e-4, 5e-4)
+    module = SFT("starter:minilm-l6", task="sequence_classification", lr=rate, head_lr=head)
+    return module, TaskStream(source=source, **options), [LoRA(r=8)] if lora else []
+
+
+def run(suite: str, method: str, strength: float, seed: int) -> dict[str, Any]:
+    """One cell."""
+    pl.seed_everything(seed, verbose=False)
+    with tempfile.TemporaryDirectory() as place:
+        baseline = "joint" if method == "joint" else None
+        make = digits if suite.startswith("digits") else vader
+        module, stream, parts = make(suite, seed, baseline, Path(place))
+        trainer = pl.Trainer(
+            accelerator="cpu",
+            callbacks=[*parts, *METHODS[method][1](strength)],
+            max_epochs=-1,
+            logger=False,
+            enable_checkpointing=False,
+            enable_progress_bar=False,
+            enable_model_summary=False,
+            num_sanity_val_steps=0,
+            use_distributed_sampler=False,
+        )
+        begin = time.monotonic()
+        trainer.fit(module, stream)
+    matrix, start = stream.scores.matrix()
+    return {
+        "metric": stream.scores.chosen(),
+        "tasks": stream.scores.columns(),
+        "start": start,
+        "matrix": matrix,
+        "scores": stream.scores.metrics(method == "joint"),
+        "seconds": round(time.monotonic() - begin, 1),
+    }
+
+
+def main() -> None:
+    """Runs what is asked for and not there yet; prints mean and deviation of what is."""
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--suites", default=",".join(SUITES))
+    parser.add_argument("--methods", default=",".join(METHODS))
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--minutes", type=float, default=75)
+    given = parser.parse_args()
+    warnings.filterwarnings("ignore")
+    logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
+    cells: dict[str, Any] = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
+    end = time.monotonic() + 60 * given.minutes
+
+    def cell(suite: str, method: str, strength: float, seed: int) -> dict[str, Any] | None:
+        key = f"{suite} {method} {strength:g} {'choose' if seed == CHOOSE else seed}"
+        if key not in cells:
+            if time.monotonic() > end:
+                return None
+            cells[key] = run(suite, method, strength, seed)
+            RESULTS.parent.mkdir(exist_ok=True)
+            RESULTS.write_text(json.dumps(cells, indent=1) + "\n")
+        found: dict[str, Any] = cells[key]
+        return found
+
+    for suite in given.suites.split(","):
+        seeds = 1 if suite == "vader_smollm" else given.seeds
+        for method in (m for m in SUITES[suite] if m in given.methods.split(",")):
+            strengths = METHODS[method][0]
+            tried = {value: cell(suite, method, value, CHOOSE) for value in strengths}
+            if None in tried.values():
+                continue
+            best = max(strengths, key=lambda value: tried[value]["scores"]["average"], default=0.0)  # type: ignore[index]
+            found = [one for seed in range(seeds) if (one := cell(suite, method, best, seed)) is not None]
+            if found:
+                shown = [f"{suite} {method} {best:g}".ljust(34)]
+                for name in ("average", "backward_transfer", "forward_transfer", "forgetting_max"):
+                    values = [one["scores"][name] for one in found if name in one["scores"]]
+                    if values:
+                        shown.append(f"{name} {np.mean(values):.3f} +- {np.std(values):.3f}")
+                print(
+                    "  ".join(shown),
+                    f"({len(found)} seeds, {np.mean([one['seconds'] for one in found]):.1f} s)",
+                    flush=True,
+                )
+
+
+if __name__ == "__main__":
+    main()
