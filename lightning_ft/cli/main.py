@@ -24,6 +24,8 @@ OTHERS = {
     "merge": ("Write a checkpoint as a plain Hugging Face folder, the adapter merged in.", "export"),
     "report": ("Draw a run as one HTML page: curves, speed, a row, answers before and after.", "report"),
     "compare": ("Run several configurations on one budget and print a table of what came out.", "compare"),
+    "distill-init": ("Write a student made of some of a model's layers.", "distill_init"),
+    "cache-teacher": ("Keep what a configuration's teacher predicts, so that training loads none.", "cache_teacher"),
     "schedule": ("Write what gradual unfreezing thaws when, as a file to edit.", "schedule"),
     "fetch": ("List the starter models and data, or fetch them into the cache.", "fetch_command"),
 }
@@ -79,7 +81,7 @@ def usage() -> str:
 
 def _load(command: str) -> Callable[[list[str]], None]:
     module = import_module(f"lightning_ft.cli.{OTHERS[command][1]}")
-    entry: Callable[[list[str]], None] = getattr(module, f"{command}_command")
+    entry: Callable[[list[str]], None] = getattr(module, f"{command.replace('-', '_')}_command")
     return entry
 
 

@@ -1,0 +1,97 @@
+"""``lightning-ft cache-teacher``: what a configuration's teacher predicts for its training rows, kept on disk."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Annotated
+
+import torch
+from annotated_types import Ge
+from lightning.pytorch.cli import LightningArgumentParser
+from rich.progress import track
+
+from lightning_ft.cli.configured import ConfiguredCLI
+from lightning_ft.functional.errors import Refusal
+
+SLOT = "distillation"
+
+
+class CacheTeacherCLI(ConfiguredCLI):
+    """The configuration of a fit, of which the data and the teacher are built."""
+
+    def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        """What to keep, and where."""
+        super().add_arguments_to_parser(parser)
+        parser.add_argument("--output", type=str | None, default=None, help="The folder to write; new, or empty.")
+        parser.add_argument(
+            "--top_k", type=Annotated[int, Ge(1)], default=64, help="How many tokens are kept at each scored token."
+        )
+
+    def _set_seed(self) -> None:
+        """As fit does, since it decides which rows are held out, but without a word about it."""
+        from lightning.pytorch import seed_everything
+
+        seed = self.config["seed_everything"]
+        seed_everything(0 if isinstance(seed, bool) else seed, workers=True, verbose=False)
+
+
+def cache_teacher_command(argv: list[str]) -> None:
+    """Runs the teacher of ``--distillation`` over the training rows and keeps what ``Distillation.targets`` reads.
+
+    Raises:
+        Refusal: no --output, no teacher that has to be loaded, a task that is no language model's, or another vocabulary.
+    """
+    from lightning_ft.engine.batch import Batch
+    from lightning_ft.engine.teacher import fingerprint_of, load_teacher, origin_of, run, vocabulary_of
+    from lightning_ft.engine.teacher_targets import About, tokenizer_hash, write
+    from lightning_ft.functional.token_scores import TopK
+    from lightning_ft.models.vocabulary import shared_vocabulary, sliced
+
+    cli = CacheTeacherCLI("cache-teacher", argv)
+    technique, module, data = cli.config_init.get(SLOT), cli.model, cli.datamodule
+    if cli.config["output"] is None:
+        raise Refusal("output is missing: give it as --output targets.")
+    if technique is None or technique.teacher == "self":
+        raise Refusal("There is no teacher to load: give it as --distillation.teacher FOLDER.")
+    if getattr(module, "task", None) not in ("causal_lm", "seq2seq_lm") or not hasattr(data, "in_order"):
+        raise Refusal("cache-teacher keeps the tokens that a language model predicts for rows of this library's data.")
+    origin = origin_of(technique.teacher, trust_remote_code=technique.trust_remote_code, revision=technique.revision)
+    used = shared_vocabulary(module.tokenizer, origin.tokenizer())
+    data.use_tokenizer(module.tokenizer)
+    data.setup("fit")
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    view, frozen = load_teacher(origin, module.task, quantize=technique.quantize, dtype=technique.dtype, device=device)
+    width = vocabulary_of(view)
+    sliced(used, width, used)
+    temperature, k = technique.resolved_temperature(), min(cli.config["top_k"], used)
+
+    def top_k(batch: Batch) -> TopK:
+        with frozen.computing():
+            hidden = run(view, moved := batch.to(device))
+            chosen = hidden.reshape(-1, hidden.shape[-1])[moved.scored]
+            found = view.score(
+                chosen,
+                moved.labels,
+                outputs=("topk",),
+                top_k=k,
+                temperature=temperature,
+                size=used if used < width else None,
+            )
+        return TopK(found["topk_logprob"], found["topk_index"], found["rest_logprob"])
+
+    loader = data.in_order()["train"]
+    batches: Iterator[Batch] = iter(track(loader, description="what the teacher predicts", transient=True))
+    about = About(
+        teacher=fingerprint_of(frozen.module),
+        name=technique.teacher,
+        task=module.task,
+        tokenizer=tokenizer_hash(module.tokenizer),
+        temperature=temperature,
+        top_k=k,
+        vocabulary=used if used < width else width,
+        used=used,
+    )
+    output = Path(cli.config["output"]).expanduser()
+    whole = write(output, about, batches, top_k)
+    print(f"{output}: {k} tokens at each of {whole.tokens:,} scored tokens; train by it with --{SLOT}.targets {output}")

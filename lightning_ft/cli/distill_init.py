@@ -1,0 +1,61 @@
+"""``lightning-ft distill-init``: a student made of some of a model's layers, as an ordinary Hugging Face folder."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from lightning_ft.cli.checkpoint_parser import required, small_parser
+from lightning_ft.functional.errors import Refusal
+
+
+def distill_init_command(argv: list[str]) -> None:
+    """Writes the folder; embeddings, norms and the head are the model's own.
+
+    Raises:
+        Refusal: no such model, a folder that holds something, or layers that it does not have.
+    """
+    flags = small_parser("distill-init", "Makes a student of some of a model's layers: a Hugging Face folder.")
+    flags.add_argument("--base", type=str | None, default=None, help="The model: a folder, starter:NAME or hub id.")
+    flags.add_argument("--output", type=str | None, default=None, help="The folder to write; new, or empty.")
+    flags.add_argument(
+        "--keep", type=int | None, default=None, help="How many blocks, at even distances, first and last among them."
+    )
+    flags.add_argument("--layers", type=list[int] | None, default=None, help="Which blocks, from 0: '[0, 2, 4]'.")
+    flags.add_argument("--trust_remote_code", type=bool, default=False, help="Run code that the model brings.")
+    config = flags.parse_args(argv)
+    required(config, "base", "output")
+    if (config.keep is None) == (config.layers is None):
+        raise Refusal("Give one of --keep (how many blocks) and --layers (which).")
+    output = Path(config.output).expanduser()
+    if output.is_file() or (output.is_dir() and any(output.iterdir())):
+        raise Refusal(f"--output {output} already holds something, and nothing is overwritten; give a new folder.")
+    import transformers
+
+    from lightning_ft.engine.layer_selection import with_layers
+    from lightning_ft.formats.merged import export_merged
+    from lightning_ft.functional.distillation import uniform_layers
+    from lightning_ft.models.load import (
+        architecture_of,
+        hub_settings,
+        load_config,
+        load_tokenizer,
+        read_weights,
+        resolve,
+    )
+
+    source = resolve(config.base)
+    settings = load_config(source, trust_remote_code=config.trust_remote_code)
+    count = int(getattr(settings, "num_hidden_layers", 0))
+    if config.keep is not None and not 1 <= config.keep <= count:
+        raise Refusal(f"--keep must be from 1 to {count}, the blocks of {config.base}, got {config.keep}.")
+    cls = getattr(transformers, architecture_of(settings), transformers.AutoModel)
+    tokenizer = load_tokenizer(source, trust_remote_code=config.trust_remote_code)
+    model, _ = read_weights(cls, source, None, **hub_settings(source, config.trust_remote_code, None))
+    layers = config.layers if config.layers is not None else uniform_layers(config.keep, count)
+    student = with_layers(model, layers)
+    export_merged(student, tokenizer, output)
+    before, after = (sum(p.numel() for p in m.parameters()) for m in (model, student))
+    print(
+        f"{output}: blocks {', '.join(map(str, layers))} of {config.base}, {after:,} of {before:,} parameters; distil into it with "
+        f"--model.base {output} --distillation.teacher {config.base}"
+    )

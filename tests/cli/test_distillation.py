@@ -1,0 +1,133 @@
+"""distill-init and cache-teacher: a student's folder, a teacher's targets, and training by both."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+import transformers as hf
+import yaml
+
+from lightning_ft.engine.batch import Batch
+from lightning_ft.engine.teacher_targets import TeacherTargets, segment_keys
+from tests.cli.conftest import Outcome
+
+Run = Callable[..., Outcome]
+QUIET = ("--trainer.accelerator=cpu", "--trainer.enable_progress_bar=false", "--trainer.enable_model_summary=false")
+
+
+@pytest.fixture
+def config(tiny_model: Path, rows: Path, tmp_path: Path) -> Path:
+    """A fit of the tiny model beside a deeper teacher with its vocabulary, padded."""
+    settings = hf.AutoConfig.from_pretrained(tiny_model)
+    settings.num_hidden_layers, settings.vocab_size = 3, settings.vocab_size + 2
+    torch.manual_seed(1)
+    model = hf.LlamaForCausalLM(settings)
+    with torch.no_grad():
+        model.lm_head.weight.mul_(5)
+    model.save_pretrained(tmp_path / "teacher")
+    hf.AutoTokenizer.from_pretrained(tiny_model).save_pretrained(tmp_path / "teacher")
+    path = tmp_path / "fit.yaml"
+    parts = {
+        "model": {"base": str(tiny_model), "lr": 0.01, "warmup_steps": 0, "base_dtype": "float32"},
+        "data": {"path": str(rows), "cache_dir": str(tmp_path / "cache"), "val_fraction": 0.1},
+        "distillation": {"teacher": str(tmp_path / "teacher"), "temperature": 2.0, "dtype": "float32"},
+        "trainer": {"max_steps": 2, "log_every_n_steps": 1},
+    }
+    path.write_text(yaml.safe_dump(parts))
+    return path
+
+
+def logged(folder: Path) -> list[float]:
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    return [line["train/distillation/soft_targets"] for line in lines if "train/distillation/soft_targets" in line]
+
+
+def trained(folder: Path) -> dict[str, torch.Tensor]:
+    state: dict[str, torch.Tensor] = torch.load(folder / "checkpoints/last.ckpt", weights_only=True)["state_dict"]
+    return state
+
+
+def test_all_tokens_kept_train_as_the_teacher_itself(real: Run, config: Path, tmp_path: Path) -> None:
+    """And few tokens cost less than it; packing and order are free, another temperature or row is refused."""
+    live = real("fit", "--config", str(config), "--name=live", *QUIET)
+    assert live.code == 0, live.err
+    kept = real("cache-teacher", "--config", str(config), "--output", "targets", "--top_k", "100000")
+    assert kept.code == 0, kept.err
+    assert "train by it with --distillation.targets targets" in kept.out
+    given = ("--distillation.targets=targets", "--distillation.teacher=nowhere")
+    by_file = real("fit", "--config", str(config), *given, "--name=kept", *QUIET)
+    assert by_file.code == 0, by_file.err
+    whole, other = trained(Path("runs/live")), trained(Path("runs/kept"))
+    for name, value in whole.items():
+        torch.testing.assert_close(other[name], value, rtol=1e-3, atol=1e-5)
+    padded = real("fit", "--config", str(config), *given, "--data.packing=false", "--name=padded", *QUIET)
+    assert padded.code == 0, padded.err
+    cooler = real("fit", "--config", str(config), *given, "--distillation.temperature=1", "--name=cooler", *QUIET)
+    assert cooler.code == 2 and "were kept at temperature 2, and this run's is 1" in cooler.err
+    cut = real(
+        "fit", "--config", str(config), *given, "--data.max_length=8", "--data.truncation=start", "--name=cut", *QUIET
+    )
+    assert cut.code == 2 and ("is not among the targets" in cut.err or "truncation" in cut.err), cut.err
+    assert real("cache-teacher", "--config", str(config), "--output", "few", "--top_k", "2").code == 0
+    both = [TeacherTargets(Path(name)) for name in ("targets", "few")]
+    assert both[1].about.top_k == 2 and both[0].about.tokens == both[1].about.tokens
+    n = both[1].about.tokens
+    mass = torch.from_numpy(both[1]._logprobs.copy()).exp().sum(-1) + torch.from_numpy(both[1]._rest.copy()).exp()
+    assert mass.shape == (n,) and (mass - 1).abs().max() < 1e-5
+    (Path("few") / "rest.f32").write_bytes(b"")
+    broken = real("fit", "--config", str(config), "--distillation.targets=few", "--name=broken", *QUIET)
+    assert broken.code == 2 and "write the targets again" in broken.err
+
+
+def test_a_teacher_is_needed(real: Run, config: Path) -> None:
+    outcome = real("cache-teacher", "--config", str(config), "--distillation.teacher=self", "--output=x")
+    assert outcome.code == 2 and "There is no teacher to load" in outcome.err
+    outcome = real("cache-teacher", "--config", str(config))
+    assert outcome.code == 2 and "output is missing" in outcome.err
+
+
+def test_keys_do_not_depend_on_the_layout() -> None:
+    long = lambda *n: torch.tensor(n)  # noqa: E731
+    packed = Batch(
+        long(5, 6, 7, 8, 9)[None], long(0, 1, 2, 0, 1)[None], (0, 3, 5), None, long(0, 1, 3), long(6, 7, 9),
+        long(0, 0, 1), long(0, 1), {},
+    )  # fmt: skip
+    mask = torch.tensor([[True, True, False], [True, True, True]])
+    padded = Batch(
+        torch.tensor([[8, 9, 0], [5, 6, 7]]), torch.tensor([[0, 1, 0], [0, 1, 2]]), None, mask, long(0, 3, 4),
+        long(9, 6, 7), long(0, 1, 1), long(1, 0), {},
+    )  # fmt: skip
+    assert segment_keys(packed).tolist() == segment_keys(padded).tolist()[::-1]
+    padded.scored = long(0, 4, 4)
+    assert segment_keys(packed).tolist() != segment_keys(padded).tolist()[::-1]
+
+
+@pytest.mark.parametrize("words", [("--keep", "2"), ("--layers", "[0, 2]")])
+def test_a_student_has_its_teacher_s_blocks(words: tuple[str, str], real: Run, config: Path, tmp_path: Path) -> None:
+    outcome = real("distill-init", "--base", str(tmp_path / "teacher"), *words, "--output", "student")
+    assert outcome.code == 0, outcome.err
+    assert "blocks 0, 2 of" in outcome.out
+    teacher = hf.AutoModelForCausalLM.from_pretrained(tmp_path / "teacher").eval()
+    student = hf.AutoModelForCausalLM.from_pretrained("student").eval()
+    teacher.model.layers = torch.nn.ModuleList([teacher.model.layers[0], teacher.model.layers[2]])
+    ids = torch.tensor([[3, 4, 5, 6]])
+    with torch.no_grad():
+        assert torch.equal(student(ids, use_cache=False).logits, teacher(ids, use_cache=False).logits)
+    assert student.config.num_hidden_layers == 2
+    taught = real("fit", "--config", str(config), "--model.base=student", "--name=taught", *QUIET)
+    assert taught.code == 0, taught.err
+
+
+def test_layers_that_are_not_there_are_refused(real: Run, config: Path, tmp_path: Path) -> None:
+    given = ("distill-init", "--base", str(tmp_path / "teacher"), "--output", "student")
+    for words, said in (
+        ((), "Give one of --keep"),
+        (("--keep", "4"), "--keep must be from 1 to 3"),
+        (("--layers", "[1, 5]"), "layers must be ascending numbers from 0 to 2"),
+        (("--layers", "[1, 0]"), "layers must be ascending"),
+    ):
+        outcome = real(*given, *words)
+        assert outcome.code == 2 and said in outcome.err
+    assert not Path("student").exists()
