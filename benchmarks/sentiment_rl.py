@@ -19,10 +19,8 @@ from __future__ import annotations
 
 import argparse
 import json
-import math
 import os
 import random
-import re
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
@@ -34,6 +32,7 @@ os.environ.setdefault("HF_DATASETS_OFFLINE", "1")
 
 import lightning.pytorch as pl  # noqa: E402
 
+from benchmarks.lexicon import Lexicon  # noqa: E402
 from benchmarks.runs import RESULTS, Store  # noqa: E402
 
 BETAS = {"ppo": (0.02, 0.1), "grpo": (0.02, 0.1), "dpo": (0.05, 0.5)}
@@ -117,23 +116,6 @@ def read_rows(file: Path) -> list[dict[str, Any]]:
 # -- judges ---------------------------------------------------------------------------------------------------------------------
 
 
-def lexicon_judge(file: Path) -> Callable[[Sequence[str]], list[float]]:
-    """VADER's words alone: the sum s of their valences as s / sqrt(s^2 + 15), without its rules for negation and emphasis."""
-    valence = {}
-    for line in file.read_text(encoding="utf-8").splitlines():
-        word, value = line.split("\t")[:2]
-        valence[word] = float(value)
-
-    def judge(texts: Sequence[str]) -> list[float]:
-        found = []
-        for text in texts:
-            total = sum(valence.get(word, 0.0) for word in re.findall(r"[a-z']+", text.lower()))
-            found.append(total / math.sqrt(total * total + 15))
-        return found
-
-    return judge
-
-
 class Judges:
     """Who is asked about ends of held-out beginnings."""
 
@@ -144,7 +126,7 @@ class Judges:
             "rater": {"classifier": str(folder / "rater"), "reads": "both"},
             "model": {"checkpoint": str(folder / "reward.ckpt")},
         })  # fmt: skip
-        self.lexicon = lexicon_judge(lexicon) if lexicon is not None else None
+        self.lexicon = Lexicon(lexicon) if lexicon is not None else None
 
     def of(self, module: Any, plan: Plan, prompts: Sequence[str]) -> dict[str, float]:
         """Means over one sampled end of each beginning; ``kl`` is the mean of log p - log q over ends, in nats an end."""
@@ -166,7 +148,7 @@ class Judges:
         found = {name: float(each.nanmean()) for name, each in scores.each.items()}
         if self.lexicon is not None:
             whole = [p + t for p, t in zip(prompts, texts, strict=True)]
-            found["lexicon"] = sum(self.lexicon(whole)) / len(whole)
+            found["lexicon"] = sum(map(self.lexicon.score, whole)) / len(whole)
         found["kl"] = sum(p - q for p, q in zip(now, before, strict=True)) / len(now)
         found["tokens"] = sum(len(a.ids) for a in answers) / len(answers)
         return found

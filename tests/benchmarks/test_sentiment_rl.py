@@ -6,6 +6,7 @@ import math
 import pytest
 
 from benchmarks import sentiment_rl
+from benchmarks.lexicon import Lexicon
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 
@@ -13,8 +14,8 @@ pytestmark = pytest.mark.filterwarnings("ignore")
 def test_the_lexicon_judges_by_words(tmp_path):
     file = tmp_path / "lexicon.txt"
     file.write_text("good\t2.0\t0.5\t[2]\nbad\t-2.5\t0.5\t[-2]\n", encoding="utf-8")
-    judge = sentiment_rl.lexicon_judge(file)
-    assert judge(["Good, good film!", "bad", "no word"]) == pytest.approx(
+    judge = Lexicon(file)
+    assert list(map(judge.score, ["Good, good film!", "bad", "no word"])) == pytest.approx(
         [4 / math.sqrt(31), -2.5 / math.sqrt(21.25), 0.0]
     )
 

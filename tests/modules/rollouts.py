@@ -15,7 +15,7 @@ from lightning_ft import GRPO, LoRA, PromptData
 from lightning_ft.engine.rollouts.round import Round
 from lightning_ft.engine.strategies import FSDP2Strategy
 from tests.contract.subjects import trainer
-from tests.modules.preference import weights
+from tests.modules.preference import stir_, weights
 
 FP32: dict[str, Any] = {"base_dtype": "float32", "warmup_steps": 0, "schedule": "constant"}
 
@@ -44,6 +44,13 @@ def grpo(job: Path, folder: Path, *, data: dict[str, Any] | None = None, **model
     given = {"prompts": 4, "batch_size": 16, "draw_batch": 4, "cache_dir": str(folder / "cache"), **(data or {})}
     made = {"rewards": {"sevens": sevens}, "samples": 4, "max_new_tokens": 6, "lr": 0.5, "optimizer": torch.optim.SGD}
     return GRPO(str(job / "model"), **{**FP32, **made, **model}), PromptData(str(job / "prompts.jsonl"), **given)
+
+
+class Stir(pl.Callback):
+    """Moves the adapter away from zero before the first round."""
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        stir_(pl_module)
 
 
 class Watch(pl.Callback):
