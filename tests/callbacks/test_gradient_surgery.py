@@ -4,10 +4,11 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from lightning_ft import FSDP2Strategy, GradientSurgery, Refusal
+from lightning_ft import GradientSurgery, Refusal
+from lightning_ft.engine import compatibility
 from lightning_ft.functional.gradient_surgery import cagrad, mgda, nash, upgrad
 from tests.contract import Case, checks_for
-from tests.contract.subjects import TermsNet, fit, loader
+from tests.contract.subjects import TermsNet, fit
 from tests.seams import toy
 from tests.seams.toy import ONE_DEVICE, TWO_RANKS, Data, Module, Net, Run, Shape
 from tests.tolerances import TOL
@@ -100,7 +101,7 @@ def test_one_term_is_left_alone(tmp_path) -> None:
     toy.assert_close(one.weights, plain.weights, TOL[torch.float64])
 
 
-def test_fsdp2_is_refused(tmp_path) -> None:
-    with pytest.raises(Refusal, match=r"GradientSurgery cannot work with FSDP2, because .*; use ddp\."):
-        fit(tmp_path, TermsNet(), GradientSurgery(), strategy=FSDP2Strategy(process_group_backend="gloo"))
-    assert loader()
+def test_fsdp2_and_fp16_are_refused() -> None:
+    for word, said in (("fsdp2", "FSDP2"), ("fp16", "fp16 gradient scaling")):
+        with pytest.raises(Refusal, match=rf"GradientSurgery cannot work with {said}, because .*; use "):
+            compatibility.check([GradientSurgery()], compatibility.Situation(frozenset({word})))
