@@ -9,17 +9,23 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from lightning_ft import (
+    AGEM,
+    EWC,
     IA3,
+    MAS,
     BottleneckAdapter,
     ExportAdapter,
     Freeze,
     GenerationMetrics,
     GradualUnfreezing,
     LoRA,
+    LwF,
     NEFTune,
     PrefixTuning,
     PromptTuning,
+    Replay,
     SampleGenerations,
+    SynapticIntelligence,
     WeightEMA,
 )
 from lightning_ft.engine.technique import Technique
@@ -133,6 +139,12 @@ EXTRAS = {
     extra.name: extra
     for extra in (
         Extra("neftune", (NEFTune, {"alpha": 5.0}), alike=False),
+        Extra("agem", (AGEM, {"size": 4}), alike=False),
+        Extra("lwf", (LwF, {})),
+        Extra("replay", (Replay, {"size": 4}), alike=False),
+        Extra("ewc", (EWC, {"lam": 1.0})),
+        Extra("mas", (MAS, {"lam": 1.0})),
+        Extra("si", (SynapticIntelligence, {"lam": 1.0})),
         Extra("ema", (WeightEMA, {"decay": 0.5, "warmup": False}), alike=False),
         Extra("export", (ExportAdapter, {}), written="adapter/adapter_config.json"),
         Extra("samples", (SampleGenerations, {"prompts": ["hello"], "max_new_tokens": 2}), written="samples.jsonl"),
