@@ -13,7 +13,7 @@ STAMP := .venv/.installed
 ONE_THREAD := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false
 
 .DEFAULT_GOAL := help
-.PHONY: help install fetch quickstart test lint format matrix bench reproduce-supervised reproduce-methods gpu clean
+.PHONY: help install fetch quickstart test lint format matrix bench reproduce-supervised reproduce-methods reproduce-continual gpu clean
 
 help:  ## list the targets
 	@awk -F':.*## ' '/^[a-z-]+:.*## / { printf "  make %-20s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -59,6 +59,9 @@ reproduce-supervised: install fetch  ## full training against few parameters, on
 reproduce-methods: install fetch  ## every method on both starter models (hours; goes on where it stopped), then its speed
 	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.methods
 	$(BIN)/python -m benchmarks.methods --speed
+
+reproduce-continual: install fetch  ## what continual learning keeps, on digits and both starter models (75 minutes at most; goes on)
+	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.continual --minutes 75
 
 gpu: install  ## one offline script with random weights for a machine with a GPU
 	$(BIN)/python -m benchmarks.gpu
