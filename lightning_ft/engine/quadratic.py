@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 from abc import abstractmethod
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from itertools import islice
 from pathlib import Path
 from typing import Any, cast
@@ -246,11 +246,11 @@ class QuadraticPenalty(Technique):
         self._stored = dict(state_dict) or None
 
 
-def _rows(trainer: pl.Trainer) -> Iterable[Any]:
-    """The training rows of a fit, each once where the data module knows how."""
+def _rows(trainer: pl.Trainer) -> Iterator[Any]:
+    """The training rows of a fit, each once where the data module knows how; nothing is drawn before the first is asked for."""
     data: Any = getattr(trainer, "datamodule", None)
     if hasattr(data, "in_order"):
-        rows: Iterable[Any] = data.in_order()["train"]
-        return rows
+        yield from data.in_order()["train"]
+        return
     count, loader = trainer.num_training_batches, cast("Iterable[Any]", trainer.train_dataloader)
-    return islice(iter(loader), None if count == float("inf") else int(count))
+    yield from islice(loader, None if count == float("inf") else int(count))

@@ -1,4 +1,4 @@
-"""The benchmark of continual learning: cells are found again, strengths chosen on rows of their own, suites hold what they say."""
+"""The benchmark of continual learning: cells are found again, and strengths are chosen on rows of their own."""
 
 from __future__ import annotations
 

@@ -9,12 +9,14 @@ from typing import Any
 import pytest
 import torch
 from lightning.pytorch import Callback
+from torch.distributed.tensor import DTensor
 
 from lightning_ft import SFT, ClassificationData, LoRA, LwF, Refusal, Replay, SFTData, TaskStream
 from lightning_ft.cli.report_parts.run_files import RunFiles
 from lightning_ft.cli.report_parts.task_matrix import task_matrix
 from lightning_ft.data.task_scores import MATRIX, read_matrix
 from lightning_ft.engine.scoring import MASKED, row_logits
+from lightning_ft.engine.strategies import FSDP2Strategy
 from tests.contract.subjects import state, trainer
 from tests.modules.tasks import WORDS, write_base
 
@@ -195,25 +197,33 @@ def test_a_run_killed_in_the_middle_of_a_task_ends_bit_for_bit_as_the_unbroken_o
         assert rest.scores.state() == first.scores.state()
 
 
-def losses(place: str, folder: str, *, batch_size: int, accumulate: int = 1, devices: int = 1) -> dict[str, Any]:
-    """A stream with replay, for one or two ranks."""
+def losses(
+    place: str, folder: str, *, batch_size: int, accumulate: int = 1, devices: int = 1, sharded: bool = False
+) -> dict[str, Any]:
+    """A stream with replay (without where sharded is compared), for one or two ranks."""
     torch.set_num_threads(1)
     options: dict[str, Any] = {"accumulate_grad_batches": accumulate}
     if devices > 1:
-        options |= {"devices": devices, "strategy": "ddp"}
+        fsdp2 = FSDP2Strategy(save_distributed_checkpoint=False)
+        options |= {"devices": devices, "strategy": fsdp2 if sharded else "ddp"}
     source = data(Path(place), batch_size=batch_size, packing=True, cache_dir=f"{place}/cache")
     stream = TaskStream(source=source, by="domain", epochs=1)
-    techniques = [Replay(6, mode="der++", rows=5, balance="task"), LwF()]
+    techniques = [] if sharded else [Replay(6, mode="der++", rows=5, balance="task"), LwF()]
     model = {"optimizer": torch.optim.SGD, "lr": 0.1}  # Adam's division blows rounding up
     module, run = fit(Path(place), Path(folder), stream, *techniques, model=model, **options)
-    return {"state": state(module), "scores": stream.scores.state(), "calls": run.global_step}
+    whole = {n: p.full_tensor() if isinstance(p, DTensor) else p for n, p in module.named_parameters()}
+    return {
+        "state": {n: p.detach().clone() for n, p in whole.items()},
+        "scores": stream.scores.state(),
+        "calls": run.global_step,
+    }
 
 
-def test_two_ranks_train_and_measure_what_one_does(place, tmp_path, two_ranks):
-    one = losses(str(place), str(tmp_path), batch_size=4)
-    for other in two_ranks.run(
-        "tests.data.test_task_stream_ours:losses", place=str(place), folder=str(tmp_path), batch_size=2, devices=2
-    ):
+@pytest.mark.parametrize("sharded", [False, True], ids=["ddp", "fsdp2"])
+def test_two_ranks_train_and_measure_what_one_does(place, tmp_path, two_ranks, sharded):
+    job = {"place": str(place), "folder": str(tmp_path), "sharded": sharded}
+    one = losses(**job, batch_size=4)
+    for other in two_ranks.run("tests.data.test_task_stream_ours:losses", **job, batch_size=2, devices=2):
         assert other["calls"] == one["calls"]
         for name, value in one["state"].items():
             torch.testing.assert_close(other["state"][name], value, rtol=2e-3, atol=2e-4)

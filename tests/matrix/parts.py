@@ -9,19 +9,23 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from lightning_ft import (
+    AGEM,
     EWC,
     IA3,
+    MAS,
     BottleneckAdapter,
     ExportAdapter,
     Freeze,
     GenerationMetrics,
     GradualUnfreezing,
     LoRA,
+    LwF,
     NEFTune,
     PrefixTuning,
     PromptTuning,
     Replay,
     SampleGenerations,
+    SynapticIntelligence,
     WeightEMA,
 )
 from lightning_ft.engine.technique import Technique
@@ -135,9 +139,13 @@ EXTRAS = {
     extra.name: extra
     for extra in (
         Extra("neftune", (NEFTune, {"alpha": 5.0}), alike=False),
-        Extra("ema", (WeightEMA, {"decay": 0.5, "warmup": False}), alike=False),
+        Extra("agem", (AGEM, {"size": 4}), alike=False),
+        Extra("lwf", (LwF, {})),
+        Extra("replay", (Replay, {"size": 4}), alike=False),
         Extra("ewc", (EWC, {"lam": 1.0, "importance": "uniform"}), alike=False),
-        Extra("replay", (Replay, {"size": 8}), logged="train/replay", alike=False),
+        Extra("mas", (MAS, {"lam": 1.0})),
+        Extra("si", (SynapticIntelligence, {"lam": 1.0})),
+        Extra("ema", (WeightEMA, {"decay": 0.5, "warmup": False}), alike=False),
         Extra("export", (ExportAdapter, {}), written="adapter/adapter_config.json"),
         Extra("samples", (SampleGenerations, {"prompts": ["hello"], "max_new_tokens": 2}), written="samples.jsonl"),
         Extra("generation", (GenerationMetrics, {"rows": 2, "max_new_tokens": 2}), logged="val/exact_match"),
@@ -149,12 +157,8 @@ EXTRA_PARTS = ("full", "lora", "prefix", "adapter-pfeiffer")
 #: Techniques that are in no cell yet, and why; one that has a part or is an extra may not stand here.
 NOT_YET = {
     "Distillation": "it needs a teacher; tests/callbacks/test_distillation runs it with adapters, packed bases and on two ranks",
-    "AGEM": "it acts from the second task on; tests/callbacks/test_agem",
     "GradientSurgery": "it needs several terms; tests/callbacks/test_gradient_surgery and tests/modules/test_multitask",
     "LossBalancing": "it needs several terms; tests/callbacks/test_loss_balancing",
-    "LwF": "it acts from the second task on; tests/callbacks/test_lwf",
-    "MAS": "it acts from the second task on; tests/callbacks/test_mas",
-    "SynapticIntelligence": "it acts from the second task on; tests/callbacks/test_si",
     "TaskSampling": "it needs MultiTaskData; tests/callbacks/test_task_sampling",
 }
 
