@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import csv
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
 
@@ -108,9 +108,4 @@ def _copied(row: Mapping[str, Mapping[str, float]]) -> Scores:
     return {task: dict(scores) for task, scores in row.items()}
 
 
-def shown(values: Sequence[float | None]) -> str:
-    """A row for people."""
-    return " ".join("  -  " if value is None else f"{value:.3f}" for value in values)
-
-
-__all__ = ["MATRIX", "PICTURE", "START", "Scores", "TaskScores", "read_matrix", "shown"]
+__all__ = ["MATRIX", "PICTURE", "START", "Scores", "TaskScores", "read_matrix"]

@@ -144,7 +144,7 @@ class _Estimate:
             weights = 0.5 + torch.rand(len(losses), generator=torch.Generator().manual_seed(0)).to(losses)
             with recorder.backward(_proving(finished, proof, weights, weighted)):
                 losses.sum().backward()
-            self.slow |= self._uncalled(called)
+            self.slow |= {self.clean[name] for name in recorder.unseen} | self._uncalled(called)
             self._clear()
             if not self.proven:
                 self.slow |= self._disagree(batch, keys, weights, weighted)

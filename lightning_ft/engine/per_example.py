@@ -112,7 +112,15 @@ class Recorder:
         if not self._pending:
             return  # somebody else's backward pass through the same graph
         with torch.no_grad():
-            shares = shares_of(layer, list(names), args, kwargs, delta, groups)
+            try:
+                shares = shares_of(layer, list(names), args, kwargs, delta, groups)
+            except torch.OutOfMemoryError:
+                raise
+            except (
+                RuntimeError
+            ):  # a layer that cannot run by itself: it looks at another one, or vmap knows an operation of it not
+                self.unseen |= set(names.values())
+                return
             for own, name in names.items():
                 self._shares.setdefault(name, []).append(shares[own])
                 self._pending[name] -= 1

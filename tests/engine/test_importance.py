@@ -179,6 +179,36 @@ def test_what_cannot_be_read_off_layers_gets_a_backward_pass_for_each_example(tm
     close(found.diagonal, by_loop(net))
 
 
+class Leaning(nn.Linear):
+    """A layer that cannot run by itself: it needs what another call has left."""
+
+    entry = None
+
+    def forward(self, x):
+        if self.entry is None:
+            raise RuntimeError("called out of turn")
+        entry, self.entry = self.entry, None
+        return self.scale * (super().forward(x) + entry)
+
+
+def test_a_layer_that_cannot_run_by_itself_gets_a_backward_pass_for_each_example(tmp_path):
+    class Net(PlainNet):
+        def __init__(self):
+            super().__init__()
+            self.leaning = Leaning(3, 3).requires_grad_(False)
+            self.leaning.scale = nn.Parameter(torch.ones(3))
+
+        def forward(self, x):
+            logits = self.net(x)
+            self.leaning.entry = logits
+            return self.leaning(logits)
+
+    net = Net()
+    found = measured(tmp_path, net)
+    assert found.slow == frozenset({"leaning.scale"})
+    close(found.diagonal, by_loop(net))
+
+
 @pytest.mark.parametrize("kind", ["sample", "all", "empirical"])
 def test_numbers_have_normal_errors(kind, tmp_path):
     class Values(PlainNet):
