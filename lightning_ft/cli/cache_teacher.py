@@ -67,7 +67,7 @@ def cache_teacher_command(argv: list[str]) -> None:
     temperature, k = technique.resolved_temperature(), min(cli.config["top_k"], used)
 
     def top_k(batch: Batch) -> TopK:
-        with frozen.computing():
+        with frozen.on(device):
             hidden = run(view, moved := batch.to(device))
             chosen = hidden.reshape(-1, hidden.shape[-1])[moved.scored]
             found = view.score(
@@ -83,7 +83,7 @@ def cache_teacher_command(argv: list[str]) -> None:
     loader = data.in_order()["train"]
     batches: Iterator[Batch] = iter(track(loader, description="what the teacher predicts", transient=True))
     about = About(
-        teacher=fingerprint_of(frozen.module),
+        teacher=fingerprint_of(frozen.model),
         name=technique.teacher,
         task=module.task,
         tokenizer=tokenizer_hash(module.tokenizer),
