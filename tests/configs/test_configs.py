@@ -13,6 +13,7 @@ import yaml
 
 from benchmarks.random_model import write_model
 from lightning_ft.engine.sharded_files import read_whole
+from lightning_ft.models.load_task import load_for_task
 from tests.cli.conftest import Outcome, call
 from tests.modules.tasks import rows_of, write_base
 
@@ -39,6 +40,23 @@ def task_of(path: Path) -> str:
     return ANSWERED.get(data) or given.get("model", {}).get("task", "causal_lm")
 
 
+def has_teacher(path: Path) -> bool:
+    """Whether a file names a teacher other than the model itself."""
+    return yaml.safe_load(path.read_text()).get("distillation", {}).get("teacher", "self") != "self"
+
+
+def teacher_of(base: Path, task: str) -> Path:
+    """A teacher with a trained head: of language models the base itself, of classes a random one with the rows' labels."""
+    if task == "causal_lm":
+        return base
+    folder = base.with_name(f"teacher-{task}")
+    if not folder.exists():
+        model, tokenizer, _ = load_for_task(task, str(base), labels=["high", "low", "middle"])
+        model.save_pretrained(folder)
+        tokenizer.save_pretrained(folder)
+    return folder
+
+
 @pytest.fixture(scope="module")
 def tiny(tmp_path_factory: pytest.TempPathFactory) -> Callable[[Path], tuple[str, ...]]:
     """A file's flags that put tiny weights and rows in the place of the real ones, for two steps."""
@@ -59,7 +77,8 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> Callable[[Path], tuple[str
             else:
                 write_base("t5" if task == "seq2seq_lm" else "bert", base)
             data.write_text("".join(json.dumps({**row, "rating": row.get("label")}) + "\n" for row in rows))
-        return (f"--model.base={base}", f"--data.path={data}", f"--data.cache_dir={folder / 'cache'}", *SHORT)
+        taught = (f"--distillation.teacher={teacher_of(base, task)}",) if has_teacher(path) else ()
+        return (f"--model.base={base}", f"--data.path={data}", f"--data.cache_dir={folder / 'cache'}", *taught, *SHORT)
 
     return flags
 

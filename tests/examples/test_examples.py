@@ -12,7 +12,7 @@ import pytest
 from benchmarks.random_model import write_model
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
-TESTED = {"dpo_on_sft_adapter", "lora_on_your_module", "lora_on_a_cnn", "sft_from_python"}
+TESTED = {"distil_your_module", "dpo_on_sft_adapter", "lora_on_your_module", "lora_on_a_cnn", "sft_from_python"}
 
 
 def example(name: str) -> ModuleType:
@@ -53,6 +53,12 @@ def test_lora_on_a_cnn(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     assert result["all ten, before"] < 0.6
     assert result["all ten, after"] > result["all ten, before"] + 0.15
     assert 0 < result["trained share"] < 0.2
+
+
+def test_distil_your_module(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.chdir(tmp_path)
+    result = example("distil_your_module").main(epochs=3)
+    assert result["teacher"] > 0.8 and result["with the teacher"] > result["alone"] + 0.05
 
 
 def test_sft_from_python(model: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -11,6 +11,7 @@ from typing import Any
 from lightning_ft import (
     IA3,
     BottleneckAdapter,
+    Distillation,
     ExportAdapter,
     Freeze,
     GenerationMetrics,
@@ -133,6 +134,7 @@ EXTRAS = {
     extra.name: extra
     for extra in (
         Extra("neftune", (NEFTune, {"alpha": 5.0}), alike=False),
+        Extra("distillation", (Distillation, {"soft_targets": 0.5}), alike=False),
         Extra("ema", (WeightEMA, {"decay": 0.5, "warmup": False}), alike=False),
         Extra("export", (ExportAdapter, {}), written="adapter/adapter_config.json"),
         Extra("samples", (SampleGenerations, {"prompts": ["hello"], "max_new_tokens": 2}), written="samples.jsonl"),
