@@ -31,7 +31,7 @@ from lightning_ft.engine.teacher import (
 )
 from lightning_ft.engine.technique import Technique
 from lightning_ft.engine.terms import Term
-from lightning_ft.engine.traits import Cannot, Traits
+from lightning_ft.engine.traits import Traits
 from lightning_ft.functional.distillation import Divergence, LayerMap, layer_map
 from lightning_ft.functional.errors import Refusal
 from lightning_ft.models.admission import evaluating
@@ -122,14 +122,6 @@ class Distillation(Technique):
         edits=frozenset({"loss"}),
         needs=frozenset({"reference"}),
         keeps="projections, where hidden states have different widths; export leaves them out",
-        cannot=(
-            Cannot(
-                "prompt",
-                "the student's rows begin with vectors that the teacher does not have",
-                "leave one of them out",
-            ),
-            Cannot("prefix", "its attention sees tokens that the teacher does not have", "leave one of them out"),
-        ),
     )
 
     def __init__(
@@ -256,7 +248,7 @@ class Distillation(Technique):
             )
         origin = self._origin(ours)
         if ours and self.student is None and self.mask is None and self.teacher_module is None:
-            self._check_ours(module)
+            self._check_ours(module, attachment)
             if self._asked("hidden", "cosine"):
                 attachment.edit("inject", f"distillation:{self.name}", lambda m: self._project(m, attachment, origin))
         elif ours and self.teacher_module is not None:
@@ -290,8 +282,14 @@ class Distillation(Technique):
             )
         return origin_of(self.teacher, trust_remote_code=self.trust_remote_code, revision=self.revision)
 
-    def _check_ours(self, module: Any) -> None:
+    def _check_ours(self, module: Any, attachment: Attachment) -> None:
         """What can be refused before anything is loaded."""
+        before = next((t for t in attachment.techniques if t.traits.slot in ("prefix", "prompt")), None)
+        if before is not None and self._asked(*_INNER):
+            raise Refusal(
+                f"{type(before).__name__} puts tokens before each row that the teacher does not have, so that layers "
+                "cannot be compared; leave hidden, cosine, attention and values out."
+            )
         if self._asked("attention") and module.attention != "eager":
             raise Refusal(
                 f"Distillation.attention compares attention maps, which {module.attention!r} attention does not keep; set "

@@ -13,6 +13,7 @@ import yaml
 
 from benchmarks.random_model import write_model
 from lightning_ft.engine.sharded_files import read_whole
+from lightning_ft.models.load_task import load_for_task
 from tests.cli.conftest import Outcome, call
 from tests.modules.tasks import WORDS, rows_of, write_base
 
@@ -59,6 +60,23 @@ def given_data(path: Path) -> dict[str, Any]:
     """What a job says of its data."""
     found: dict[str, Any] = yaml.safe_load(path.read_text()).get("data") or {} if path in JOBS else {}
     return found
+
+
+def has_teacher(path: Path) -> bool:
+    """Whether a file names a teacher other than the model itself."""
+    return yaml.safe_load(path.read_text()).get("distillation", {}).get("teacher", "self") != "self"
+
+
+def teacher_of(base: Path, task: str) -> Path:
+    """A teacher with a trained head: of language models the base itself, of classes a random one with the rows' labels."""
+    if task == "causal_lm":
+        return base
+    folder = base.with_name(f"teacher-{task}")
+    if not folder.exists():
+        model, tokenizer, _ = load_for_task(task, str(base), labels=["high", "low", "middle"])
+        model.save_pretrained(folder)
+        tokenizer.save_pretrained(folder)
+    return folder
 
 
 @pytest.fixture(scope="module")
@@ -119,11 +137,13 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> Callable[[Path], tuple[str
             lines = [{**row, "rating": row.get("label"), "domain": "ab"[n % 2]} for n, row in enumerate(rows)]
             data.write_text("".join(json.dumps(line) + "\n" for line in lines))
         rows_at = "data.source" if "source" in given_data(path).get("init_args", {}) else "data"
+        taught = (f"--distillation.teacher={teacher_of(base, task)}",) if has_teacher(path) else ()
         return (
             f"--model.base={base}",
             f"--{rows_at}.path={data}",
             f"--{rows_at}.cache_dir={folder / 'cache'}",
             HELD_OUT.replace("data", rows_at),
+            *taught,
             *SHORT,
         )
 

@@ -14,6 +14,7 @@ from benchmarks.random_model import write_model
 EXAMPLES = Path(__file__).parents[2] / "examples"
 TESTED = {
     "continual_digits",
+    "distil_your_module",
     "dpo_on_sft_adapter",
     "few_shot_images",
     "lora_on_a_cnn",
@@ -78,6 +79,12 @@ def test_continual_digits(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> No
     # Five tasks of two digits: who remembers the last alone has a fifth.
     assert average["naive"] < 0.4 < average["replay"] < average["joint"]
     assert found["replay"]["continual/forgetting_max"] < found["naive"]["continual/forgetting_max"] / 2
+
+
+def test_distil_your_module(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.chdir(tmp_path)
+    result = example("distil_your_module").main(epochs=3)
+    assert result["teacher"] > 0.8 and result["with the teacher"] > result["alone"] + 0.05
 
 
 def test_sft_from_python(model: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
