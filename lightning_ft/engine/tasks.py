@@ -58,8 +58,9 @@ class TaskHooks(Protocol):
 
 def task_of(trainer: pl.Trainer) -> Task | None:
     """The task that is trained now; None without a task stream, before it begins, and where its tasks are not told."""
-    found: Task | None = getattr(getattr(trainer, "datamodule", None), "task", None)
-    return found
+    # Other data have a ``task`` too, the name of what a classifier predicts.
+    found = getattr(getattr(trainer, "datamodule", None), "task", None)
+    return found if isinstance(found, Task) else None
 
 
 def baseline_of(trainer: pl.Trainer) -> str | None:

@@ -9,10 +9,10 @@ from tests.matrix.cells import Cell
 KNOWN: list[tuple[Callable[[Cell], bool], str]] = [
     (
         lambda cell: (
-            cell.extra in ("ewc", "mas") and cell.part.startswith("adapter") and cell.placement.startswith("fsdp2")
+            cell.extra == "mas" and cell.part in ("adapter-pfeiffer", "prefix") and cell.placement.startswith("fsdp2")
         ),
-        "importances of bottleneck adapters need a backward pass for each example, which FSDP2 has not; refused only where a task "
-        "ends, no rule says so at setup",
+        "importances of bottleneck adapters and prefixes need a backward pass for each example, which FSDP2 has not; refused only "
+        "where a task ends, no rule says so at setup",
     ),
 ]
 
