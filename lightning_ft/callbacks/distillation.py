@@ -120,7 +120,7 @@ class Distillation(Technique):
     traits: ClassVar[Traits] = Traits(
         slot="distillation",
         edits=frozenset({"loss"}),
-        needs=frozenset({"reference"}),
+        needs=frozenset({"reference", "imitation"}),
         keeps="projections, where hidden states have different widths; export leaves them out",
     )
 
@@ -287,8 +287,8 @@ class Distillation(Technique):
         before = next((t for t in attachment.techniques if t.traits.slot in ("prefix", "prompt")), None)
         if before is not None and self._asked(*_INNER):
             raise Refusal(
-                f"{type(before).__name__} puts tokens before each row that the teacher does not have, so that layers "
-                "cannot be compared; leave hidden, cosine, attention and values out."
+                f"{type(before).__name__} puts tokens before rows that the teacher lacks, so that layers cannot be compared; "
+                "leave hidden, cosine, attention and values out."
             )
         if self._asked("attention") and module.attention != "eager":
             raise Refusal(

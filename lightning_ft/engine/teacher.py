@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from importlib import import_module
 from pathlib import Path
 from typing import Any, Literal
 
@@ -16,6 +15,7 @@ from lightning_ft.engine.batch import Batch
 from lightning_ft.engine.checkpoints import record_of
 from lightning_ft.engine.frozen import Frozen
 from lightning_ft.engine.init_from import is_adapter_folder
+from lightning_ft.engine.loading import load
 from lightning_ft.engine.precomputed import digest
 from lightning_ft.formats.peft import load_peft_
 from lightning_ft.formats.peft_reading import read_json, read_peft
@@ -153,8 +153,7 @@ def load_teacher(
 
 def _loaded(origin: Origin, task: str, labels: list[str] | None, multi_label: bool, attention: str) -> Any:
     if origin.kind == "checkpoint":
-        # As `load` finds the classes that a file names, it is itself looked up when it is needed: it lies above this floor.
-        module = import_module("lightning_ft.load").load(origin.name)
+        module = load(origin.name)
         if module.task != task:
             raise Refusal(
                 f"The teacher {origin.name} was trained for the task {module.task}, and the student's is {task}; take a teacher of "

@@ -32,7 +32,7 @@ class Traits:
         slot: the command line's named slot, e.g. ``lora`` for ``--lora.r 8``.
         edits: what it changes: the model's parts, loss terms, gradients, what the model reads, the weights that are left.
         needs: what it must find: ``"reference"``, ``"generator"`` (a module with ``generate``), ``"embedding"``,
-            ``"adapter"`` (one to export).
+            ``"adapter"`` (one to export), ``"imitation"`` (a module that learns the answers it is given, or a user's own).
         keeps: one sentence on what stays in the model after training.
         suggested_lr: the rate that ``lr: null`` takes when this technique is the one that trains; None has no say.
         starts_as_identity: whether the first forward equals the model without it.

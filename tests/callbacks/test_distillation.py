@@ -463,3 +463,13 @@ def test_what_cannot_be_compared_is_refused(chat, larger, bases, tmp_path):
     with pytest.raises(Refusal, match="has no trained head|has no head"):
         module, data = job(bases / "bert", tmp_path, "regression")
         trainer(tmp_path, Distillation(str(bases / "bert")), max_steps=1).fit(module, data)
+
+
+def test_a_prefix_and_a_prompt_learn_predictions_and_no_layers(chat, larger, tmp_path):
+    """The student reads tokens of its own before each row, and the teacher the rows without them."""
+    for injected in (lightning_ft.PrefixTuning(tokens=3), lightning_ft.PromptTuning(tokens=3)):
+        technique = Distillation(str(larger), dtype="float32")
+        _, watch, _ = chat_run(chat, tmp_path, technique, injected, max_steps=2)
+        assert all(0 < entry["train/distillation/soft_targets"] < 20 for entry in watch.logged)
+        with pytest.raises(Refusal, match="puts tokens before rows that the teacher lacks"):
+            chat_run(chat, tmp_path, Distillation(str(larger), hidden=1.0), copy.copy(injected), max_steps=1)

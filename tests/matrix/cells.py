@@ -107,7 +107,7 @@ def _by_needs(cell: Cell) -> Iterator[str]:
     needs = {need for technique in _techniques(cell) for need in technique.traits.needs}
     if "generator" in needs and not SUBJECTS[cell.subject].generates:
         yield "writes none; leave the callback out."
-    if cell.extra == "distillation" and SUBJECTS[cell.subject].kind == "pairs":
+    if "imitation" in needs and not getattr(SUBJECTS[cell.subject].module.func, "imitates", False):  # type: ignore[attr-defined]
         yield "compares answers with one another; distil first, or leave it out."
     if "adapter" in needs:
         part, subject = PARTS[cell.part], SUBJECTS[cell.subject]
