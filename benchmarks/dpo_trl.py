@@ -63,7 +63,7 @@ def run(spec: Spec) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as folder:
         config = DPOConfig(
             output_dir=folder,
-            use_cpu=True,
+            use_cpu=spec.device == "cpu",
             bf16=precision in ("bf16", "bf16-base"),
             beta=0.1,
             per_device_train_batch_size=spec.batch_size,
@@ -95,7 +95,7 @@ def run(spec: Spec) -> dict[str, Any]:
         trainer.train()
     trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
     del options["tokens"]
-    return emit("trl", clock, trainable_parameters=trainable, options=options)
+    return emit("trl", clock, spec.device, trainable_parameters=trainable, options=options)
 
 
 if __name__ == "__main__":

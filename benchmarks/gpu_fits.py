@@ -1,4 +1,4 @@
-"""Short fits of every method on a random Llama: loss, speed, memory in bf16, and the same in fp32 and fp16 beside it.
+"""Short fits of every method on a random Llama: what is checked in fp32, bf16 and fp16, and on a larger one speed and memory.
 
 Each name of `jobs` is a part of `benchmarks.gpu`. All steps of a fit train on the same rows, so that the loss must fall. What is
 checked: it falls in each precision; the first loss is that of fp32; the checkpoint gives back the same loss.
@@ -10,12 +10,20 @@ import json
 import math
 import tempfile
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from benchmarks.method_list import DECODER, Setting, methods
 
+LLAMA_SMALL = {
+    "hidden_size": 768,
+    "intermediate_size": 2048,
+    "num_hidden_layers": 12,
+    "num_attention_heads": 12,
+    "num_key_value_heads": 4,
+    "vocab_size": 32_000,
+}
 LLAMA_1B = {
     "hidden_size": 2048,
     "intermediate_size": 5632,
@@ -41,6 +49,7 @@ class Job:
         precisions: which are tried; the first is the one that others are compared with.
         fsdp2: sharded by FSDP2, here over a single rank.
         compiled: each block compiled.
+        large: on the large model, twice as many steps, without a checkpoint.
     """
 
     callbacks: Callable[[Setting], list[Any]]
@@ -49,6 +58,12 @@ class Job:
     precisions: tuple[str, ...] = PRECISIONS
     fsdp2: bool = False
     compiled: bool = False
+    large: bool = False
+
+    @property
+    def saved(self) -> bool:
+        """Whether a checkpoint is written and read."""
+        return not (self.fsdp2 or self.compiled or self.large)
 
 
 def jobs() -> dict[str, Job]:
@@ -79,7 +94,6 @@ def jobs() -> dict[str, Job]:
         "full, pure bf16": Job(lambda at: [], 6e-5, lambda: {"base_dtype": "pure_bfloat16"}, ("bf16",)),
         "full, in backward": Job(lambda at: [], 6e-5, lambda: {"optimizer": ft.InBackward}, ("fp32", "bf16")),
         "full, AdamW in 8 bits": Job(lambda at: [], 6e-5, eight_bits),
-        "LoRA compiled": Job(lora, lr, precisions=("bf16",), compiled=True),
     }
     for mode in ("nf4", "nf4-dq", "fp4", "int8"):
         found[f"{mode} + LoRA"] = Job(lora, lr, lambda mode=mode: {"quantize": mode})
@@ -87,20 +101,38 @@ def jobs() -> dict[str, Job]:
         found[f"nf4 + {name}"] = Job(found[name].callbacks, found[name].lr, lambda: {"quantize": "nf4"})
     for name in ("full", "LoRA", "DoRA", "Houlsby", "prefix", "prompt", "IA3", "gradual"):
         found[f"FSDP2 + {name}"] = Job(found[name].callbacks, found[name].lr, precisions=("fp32", "bf16"), fsdp2=True)
-    return found
+
+    def timed(name: str, **changes: Any) -> Job:
+        return replace(found[name], **{"precisions": ("bf16",), "large": True, **changes})
+
+    return found | {
+        "1 B: LoRA": timed("LoRA", precisions=("fp32", "bf16")),
+        "1 B: full": timed("full", precisions=("fp32", "bf16")),
+        "1 B: nf4 + LoRA": timed("nf4 + LoRA"),
+        "1 B: DoRA": timed("DoRA"),
+        "1 B: int8 + LoRA": timed("int8 + LoRA"),
+        "1 B: LoRA checkpointed": timed("LoRA checkpointed"),
+        "1 B: full, AdamW in 8 bits": timed("full, AdamW in 8 bits"),
+        "1 B: FSDP2 + LoRA": timed("FSDP2 + LoRA"),
+        "1 B: LoRA compiled": timed("LoRA", compiled=True),
+    }
 
 
 def write_inputs(folder: Path, dry: bool) -> dict[str, Any]:
-    """The random model, and one step's rows many times over; the work that a token of them needs."""
+    """Both random models, and one step's rows many times over; the work that a token of them needs."""
     from benchmarks.random_model import byte_tokenizer, write_model
     from benchmarks.rows import facts, row
 
-    write_model(folder / "model", dtype="float32" if dry else "bfloat16", **(TINY if dry else LLAMA_1B))
+    kind: dict[str, Any] = {"dtype": "float32"} if dry else {"dtype": "bfloat16", "device": "cuda"}
+    write_model(folder / "model", **kind, **(TINY if dry else LLAMA_SMALL))
+    write_model(folder / "large", **kind, **(TINY if dry else LLAMA_1B))
     rows = [row(f"Count to {n % 50}." * (1 + n % 5), "one two three four five " * (1 + n % 5)) for n in range(32)]
     if dry:
         rows = rows[:4]
     (folder / "rows.jsonl").write_text("".join(json.dumps(item) + "\n" for item in rows * 64), encoding="utf-8")
-    return {"batch": len(rows), **facts(byte_tokenizer(), rows, folder / "model")}
+    found = {"batch": len(rows), "large": facts(byte_tokenizer(), rows, folder / "large")}
+    (folder / "facts.json").write_text(json.dumps(found), encoding="utf-8")
+    return found
 
 
 def run(name: str, folder: Path, device: str, steps: int) -> dict[str, Any]:
@@ -140,50 +172,64 @@ def fit(job: Job, precision: str, folder: Path, device: str, steps: int) -> dict
     from lightning_ft import SFT, SFTData
     from lightning_ft.engine.strategies import FSDP2Strategy
 
-    cuda = device == "cuda"
-    config = json.loads((folder / "model" / "config.json").read_text())
+    model = folder / ("large" if job.large else "model")
+    steps = 2 * steps if job.large else steps
+    config = json.loads((model / "config.json").read_text())
 
     def before(module: Any) -> None:
-        if cuda:
+        if device == "cuda":
             torch.cuda.reset_peak_memory_stats()
         if job.compiled:
             for block in module.model.base_model.layers:
                 block.compile(dynamic=True)
 
-    watch = StepWatch(min(3, steps - 1), before)
+    watch = StepWatch(min(5 if job.large else 3, steps - 1), before)
     batch = json.loads((folder / "facts.json").read_text())["batch"]
     options = {"base_dtype": "bfloat16" if precision == "bf16" else "float32", **job.model()}
     pl.seed_everything(0, verbose=False)
     with tempfile.TemporaryDirectory() as name:
-        trainer = pl.Trainer(
-            accelerator="gpu" if cuda else "cpu",
-            devices=1,
+        trainer = bare_trainer(
+            name,
+            device,
+            [*job.callbacks(Setting(config["num_hidden_layers"], steps, prenorm=True)), watch],
             strategy=FSDP2Strategy(save_distributed_checkpoint=False) if job.fsdp2 else "auto",
             # torch has no scaled fp16 on CPUs, so that a dry run takes bf16 by autocast in its place.
-            precision="32-true" if precision != "fp16" else ("16-mixed" if cuda else "bf16-mixed"),
+            precision="32-true" if precision != "fp16" else ("16-mixed" if device == "cuda" else "bf16-mixed"),
             max_steps=steps,
-            max_epochs=-1,
-            callbacks=[*job.callbacks(Setting(config["num_hidden_layers"], steps, prenorm=True)), watch],
-            default_root_dir=name,
-            logger=False,
-            enable_checkpointing=False,
-            enable_progress_bar=False,
-            enable_model_summary=False,
         )
-        module = SFT(str(folder / "model"), lr=job.lr, warmup_steps=0, schedule="constant", **options)
+        module = SFT(str(model), lr=job.lr, warmup_steps=0, schedule="constant", **options)
         rows = str(folder / "rows.jsonl")
-        data = SFTData(rows, batch_size=batch, max_length=None, shuffle=False, cache_dir=str(folder / "cache"))
+        data = SFTData(rows, batch_size=batch, max_length=None, shuffle=False, cache_dir=str(Path(name) / "cache"))
         trainer.fit(module, data)
         told = {
             **watch.clock.summary(),
-            "peak_memory_bytes": torch.cuda.max_memory_allocated() if cuda else peak_memory_bytes(),
+            "peak_memory_bytes": peak_memory_bytes(device),
             "trainable": sum(p.numel() for p in module.parameters() if p.requires_grad),
         }
-        if not job.fsdp2 and not job.compiled:
+        if job.saved:
             trainer.save_checkpoint(Path(name) / "last.ckpt")
             told["loss_before_saving"] = loss_of(module, watch.batch, device)
             told["loss_after_loading"] = loss_of(lightning_ft.load(Path(name) / "last.ckpt"), watch.batch, device)
     return told
+
+
+def bare_trainer(folder: str | Path, device: str, callbacks: list[Any], **options: Any) -> Any:
+    """A trainer on one device that shows and keeps nothing."""
+    import lightning.pytorch as pl
+
+    fixed = {"max_epochs": -1, "limit_val_batches": 0, "num_sanity_val_steps": 0}
+    return pl.Trainer(
+        accelerator="gpu" if device == "cuda" else "cpu",
+        devices=1,
+        callbacks=callbacks,
+        default_root_dir=folder,
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        use_distributed_sampler=False,
+        **{**fixed, **options},
+    )
 
 
 def loss_of(module: Any, batch: Any, device: str) -> float:

@@ -75,7 +75,7 @@ def run(spec: Spec) -> dict[str, Any]:
             cache_dir=folder,
         )
         trainer = Trainer(
-            accelerator="cpu",
+            accelerator="gpu" if spec.device == "cuda" else "cpu",
             devices=1,
             max_epochs=spec.steps,
             accumulate_grad_batches=-(-answers // spec.batch_size),
@@ -90,7 +90,9 @@ def run(spec: Spec) -> dict[str, Any]:
         )
         trainer.fit(module, datamodule=data)
     trainable = sum(p.numel() for p in module.parameters() if p.requires_grad)
-    return emit("ours", clock, trainable_parameters=trainable, options={**options, "writing_seconds": writing})
+    return emit(
+        "ours", clock, spec.device, trainable_parameters=trainable, options={**options, "writing_seconds": writing}
+    )
 
 
 if __name__ == "__main__":

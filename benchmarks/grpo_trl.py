@@ -75,7 +75,7 @@ def run(spec: Spec) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as folder:
         config = GRPOConfig(
             output_dir=folder,
-            use_cpu=True,
+            use_cpu=spec.device == "cpu",
             bf16=precision in ("bf16", "bf16-base"),
             num_generations=options["samples"],
             max_completion_length=options["new_tokens"],
@@ -107,7 +107,9 @@ def run(spec: Spec) -> dict[str, Any]:
         trainer.remove_callback(PrinterCallback)  # it prints dictionaries on stdout between the steps
         trainer.train()
     trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    return emit("trl", clock, trainable_parameters=trainable, options={**options, "writing_seconds": writing})
+    return emit(
+        "trl", clock, spec.device, trainable_parameters=trainable, options={**options, "writing_seconds": writing}
+    )
 
 
 if __name__ == "__main__":

@@ -34,6 +34,7 @@ class Spec:
         lr: constant learning rate of AdamW, no weight decay, no clipping.
         r: LoRA rank, on all linear layers except the head.
         alpha: LoRA scale; the update is multiplied by ``alpha / r``.
+        device: ``cpu`` or ``cuda``.
         options: settings of the side itself (TRL's grid).
     """
 
@@ -46,6 +47,7 @@ class Spec:
     lr: float = 2e-4
     r: int = 8
     alpha: int = 16
+    device: str = "cpu"
     options: dict[str, Any] = field(default_factory=dict)
 
     @classmethod
@@ -100,12 +102,16 @@ class StepClock:
         }
 
 
-def peak_memory_bytes() -> int:
-    """Largest resident size of this process so far.
+def peak_memory_bytes(device: str = "cpu") -> int:
+    """Largest resident size of this process so far; on ``cuda`` what its tensors took at most since the last reset.
 
     The kernel's high-water mark of the present address space is preferred to ``getrusage``: on Linux the latter keeps
     the size of the parent across fork and exec.
     """
+    if device == "cuda":
+        import torch
+
+        return torch.cuda.max_memory_allocated()
     status = Path("/proc/self/status")
     if status.exists():
         for line in status.read_text().splitlines():
@@ -171,15 +177,18 @@ def machine() -> dict[str, Any]:
     return {"cpu": cpu_model(), "cores": cores, "features": cpu_features(), "versions": versions()}
 
 
-def emit(side: str, clock: StepClock, **extra: Any) -> dict[str, Any]:
+def emit(side: str, clock: StepClock, device: str = "cpu", **extra: Any) -> dict[str, Any]:
     """Print the side's JSON line, its last line on stdout, and return it.
 
-    Memory is read first: the matrix products that measure the machine's peak come after it.
+    Memory is read first: the matrix products that measure a CPU's peak come after it.
     """
     import torch
 
-    result = {"side": side, **clock.summary(), "peak_memory_bytes": peak_memory_bytes(), **extra}
+    result = {"side": side, **clock.summary(), "peak_memory_bytes": peak_memory_bytes(device), **extra}
     result["threads"] = torch.get_num_threads()
+    if device != "cpu":
+        print(json.dumps(result), flush=True)
+        return result
     size = int(os.environ.get("BENCHMARK_MATMUL_SIZE", "2048"))
     seconds = 1.5 if size >= 2048 else 0.05
     result["matmul_gflops"] = {name: matmul_peak(name, size, seconds) for name in ("bfloat16", "float32")}

@@ -55,7 +55,7 @@ def run(spec: Spec) -> dict[str, Any]:
             cache_dir=folder,
         )
         trainer = Trainer(
-            accelerator="cpu",
+            accelerator="gpu" if spec.device == "cuda" else "cpu",
             devices=1,
             max_steps=spec.steps,
             max_epochs=-1,
@@ -69,7 +69,7 @@ def run(spec: Spec) -> dict[str, Any]:
         )
         trainer.fit(module, datamodule=data)
     trainable = sum(p.numel() for p in module.parameters() if p.requires_grad)
-    return emit("ours", clock, trainable_parameters=trainable, options=options)
+    return emit("ours", clock, spec.device, trainable_parameters=trainable, options=options)
 
 
 if __name__ == "__main__":

@@ -33,7 +33,9 @@ def byte_tokenizer(turn_end: str = "\n") -> Any:
     return tokenizer
 
 
-def write_model(folder: Path, *, turn_end: str = "\n", seed: int = 0, dtype: str = "float32", **config: Any) -> Path:
+def write_model(
+    folder: Path, *, turn_end: str = "\n", seed: int = 0, dtype: str = "float32", device: str = "cpu", **config: Any
+) -> Path:
     """Write a Hugging Face folder of a random Llama and its byte tokenizer.
 
     Args:
@@ -41,6 +43,7 @@ def write_model(folder: Path, *, turn_end: str = "\n", seed: int = 0, dtype: str
         turn_end: as for `byte_tokenizer`.
         seed: of the weights.
         dtype: of the weights on disk.
+        device: where they are drawn; each kind draws others.
         config: fields of ``LlamaConfig``; a model of two layers and 32 dimensions without them.
     """
     import torch
@@ -49,7 +52,7 @@ def write_model(folder: Path, *, turn_end: str = "\n", seed: int = 0, dtype: str
     tokenizer = byte_tokenizer(turn_end)
     fields = {**TINY, "num_key_value_heads": 2, "vocab_size": len(tokenizer), "max_position_embeddings": 2048, **config}
     ids = {name: getattr(tokenizer, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
-    with torch.random.fork_rng(devices=[]):
+    with torch.random.fork_rng(devices=[]), torch.device(device):
         torch.manual_seed(seed)
         model = LlamaForCausalLM(LlamaConfig(tie_word_embeddings=True, **ids, **fields))
     model.to(getattr(torch, dtype)).save_pretrained(folder)

@@ -79,7 +79,7 @@ def run(spec: Spec) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as folder:
         config = SFTConfig(
             output_dir=folder,
-            use_cpu=True,
+            use_cpu=spec.device == "cpu",
             bf16=precision in ("bf16", "bf16-base"),
             loss_type=options["loss_type"],
             per_device_train_batch_size=1 if packed else spec.batch_size,
@@ -110,7 +110,7 @@ def run(spec: Spec) -> dict[str, Any]:
         trainer.remove_callback(PrinterCallback)  # it prints dictionaries on stdout between the steps
         trainer.train()
     trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    return emit("trl", clock, trainable_parameters=trainable, options=options)
+    return emit("trl", clock, spec.device, trainable_parameters=trainable, options=options)
 
 
 if __name__ == "__main__":
