@@ -19,6 +19,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import signal
 import sys
 import tempfile
 from collections.abc import Callable
@@ -221,6 +222,11 @@ def run_all(arguments: argparse.Namespace) -> int:
     return 1 if failed else 0
 
 
+def stopped(*_: Any) -> None:
+    """What SIGTERM does: ends the parts that run, and this process."""
+    raise SystemExit(143)
+
+
 def wanted(name: str, only: str) -> bool:
     """Whether the name contains one of these."""
     return any(one in name for one in only.split(","))
@@ -238,7 +244,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument(
         "--lanes",
         type=int,
-        default=max(1, min(6, (os.cpu_count() or 1) // 2)),
+        default=max(1, min(8, (os.cpu_count() or 1) // 2)),
         help="how many parts that are not timed run at once; each takes 3 GB of the GPU at most (default: %(default)s)",
     )
     parser.add_argument("--fresh", action="store_true", help="start each part afresh, not as a fork: imports cost more")
@@ -257,7 +263,11 @@ def main(argv: list[str] | None = None) -> int:
     if arguments.output is None:
         home = Path(os.environ.get("OUT") or RESULTS) if not arguments.dry else Path(tempfile.gettempdir())
         arguments.output = home / ("gpu_dry.json" if arguments.dry else "gpu.json")
-    return run_all(arguments)
+    before = signal.signal(signal.SIGTERM, stopped)
+    try:
+        return run_all(arguments)
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 if __name__ == "__main__":

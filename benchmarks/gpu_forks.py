@@ -56,6 +56,7 @@ class Part:
         code = 1
         try:
             os.setsid()
+            signal.signal(signal.SIGTERM, signal.SIG_DFL)
             log = os.open(self.log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
             os.dup2(log, 1)
             os.dup2(log, 2)
@@ -75,9 +76,9 @@ class Part:
         if code is None:
             if seconds < self.limit:
                 return None
-            self._end()
+            self.end()
             return {"failed": f"no result after {self.limit:.0f} s: {self._said()}".rstrip(": ")}
-        self._end()
+        self.end()
         if code != 0 or not self.answer.exists():
             return {"failed": self._said() or f"no output, exit code {code}"}
         return {**json.loads(self.answer.read_text(encoding="utf-8")), "wall_seconds": seconds}
@@ -91,7 +92,7 @@ class Part:
         done, status = os.waitpid(self.pid, os.WNOHANG)
         return None if done == 0 else os.waitstatus_to_exitcode(status)
 
-    def _end(self) -> None:
+    def end(self) -> None:
         """Ends its session: itself, or what it has left behind."""
         try:
             os.killpg(self.pid, signal.SIGKILL)
@@ -116,14 +117,18 @@ def write_answer(file: Path, figures: dict[str, Any]) -> None:
 def run_parts(
     names: list[str], start: Callable[[str], Part], lanes: int, done: Callable[[str, dict[str, Any]], None]
 ) -> None:
-    """All parts in order, so many at a time; ``done`` is told of each as it ends."""
+    """All parts in order, so many at a time; ``done`` is told of each as it ends; none is left when this process is stopped."""
     waiting, working = list(names), []
-    while waiting or working:
-        while waiting and len(working) < lanes:
-            working.append(start(waiting.pop(0)))
-        time.sleep(0.02)
-        for part in list(working):
-            figures = part.found()
-            if figures is not None:
-                working.remove(part)
-                done(part.name, figures)
+    try:
+        while waiting or working:
+            while waiting and len(working) < lanes:
+                working.append(start(waiting.pop(0)))
+            time.sleep(0.02)
+            for part in list(working):
+                figures = part.found()
+                if figures is not None:
+                    working.remove(part)
+                    done(part.name, figures)
+    finally:
+        for part in working:
+            part.end()

@@ -1,7 +1,7 @@
 """Other objectives on the small random Llama, a few steps each: does it run on the device, are losses numbers, do they fall?
 
-Each name of `CHECKS` is a part of `benchmarks.gpu`: preferences, rollouts, distillation, continual learning, meta-learning, and which
-attention kernels have a second derivative.
+Each name of `CHECKS` is a part of `benchmarks.gpu`: preferences, rollouts, distillation, continual learning, meta-learning, and
+which attention kernels have a second derivative.
 """
 
 from __future__ import annotations

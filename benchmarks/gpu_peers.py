@@ -1,7 +1,7 @@
 """Speed and memory on the large random Llama beside others: SFT and DPO beside TRL + PEFT, rollouts, generation.
 
 Each name of `PARTS` is a part of `benchmarks.gpu`; sides that are to be compared stand beside one another and run alone on the GPU.
-Rows are word problems of reasoning-gym, token ids those of the byte tokenizer; all sides train on the same tokens from the same factors.
+Rows are word problems of reasoning-gym in bytes; all sides train on the same tokens from the same factors.
 """
 
 from __future__ import annotations
@@ -17,8 +17,6 @@ from benchmarks.measure import Spec
 BATCH = {"sft": 16, "dpo": 8}
 SETTINGS = {
     "padded": {"precision": "bf16-base-plain", "layout": "padded"},
-    "autocast padded": {"precision": "bf16-base", "layout": "padded"},
-    "grouped": {"precision": "bf16-base-plain", "layout": "grouped"},
     "packed": {"precision": "bf16-base-plain", "layout": "packed"},
 }
 """Those of TRL's grid that can lead on a GPU without flash-attn, which its own packing asks for."""
@@ -89,7 +87,7 @@ def grpo(folder: Path, device: str, steps: int) -> dict[str, Any]:
 
 
 def generation(folder: Path, device: str, steps: int) -> dict[str, Any]:
-    """Tokens/s of drawing answers with a cache: through the adapter, merged, and transformers' own ``generate`` of the merged one."""
+    """Tokens/s of drawing answers with a cache: by the adapter, merged, and by transformers' own ``generate``."""
     import torch
 
     import lightning_ft
@@ -161,9 +159,7 @@ PARTS: dict[str, Callable[[Path, str, int], dict[str, Any]]] = {
     "1 B: DPO, ours, prompts apart": _of(dpo, "ours", {"share_prompts": False}),
     "1 B: generation": generation,
     "1 B: GRPO rounds": grpo,
-    **{f"1 B: SFT, TRL {name}": _of(sft, "trl", SETTINGS[name]) for name in ("autocast padded", "grouped", "packed")},
+    "1 B: SFT, TRL packed": _of(sft, "trl", SETTINGS["packed"]),
     "1 B: SFT, ours again": _of(sft, "ours", {}),
-    "1 B: SFT, TRL padded again": _of(sft, "trl", SETTINGS["padded"]),
     "1 B: DPO, ours again": _of(dpo, "ours", {}),
-    "1 B: DPO, TRL again": _of(dpo, "trl", {"precision": "bf16-base-plain"}),
 }
