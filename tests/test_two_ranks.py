@@ -118,3 +118,19 @@ def test_a_pair_full_of_threads_is_replaced() -> None:
         assert pair.run("tests.test_two_ranks:job_threads", more=0)[0] not in crowded
     finally:
         pair.close()
+
+
+def test_a_pair_whose_job_was_interrupted_is_replaced(monkeypatch: pytest.MonkeyPatch) -> None:
+    pair = TwoRanks(preload="torch")
+
+    def interrupted(timeout: float) -> None:
+        raise KeyboardInterrupt  # as pytest-timeout and Ctrl-C do while the answers are waited for
+
+    try:
+        pair._start()
+        with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+            patch.setattr(pair, "_collect", interrupted)
+            pair.run("tests.failing_jobs:rank")
+        assert pair.pids == []
+    finally:
+        pair.close()

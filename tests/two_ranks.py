@@ -87,7 +87,11 @@ class TwoRanks:
                 pipe.send_bytes(message)
         except OSError:
             pass  # the rank has died since the last job: its answer says so
-        answers = self._collect(timeout)
+        try:
+            answers = self._collect(timeout)
+        except BaseException:  # pytest-timeout, or Ctrl-C: else the next job would read this one's answers
+            self.kill()
+            raise
         if all(kind == "result" for kind, _ in answers):
             return [value for _, value in answers]
         report = [f"{target} failed on two ranks"]

@@ -16,7 +16,7 @@ from lightning_ft.engine.technique import Technique
 from lightning_ft.engine.traits import Traits
 from lightning_ft.formats.peft_prompt import load_peft_prompt_, read_prompt
 from lightning_ft.functional.errors import Refusal
-from lightning_ft.nn.prompt import Start, inject_prompt
+from lightning_ft.nn.prompt import PromptTokens, Start, inject_prompt
 
 
 class PromptTuning(Technique):
@@ -32,6 +32,9 @@ class PromptTuning(Technique):
         start: what it begins as: ``vocabulary``, the vectors of random tokens, or ``random``, uniform in [-1/2, 1/2]. In PEFT's
             comparison on GSM8K the first reached .343, a random one .057.
         text: begin with the vectors of this text's tokens instead, repeated or cut to P: best what the task is, in a few words.
+        network: width m of P-tuning's network (Liu et al., 2021) between the vectors and the model, which they share:
+            ``e + W3 relu(W2 relu(W1 e + b1) + b2) + b3``, at first e itself. Only its outcome is exported, and it wants a tenth of
+            the rate. None learns the vectors directly.
         target: name of the embedding, for a module of your own that has several; None takes the only one.
         init_from: start from a trained prompt: a PEFT folder, or a checkpoint of this library; its length holds. None starts
             fresh.
@@ -70,6 +73,7 @@ class PromptTuning(Technique):
         *,
         start: Start = "vocabulary",
         text: str | None = None,
+        network: Annotated[int, Ge(1)] | None = None,
         target: str | None = None,
         init_from: str | None = None,
         name: str = "prompt",
@@ -77,10 +81,11 @@ class PromptTuning(Technique):
         self.tokens = tokens
         self.start = start
         self.text = text
+        self.network = network
         self.target = target
         self.init_from = init_from
         self.name = name
-        self._stored: int | None = None
+        self._stored: tuple[int, int | None] | None = None
         self.check()
         if text is not None and start == "random":
             raise Refusal("PromptTuning has both a text and start 'random' to begin from; leave one of them out.")
@@ -92,9 +97,9 @@ class PromptTuning(Technique):
             )
 
     def resolved_arguments(self) -> dict[str, Any]:
-        """With the length that is stored, and without what the prompt began from, which its trained values replace."""
-        tokens = self.tokens if self._stored is None else self._stored
-        return {**arguments_of(self), "tokens": tokens, "init_from": None, "text": None}
+        """In the form that is stored, and without what the prompt began from, which its trained values replace."""
+        tokens, network = (self.tokens, self.network) if self._stored is None else self._stored
+        return {**arguments_of(self), "tokens": tokens, "network": network, "init_from": None, "text": None}
 
     def register(self, attachment: Attachment) -> None:
         """Freezes the base (before other techniques thaw parts of it), then injects."""
@@ -106,27 +111,38 @@ class PromptTuning(Technique):
     def _inject(self, module: pl.LightningModule, seed: int) -> None:
         path, root = model_root(module)
         if self.init_from is None:
-            self._fresh(root, seed, self.tokens, ids=self._ids(module))
+            self._fresh(root, seed, self.tokens, self.network, ids=self._ids(module))
             return
         source = Path(self.init_from).expanduser()
         if source.is_dir() and not (source / ".metadata").exists():
-            self._agree(read_prompt(source)[0].shape[0], source)
-            load_peft_prompt_(root, source, adapter_name=self.name, target=self.target, freeze_base=False)
+            # A folder has the outcome alone: a network that is asked for starts around it and changes nothing at first.
+            self._agree(read_prompt(source)[0].shape[0], self.network, source)
+            load_peft_prompt_(
+                root,
+                source,
+                adapter_name=self.name,
+                target=self.target,
+                network=self.network,
+                seed=seed,
+                freeze_base=False,
+            )
         else:
             self._inject_from_checkpoint(root, f"{path}." if path else "", source, seed)
 
-    def _fresh(self, root: torch.nn.Module, seed: int, tokens: int, *, ids: list[int] | None = None) -> torch.Tensor:
-        layer = inject_prompt(
+    def _fresh(
+        self, root: torch.nn.Module, seed: int, tokens: int, network: int | None, *, ids: list[int] | None = None
+    ) -> PromptTokens:
+        return inject_prompt(
             root,
             tokens,
             start=self.start,
             ids=ids,
+            network=network,
             target=self.target,
             adapter_name=self.name,
             seed=seed,
             freeze_base=False,
         )
-        return layer.prompt
 
     def _ids(self, module: pl.LightningModule) -> list[int] | None:
         """Tokens of the text, without those that a tokenizer puts around a whole row."""
@@ -150,12 +166,13 @@ class PromptTuning(Technique):
         recipes = [t for t in record_of(checkpoint)["techniques"] if t["class_path"].endswith(".PromptTuning")]
         if len(recipes) != 1:
             raise Refusal(f"{source} holds {len(recipes)} soft prompts; init_from needs a checkpoint with exactly one.")
-        self._agree(recipes[0]["init_args"]["tokens"], source)
+        tokens, network = (recipes[0]["init_args"].get(key) for key in ("tokens", "network"))
+        self._agree(tokens, network, source)
         before = {n for n, p in root.named_parameters() if p.requires_grad}
-        prompt = self._fresh(root, seed, recipes[0]["init_args"]["tokens"])
+        mine = {*self._fresh(root, seed, tokens, network).injected_parameters().values()}
         state = checkpoint["state_dict"]
         # What else is stored and trains here (a new head) starts from there too.
-        named = {n: p for n, p in root.named_parameters() if p is prompt or (n in before and f"{prefix}{n}" in state)}
+        named = {n: p for n, p in root.named_parameters() if p in mine or (n in before and f"{prefix}{n}" in state)}
         with torch.no_grad():
             for name, parameter in named.items():
                 stored = state.get(f"{prefix}{name}")
@@ -165,11 +182,12 @@ class PromptTuning(Technique):
                     )
                 parameter.copy_(stored)
 
-    def _agree(self, stored: int, source: Path) -> None:
-        """A length that was given beside ``init_from`` may not contradict what is stored."""
-        self._stored = stored
-        if self.tokens not in (20, stored):
-            raise Refusal(
-                f"PromptTuning.tokens is {self.tokens}, but the prompt in {source} has {stored}; leave tokens out when "
-                "init_from is given."
-            )
+    def _agree(self, tokens: int, network: int | None, source: Path) -> None:
+        """A form that was given beside ``init_from`` may not contradict what is stored."""
+        self._stored = (tokens, network)
+        for key, stored, default in (("tokens", tokens, 20), ("network", network, None)):
+            if getattr(self, key) not in (default, stored):
+                raise Refusal(
+                    f"PromptTuning.{key} is {getattr(self, key)}, but the prompt in {source} has {stored}; leave {key} out when "
+                    "init_from is given."
+                )

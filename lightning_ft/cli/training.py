@@ -19,6 +19,7 @@ from lightning_ft.cli.console import quiet
 from lightning_ft.cli.errors import explain, rank, reported, say
 from lightning_ft.cli.flag_values import join_negative_values, register_mode
 from lightning_ft.cli.names import near_file
+from lightning_ft.cli.predictions import PredictionFile, checked_file, free_file
 from lightning_ft.cli.run_folder import (
     CHECKPOINTS,
     CONFIG,
@@ -93,6 +94,7 @@ class FineTuningCLI(LightningCLI):
         self.folder: RunFolder | None = None
         self.checkpoint: Path | None = None  # what --ckpt_path means
         self.resumed_step: int | None = None
+        self.predictions: Path | None = None  # the file that predict writes
         super().__init__(
             LightningModule,
             LightningDataModule,
@@ -124,6 +126,13 @@ class FineTuningCLI(LightningCLI):
             help="Name of the run; all that it writes lies in runs/NAME below trainer.default_root_dir. "
             "By default the first --config file's name.",
         )
+        if self.command == "predict":
+            parser.add_argument(
+                "--output",
+                type=str | None,
+                default=None,
+                help="The file to write, a line of JSON for each row. By default predictions.jsonl in the run's folder.",
+            )
         add_slots(parser, self.slots)
         parser.set_defaults(
             {key: {"class_path": f"{cls.__module__}.{cls.__qualname__}"} for key, cls in self.default_classes.items()}
@@ -160,6 +169,9 @@ class FineTuningCLI(LightningCLI):
             checkpoint_argument.compare(self.checkpoint, checkpoint, config, self.slots, resume=resume)
             self.resumed_step = int(checkpoint.get("global_step", 0))
             config["ckpt_path"] = str(self.checkpoint)
+        if self.command == "predict":
+            self.predictions = checked_file(config.output) if config.output else free_file(self.run_path(config))
+            config.return_predictions = bool(config.return_predictions)  # else all of them would be kept in memory
         trainer = config["trainer"]
         if trainer.max_epochs is None and trainer.max_steps == -1 and trainer.max_time is None:
             # A stream of tasks knows how many epochs it has.
@@ -221,6 +233,8 @@ class FineTuningCLI(LightningCLI):
         elif self.command != "fit" and not has_own:  # writes nothing; else Lightning warns that it is not there
             assert self.checkpoint is not None
             callbacks.append(ModelCheckpoint(self.checkpoint.parent, save_last=True))
+        if self.predictions is not None:
+            callbacks.append(PredictionFile(self.predictions))
         elif self.command == "fit" and not config.get("fast_dev_run"):
             path = Path(config["default_root_dir"])
             callbacks += [

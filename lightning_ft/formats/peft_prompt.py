@@ -12,6 +12,7 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
+from torch.func import functional_call
 
 from lightning_ft.formats.heads import task_type
 from lightning_ft.formats.peft_folder import (
@@ -89,7 +90,7 @@ def prompt_config(
 def prompt_state(model: nn.Module, adapter_name: str = "prompt") -> dict[str, Tensor]:
     """Return the tensors of a soft prompt under PEFT's names; under FSDP2 they are gathered, so every rank calls this."""
     head = {f"{_HEAD}{key.removeprefix(PREFIX)}": tensor for key, tensor in stored_state(model, ()).items()}
-    return {_KEY: whole(_layer(model, adapter_name).prompt), **head}
+    return {_KEY: _table(_layer(model, adapter_name)), **head}
 
 
 def read_prompt(folder: str | Path) -> tuple[Tensor, dict[str, Tensor]]:
@@ -118,6 +119,8 @@ def load_peft_prompt_(
     *,
     adapter_name: str = "prompt",
     target: str | None = None,
+    network: int | None = None,
+    seed: int = 0,
     freeze_base: bool = True,
 ) -> PromptTokens:
     """Inject the soft prompt of a folder into a model, in place, with its stored values and those of a stored head.
@@ -127,6 +130,8 @@ def load_peft_prompt_(
         folder: A folder as PEFT or `export_peft_prompt` writes it.
         adapter_name: Name to give the prompt.
         target: Name of the embedding, as in `inject_prompt`.
+        network: Width of a network that starts around the stored vectors, as in `inject_prompt`.
+        seed: Of what the network draws.
         freeze_base: As in `inject_prompt`; a stored head trains on.
 
     Raises:
@@ -145,15 +150,23 @@ def load_peft_prompt_(
         raise Refusal(
             f"{folder} was trained on another base: its prompt is {table.shape[1]} wide, this model's embedding {width}."
         )
-    layer = inject_prompt(
-        model, len(table), start="random", target=target, adapter_name=adapter_name, freeze_base=freeze_base
-    )
+    options: Any = {"target": target, "network": network, "adapter_name": adapter_name, "seed": seed}
+    layer = inject_prompt(model, len(table), start="random", **options, freeze_base=freeze_base)
     with torch.no_grad():
         layer.prompt.copy_(table)
         for name, tensor in head.items():
             own[name].copy_(tensor)
             own[name].requires_grad_(True)
     return layer
+
+
+@torch.no_grad()
+def _table(layer: PromptTokens) -> Tensor:
+    """The vectors that stand before the row, without the network that they may come out of."""
+    if layer.network is None:
+        return whole(layer.prompt)
+    state = {name: whole(parameter).to(layer.prompt.dtype) for name, parameter in layer.network.named_parameters()}
+    return cast(Tensor, functional_call(layer.network, state, (whole(layer.prompt),))).contiguous()
 
 
 def _layer(model: nn.Module, adapter_name: str) -> PromptTokens:

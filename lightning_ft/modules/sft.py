@@ -145,7 +145,7 @@ class SFT(FineTuningModule):
         """With the classes that were taken from the data, which need not be there when a checkpoint is loaded."""
         arguments = arguments_of(self)
         if self.model is not None and self.task in ("sequence_classification", "token_classification"):
-            arguments |= {"labels": self.view.labels, "multi_label": self._several, "class_weights": self._weights}
+            arguments |= {"labels": self.view.labels, "multi_label": self.takes_several, "class_weights": self._weights}
         return arguments
 
     # -- loading ------------------------------------------------------------------------------------------------------
@@ -160,13 +160,14 @@ class SFT(FineTuningModule):
             self.evaluation = ValueEvaluation()
         elif self.task not in CLASSIFIES:
             self.evaluation = LanguageEvaluation()
-        elif self._several:
+        elif self.takes_several:
             self.evaluation = MultilabelEvaluation(len(self.view.labels))
         else:
             self.evaluation = ClassEvaluation(self.view.labels)
 
     @property
-    def _several(self) -> bool:
+    def takes_several(self) -> bool:
+        """Whether a row may have several classes, or none."""
         return bool(self.model.config.problem_type == "multi_label_classification")
 
     def _resolved_weights(self) -> list[float] | None:
@@ -187,7 +188,7 @@ class SFT(FineTuningModule):
                 )
             return list(self.class_weights)
         counted = getattr(self.datamodule, "class_counts", None)
-        if not callable(counted) or self._several:
+        if not callable(counted) or self.takes_several:
             raise Refusal(
                 "SFT.class_weights balanced needs ClassificationData with one class a row, which counts them; give a list of "
                 "numbers."
@@ -231,7 +232,7 @@ class SFT(FineTuningModule):
             logits = row_logits(self.view, batch)
             if self.task == "regression":
                 return {"rows": batch.rows, "value": logits[:, 0]}
-            return {"rows": batch.rows, "probabilities": logits.sigmoid() if self._several else logits.softmax(-1)}
+            return {"rows": batch.rows, "probabilities": logits.sigmoid() if self.takes_several else logits.softmax(-1)}
         logprob = self._scores(batch, ("logprob",))["logprob"]
         total = logprob.new_zeros(len(batch.rows)).index_add_(0, batch.segment_of_scored, logprob)
         return {"rows": batch.rows, "logprob": total}
@@ -252,7 +253,7 @@ class SFT(FineTuningModule):
             return seq2seq_lm.likelihood(self.view, batch, ask)
         if self.task == "token_classification":
             return classification.token_likelihood(self.view, batch, ask)
-        return classification.row_likelihood(self.view, batch, ask, self.task != "regression" and self._several)
+        return classification.row_likelihood(self.view, batch, ask, self.task != "regression" and self.takes_several)
 
     def _weight_tensor(self) -> Tensor | None:
         return None if self._weights is None else torch.tensor(self._weights, device=self.device)

@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from lightning_ft.functional.errors import Refusal
 from lightning_ft.functional.names import check_name
 from lightning_ft.functional.places import Bounds, lay, take_out
+from lightning_ft.nn.prompt_network import PromptNetwork
 from lightning_ft.nn.registry import (
     InjectedLayer,
     base_name,
@@ -47,6 +48,8 @@ class PromptTokens(InjectedLayer):
         start: ``vocabulary``: the vectors of tokens that are drawn from the table, each once while there are enough;
             ``random``: uniform in [-1/2, 1/2], as in Lester et al.
         ids: Begin with the vectors of these tokens instead, repeated or cut to P.
+        network: Width of a network that changes the vectors before they stand in front of the row, see `PromptNetwork`; None: the
+            vectors themselves stand there.
         adapter_name: Adapter that the layer belongs to.
         seed: Seed of the draw.
         name: Pristine name of the embedding, for the draw and messages.
@@ -63,6 +66,7 @@ class PromptTokens(InjectedLayer):
         *,
         start: Start = "vocabulary",
         ids: Sequence[int] | None = None,
+        network: int | None = None,
         adapter_name: str = "prompt",
         seed: int = 0,
         name: str = "",
@@ -74,6 +78,7 @@ class PromptTokens(InjectedLayer):
         # At least fp32: steps of a small rate are lost in bf16.
         dtype = torch.promote_types(weight.dtype, torch.float32)
         self.prompt = nn.Parameter(torch.empty(tokens, weight.shape[1], dtype=dtype, device=weight.device))
+        self.network = None if network is None else PromptNetwork(weight.shape[1], network, dtype, weight.device)
         self.training = base.training
         self._inside: str | None = None  # where the model that the hooks are on has this embedding
         self._first_speaks = False
@@ -93,6 +98,12 @@ class PromptTokens(InjectedLayer):
             # Through the module, since some multiply what they look up.
             drawn = self.base(torch.tensor(ids, device=self.prompt.device))
         self.prompt.copy_(drawn)
+        if self.network is not None:
+            self.network.reset_parameters(self.seed, f"{self.adapter_name}:{self.name}")
+
+    def table(self) -> Tensor:
+        """The vectors (P, D) that stand before each row: as they are trained, or as the network gives them."""
+        return self.prompt if self.network is None else self.network(self.prompt)
 
     def _drawn(self, generator: torch.Generator) -> list[int]:
         table = innermost(self)
@@ -106,7 +117,7 @@ class PromptTokens(InjectedLayer):
         out = cast(Tensor, self.base(x))
         if not self.enabled or self._inside is not None:
             return out
-        return torch.cat([self.prompt.to(out.dtype).expand(*out.shape[:-2], -1, -1), out], -2)
+        return torch.cat([self.table().to(out.dtype).expand(*out.shape[:-2], -1, -1), out], -2)
 
     def extra_repr(self) -> str:
         """Show what distinguishes this layer."""
@@ -181,7 +192,7 @@ class PromptTokens(InjectedLayer):
             # A segment that sees the beginning of an earlier one sees the prompt there, and has none of its own.
             bounds = (*(b for b, seen in zip(bounds, shared, strict=False) if seen is None), bounds[-1])
         self._check_room(model, longest)
-        prompt = self.prompt.to(embeds.dtype)
+        prompt = self.table().to(embeds.dtype)
         given |= self._shifted(given, bounds, pads, laid=True)
         given["input_ids"] = None
         given["inputs_embeds"] = lay(embeds, lambda rows: prompt.expand(len(rows), -1, -1), bounds, pads, axis=1)
@@ -253,6 +264,7 @@ def inject_prompt(
     *,
     start: Start = "vocabulary",
     ids: Sequence[int] | None = None,
+    network: int | None = None,
     target: str | None = None,
     adapter_name: str = "prompt",
     seed: int = 0,
@@ -265,6 +277,7 @@ def inject_prompt(
         tokens: Length P of the prompt.
         start: See `PromptTokens`.
         ids: Token ids to begin from.
+        network: Width of a network around the vectors, see `PromptTokens`.
         target: Name of the embedding of a module of one's own; None takes its only one. A Hugging Face model says itself.
         adapter_name: Name of the adapter.
         seed: Seed of what is drawn.
@@ -284,7 +297,8 @@ def inject_prompt(
     path, hooked, decoder = prompt_place(model, target)
     name = base_name(path, model)
     embedding = model.get_submodule(path)
-    layer = PromptTokens(embedding, tokens, start=start, ids=ids, adapter_name=adapter_name, seed=seed, name=name)
+    options: Any = {"start": start, "ids": ids, "network": network}
+    layer = PromptTokens(embedding, tokens, **options, adapter_name=adapter_name, seed=seed, name=name)
     replace_module(model, path, layer)
     if hooked is not None:
         inside = next(n for n, module in hooked.named_modules() if module is layer)

@@ -66,6 +66,27 @@ def test_a_checkpoint_loads_generates_exports_and_starts_another_fit(chat, tmp_p
             trainer(tmp_path, PromptTuning(7, init_from=str(tmp_path / source)), max_steps=0).fit(fit_again, data)
 
 
+def test_a_network_trains_is_kept_and_goes_on_from_its_checkpoint_or_around_a_folder(chat, tmp_path):
+    module, data = chat_job(chat, tmp_path)
+    keep = ModelCheckpoint(tmp_path, save_last=True, save_top_k=0)
+    trainer(tmp_path, PromptTuning(4, network=5), keep, enable_checkpointing=True).fit(module, data)
+    layer = next(x for x in injected_layers(module).values() if isinstance(x, PromptTokens))
+    assert not torch.equal(layer.table(), layer.prompt)  # its last layer has learned
+    loaded = lightning_ft.load(tmp_path / "last.ckpt")
+    assert loaded.generate(["ask 1:"], max_new_tokens=4) == module.generate(["ask 1:"], max_new_tokens=4)
+    export_peft(loaded.model, tmp_path / "peft", adapter_name="prompt")
+    for source, network in (("last.ckpt", None), ("last.ckpt", 5), ("peft", None), ("peft", 3)):
+        again, data = chat_job(chat, tmp_path)
+        trainer(tmp_path, PromptTuning(network=network, init_from=str(tmp_path / source)), max_steps=0).fit(again, data)
+        other = next(x for x in injected_layers(again).values() if isinstance(x, PromptTokens))
+        torch.testing.assert_close(other.table(), layer.table(), rtol=1e-6, atol=1e-6)
+        assert (other.network is None) == (source == "peft" and network is None)
+    with pytest.raises(Refusal, match=r"PromptTuning\.network is 7, but the prompt in .* has 5; leave network out"):
+        again, data = chat_job(chat, tmp_path)
+        given = PromptTuning(network=7, init_from=str(tmp_path / "last.ckpt"))
+        trainer(tmp_path, given, max_steps=0).fit(again, data)
+
+
 def test_packed_rows_train_as_padded_ones_also_when_activations_are_recomputed(chat, tmp_path):
     trained = []
     for packing, again in ((True, False), (False, False), (True, True)):
@@ -125,22 +146,25 @@ def test_other_tasks_train_the_prompt_and_a_new_head(kind, task, tmp_path):
     export_peft(loaded.model, tmp_path / "peft", adapter_name="prompt")
 
 
-def sharded(chat, folder):
+def sharded(network, chat, folder):
     """The prompt of the tiny chat model after three steps of two ranks under FSDP2."""
     module, data = chat_job(Path(chat), Path(folder), data={"batch_size": 4})
     options = {"devices": 2, "strategy": FSDP2Strategy(process_group_backend="gloo"), "use_distributed_sampler": False}
-    trainer(Path(folder), PromptTuning(3), **options).fit(module, data)
-    return {n: p.full_tensor().detach() for n, p in module.named_parameters() if n.endswith(".prompt")}
+    trainer(Path(folder), PromptTuning(3, network=network), **options).fit(module, data)
+    return {n: p.full_tensor().detach() for n, p in module.named_parameters() if p.requires_grad}
 
 
 @pytest.mark.xdist_group("two_ranks")
-def test_sharded_it_trains_as_on_one_device(chat, tmp_path, two_ranks):
+@pytest.mark.parametrize("network", [None, 5])
+def test_sharded_it_trains_as_on_one_device(network, chat, tmp_path, two_ranks):
     module, data = chat_job(chat, tmp_path)
-    trainer(tmp_path, PromptTuning(3)).fit(module, data)
-    for rank in two_ranks.run("tests.callbacks.test_prompt_tuning:sharded", chat=str(chat), folder=str(tmp_path)):
-        assert rank.keys() == prompts(module).keys()
+    trainer(tmp_path, PromptTuning(3, network=network)).fit(module, data)
+    expected = {n: p.detach() for n, p in module.named_parameters() if p.requires_grad}
+    job = {"network": network, "chat": str(chat), "folder": str(tmp_path)}
+    for rank in two_ranks.run("tests.callbacks.test_prompt_tuning:sharded", **job):
+        assert rank.keys() == expected.keys()
         for name, value in rank.items():
-            torch.testing.assert_close(value, prompts(module)[name], rtol=TOL[torch.float32], atol=1e-5, msg=name)
+            torch.testing.assert_close(value, expected[name], rtol=TOL[torch.float32], atol=1e-5, msg=name)
 
 
 @pytest.mark.parametrize(

@@ -98,6 +98,7 @@ PARTS = {
         ),
         Part("prefix", ((PrefixTuning, {"tokens": 3}),), unwritten=ALL_ATTENTION, unwritten_name="prefix"),
         Part("prompt", ((PromptTuning, {"tokens": 3}),)),
+        Part("prompt-network", ((PromptTuning, {"tokens": 3, "network": 4}),)),
         Part("ia3", ((IA3, {}),)),
         Part("lora+norms", ((LoRA, {"r": 2}), (Freeze, {"train": ["norms"]})), own=NORMS),
         Part(
