@@ -60,6 +60,7 @@ class Part:
             log = os.open(self.log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
             os.dup2(log, 1)
             os.dup2(log, 2)
+            sys.stdout = sys.stderr = os.fdopen(os.dup(log), "w", buffering=1)
             write_answer(self.answer, work())
             code = 0
         except BaseException:

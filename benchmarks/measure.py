@@ -160,6 +160,20 @@ def cpu_features() -> list[str]:
     return [name for name in ("avx2", "avx512f", "avx512_bf16", "amx_bf16") if name in flags]
 
 
+def device() -> str:
+    """``cuda`` where there is a GPU, else ``cpu``."""
+    import torch
+
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def device_name() -> str:
+    """The GPU's name, or the processor's."""
+    import torch
+
+    return str(torch.cuda.get_device_name()) if torch.cuda.is_available() else cpu_model()
+
+
 def versions() -> dict[str, str]:
     """Versions of Python and of the packages that matter here; a missing one is left out."""
     found = {"python": platform.python_version()}

@@ -11,6 +11,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from benchmarks import measure
 from benchmarks.lexicon import Lexicon
 from benchmarks.vader_cells import trainer, written
 from lightning_ft.functional.intervals import mean_interval, wilson
@@ -162,7 +163,8 @@ def reward_cell(
     (val,) = trainer(folder, [], limit_val_batches=None).validate(module, data, verbose=False)
     scores = {**{name: float(value) for name, value in val.items()}, **tested(module, files, folder)}
     trainable = sum(p.numel() for p in module.parameters() if p.requires_grad)
-    return {"seconds": seconds, "trainable": trainable, "scores": _shares(scores, files)}
+    told = {"seconds": seconds, "trainable": trainable, "device": measure.device_name()}
+    return {**told, "scores": _shares(scores, files)}
 
 
 def tested(module: Any, files: Mapping[str, str], folder: Path) -> dict[str, float]:
@@ -191,7 +193,7 @@ class Rater:
     def __init__(self, checkpoint: Path) -> None:
         import lightning_ft
 
-        self.module: Any = lightning_ft.load(checkpoint).eval()
+        self.module: Any = lightning_ft.load(checkpoint).to(measure.device()).eval()
 
     def rewards(self, texts: Sequence[str]) -> list[float]:
         """One each, with mean 0 and deviation 1 over the validation sentences."""
@@ -216,16 +218,16 @@ def sampled(module: Any, prompts: Sequence[str], seed: int, *, trained: bool) ->
     for begin in range(0, len(prompts), TOGETHER):
         rows = [tokenizer(prompt)["input_ids"] for prompt in prompts[begin : begin + TOGETHER]]
         longest = max(map(len, rows))
-        ids = torch.tensor([[tokenizer.eos_token_id] * (longest - len(row)) + row for row in rows])
-        mask = torch.tensor([[0] * (longest - len(row)) + [1] * len(row) for row in rows])
+        ids = torch.tensor([[tokenizer.eos_token_id] * (longest - len(row)) + row for row in rows], device=model.device)
+        mask = torch.tensor([[0] * (longest - len(row)) + [1] * len(row) for row in rows], device=model.device)
         torch.manual_seed(1000 * seed + begin)
         drawing = {"do_sample": True, "temperature": 1.0, "top_k": 0, "top_p": 1.0, "max_new_tokens": NEW_TOKENS}
         with torch.no_grad():
             whole = model.generate(ids, attention_mask=mask, pad_token_id=tokenizer.eos_token_id, **drawing)
             new = whole[:, longest:]
             ends = [_length(tokenizer, row.tolist()) for row in new]
-            kept = torch.arange(new.shape[1]) < torch.tensor(ends)[:, None]
-            ours = theirs = torch.zeros(new.shape)
+            kept = (torch.arange(new.shape[1]) < torch.tensor(ends)[:, None]).to(new.device)
+            ours = theirs = torch.zeros(new.shape, device=new.device)
             if trained:
                 ours = _logps(model, whole, mask, longest)
                 with module.at_reference():
@@ -278,7 +280,7 @@ def started(base: str) -> Any:
 
     module = DPO(base)
     Attachment.of(module).rebuild([], seed=0)
-    return module
+    return module.to(measure.device())
 
 
 def policy_cell(
@@ -309,6 +311,7 @@ def policy_cell(
         metrics = {f"last {name}": float(value) for name, value in fitter.callback_metrics.items()}
         trainable = sum(p.numel() for p in module.parameters() if p.requires_grad)
     seconds = time.perf_counter() - begun
+    module.to(measure.device())
     prompts = [row["prompt"] for row in read(files["held_out"])]
     texts, apart = sampled(module, prompts, seed=3, trained=method != "start")
     whole = [prompt + text for prompt, text in zip(prompts, texts, strict=True)]
@@ -321,4 +324,5 @@ def policy_cell(
     positive = sum(value > 0 for value in judged["lexicon"])
     scores |= {"positive": positive, "positive/interval": list(wilson(positive, len(texts)))}
     samples = dict(zip(OWN, module.generate(list(OWN), max_new_tokens=NEW_TOKENS), strict=True))
-    return {"seconds": seconds, "trainable": trainable, "scores": scores, "last": metrics, "samples": samples}
+    told = {"seconds": seconds, "trainable": trainable, "device": measure.device_name()}
+    return {**told, "scores": scores, "last": metrics, "samples": samples}

@@ -110,12 +110,12 @@ def decoder_job(
 
 
 def trainer(folder: Path, callbacks: list[Any], **options: Any) -> Any:
-    """A trainer that writes nothing, clips, and does not validate while it trains."""
+    """A trainer that writes nothing, clips, and does not validate while it trains; on the GPU where there is one."""
     import lightning.pytorch as pl
 
-    fixed = {"gradient_clip_val": 1.0, "limit_val_batches": 0}
+    accelerator = "gpu" if measure.device() == "cuda" else "cpu"
+    fixed = {"accelerator": accelerator, "devices": 1, "gradient_clip_val": 1.0, "limit_val_batches": 0}
     return pl.Trainer(
-        accelerator="cpu",
         callbacks=callbacks,
         logger=False,
         enable_checkpointing=False,
@@ -159,7 +159,7 @@ def decoder_cell(
     module, data = decoder_job(rate, files, **model)
     found = _fitted(module, data, trainer(folder, callbacks, max_epochs=1))
     (val,) = trainer(folder, [], limit_val_batches=None).validate(module, data, verbose=False)
-    right, rows = label_accuracy(module, data)
+    right, rows = label_accuracy(module.to(measure.device()), data)
     scores = {**{k: float(v) for k, v in val.items()}, "test/right": right, "test/rows": rows}
     return {**found, "scores": {**scores, "test/accuracy": right / rows}}
 
@@ -168,7 +168,8 @@ def _fitted(module: Any, data: Any, fitter: Any) -> dict[str, Any]:
     begun = time.perf_counter()
     fitter.fit(module, data)
     seconds = time.perf_counter() - begun
-    return {"seconds": seconds, "trainable": sum(p.numel() for p in module.parameters() if p.requires_grad)}
+    trainable = sum(p.numel() for p in module.parameters() if p.requires_grad)
+    return {"seconds": seconds, "trainable": trainable, "device": measure.device_name()}
 
 
 class Kept:

@@ -109,6 +109,7 @@ def label_accuracy(module: Any, data: Any) -> tuple[int, int]:
     module.eval()
     with torch.no_grad():
         for batch in data.test_dataloader():
+            batch = batch.to(module.device)
             first = torch.ones_like(batch.segment_of_scored, dtype=torch.bool)
             first[1:] = (
                 batch.segment_of_scored[1:] != batch.segment_of_scored[:-1]
@@ -117,7 +118,7 @@ def label_accuracy(module: Any, data: Any) -> tuple[int, int]:
             logits = module.view.logits(hidden.reshape(-1, hidden.shape[-1])[batch.scored[first]])[
                 :, ids
             ].float()  # (S, 2)
-            answer = torch.tensor(ids)[logits.argmax(-1)]
+            answer = torch.tensor(ids, device=logits.device)[logits.argmax(-1)]
             right += int((answer == batch.labels[first]).sum())
             rows += len(answer)
     module.train(training)

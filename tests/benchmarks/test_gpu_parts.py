@@ -2,13 +2,16 @@
 
 import json
 import os
+import subprocess
 import sys
+import time
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
 
-from benchmarks import gpu, gpu_fits, gpu_kernels
+from benchmarks import gpu, gpu_fits, gpu_forks, gpu_kernels, gpu_more, gpu_peers
 
 # A benchmark's own warnings (autocast on CPUs, seeds) are switched off where it runs as a process.
 pytestmark = pytest.mark.filterwarnings("ignore")
@@ -22,7 +25,7 @@ def folder(tmp_path_factory):
 
 
 # FSDP2 starts a process group, and compiled blocks a compiler; processes of their own are there for both (below, and --dry).
-IN_PROCESS = [name for name, job in gpu_fits.jobs().items() if not job.fsdp2 and not job.compiled]
+IN_PROCESS = [name for name, job in gpu_fits.jobs().items() if job.saved]
 
 
 def test_every_method_of_the_library_has_a_part():
@@ -65,35 +68,79 @@ def test_the_head_on_a_cpu_is_itself():
 def test_the_driver_goes_on_after_a_failure_and_only_repeats_that(tmp_path, monkeypatch, capsys):
     done = []
 
-    def launched(name, *_):
-        done.append(name)
-        return {"failed": "out of memory"} if name == "LoRA" and done.count("LoRA") == 1 else {"answer": 1}
+    def run_parts(names, start, lanes, told):
+        for name in names:
+            done.append((name, lanes))
+            bad = name == "LoRA" and [one for one, _ in done].count("LoRA") == 1
+            answer = {"failed": "out of memory"} if bad else {"there": True, "works": True, "peak_memory_bytes": 1}
+            told(name, answer)
 
-    monkeypatch.setattr(gpu, "launched", launched)
-    flags = ["--dry", "--only", "LoRA", "--output", str(tmp_path / "gpu.json")]
+    monkeypatch.setattr(gpu.gpu_forks, "run_parts", run_parts)
+    flags = ["--dry", "--lanes", "3", "--only", "LoRA", "--output", str(tmp_path / "gpu.json")]
     assert gpu.main(flags) == 1
     every = list(done)
-    assert "nf4 + LoRA" in every and every.index("LoRA") < every.index("FSDP2 + LoRA")
+    order = [name for name, _ in every]
+    assert order[:2] == [gpu.USABLE, gpu.MODEL]
+    assert order.index("LoRA") < order.index("FSDP2 + LoRA") < order.index("1 B: LoRA")
+    assert dict(every)["nf4 + LoRA"] == 3 and dict(every)["1 B: LoRA"] == 1
     assert "LoRA: FAILED: out of memory" in capsys.readouterr().out
     assert gpu.main(flags) == 0
-    assert done == [*every, gpu.MODEL, "LoRA"]
-    assert json.loads((tmp_path / "gpu.json").read_text())["LoRA"] == {"answer": 1}
+    assert [name for name, _ in done[len(every) :]] == [gpu.USABLE, gpu.MODEL, "LoRA"]
+    kept = json.loads((tmp_path / "gpu.json").read_text())
+    assert kept["LoRA"] == {"there": True, "works": True}  # memory beside others says nothing
+    assert kept["1 B: LoRA"]["peak_memory_bytes"] == 1
 
 
-def test_a_process_that_hangs_or_dies_is_a_failure_with_its_reason(tmp_path, monkeypatch):
-    monkeypatch.setattr(sys, "executable", "sleep")
-    assert "sleep" in gpu.launched("head", tmp_path, True, 3, 20)["failed"]
-    script = tmp_path / "hangs"
-    script.write_text("#!/bin/sh\nsleep 30\n")
-    script.chmod(0o755)
-    monkeypatch.setattr(sys, "executable", str(script))
-    assert gpu.launched("head", tmp_path, True, 3, 0.3) == {"failed": "no result after 0 s"}
+def finished(work, folder, limit=20.0):
+    found = []
+    gpu_forks.run_parts(
+        ["head"], lambda name: gpu_forks.Part(name, folder, work, limit), 1, lambda *one: found.append(one)
+    )
+    return found[0][1]
 
 
-def test_a_part_in_a_process_of_its_own(tmp_path):
+def test_a_fork_answers_fails_with_its_reason_or_is_ended_with_what_it_started(tmp_path):
+    def raises():
+        raise RuntimeError("no kernel image")
+
+    def hangs():
+        (tmp_path / "child").write_text(str(subprocess.Popen(["sleep", "60"]).pid))
+        time.sleep(60)
+
+    assert finished(lambda: {"answer": 1}, tmp_path)["answer"] == 1
+    assert finished(raises, tmp_path)["failed"].endswith("RuntimeError: no kernel image")
+    assert finished(lambda: os._exit(3), tmp_path) == {"failed": "no output, exit code 3"}
+    assert finished(hangs, tmp_path, 1.0) == {"failed": "no result after 1 s"}
+    status = Path(f"/proc/{(tmp_path / 'child').read_text()}/stat")
+    deadline = time.monotonic() + 5
+    while status.exists() and status.read_text().rpartition(")")[2].split()[0] != "Z":
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+
+
+def test_a_fresh_process_that_hangs_or_dies_is_a_failure_with_its_reason(tmp_path):
+    assert "exit code 2" in finished(["sh", "-c", "exit 2"], tmp_path)["failed"]
+    assert "sleep" in finished(["sleep"], tmp_path)["failed"]
+    assert finished(["sh", "-c", "sleep 30"], tmp_path, 0.3) == {"failed": "no result after 0 s"}
+
+
+@pytest.mark.parametrize("how", [[], ["--fresh"]])
+def test_parts_in_processes_of_their_own(how, tmp_path):
     output = tmp_path / "gpu.json"
-    assert gpu.main(["--dry", "--only", "machine", "--output", str(output)]) == 0
+    command = [sys.executable, "-m", "benchmarks.gpu", "--dry", "--only", "machine", "--output", str(output), *how]
+    subprocess.run(command, check=True, cwd=Path(gpu.__file__).parents[1])
     assert json.loads(output.read_text())["machine"]["matmul_tflops"]["bfloat16"] > 0
+
+
+@pytest.mark.parametrize("name", list(gpu_more.CHECKS))
+def test_other_objectives_run_on_the_tiny_model(name, folder):
+    found = gpu_more.CHECKS[name](folder, "cpu", 5)
+    assert found.get("device", "cpu") == "cpu"
+
+
+def test_generation_counts_what_was_written(folder):
+    found = gpu_peers.generation(folder, "cpu", 5)
+    assert all(found[side]["tokens_per_second"] > 0 for side in ("adapter", "merged", "transformers"))
 
 
 @pytest.fixture
