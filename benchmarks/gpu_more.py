@@ -209,6 +209,35 @@ def stream(folder: Path, device: str, steps: int, kind: str) -> dict[str, Any]:
     return {"matrix": matrix, "start": start, "device": str(module.device)}
 
 
+def several_tasks(folder: Path, device: str, steps: int, kind: str) -> dict[str, Any]:
+    """Classes, numbers and the next token at once, with what weighs their losses or combines their gradients."""
+    import lightning_ft as ft
+
+    makers: dict[str, Callable[[], list[Any]]] = {
+        "plain": list,
+        "pcgrad": lambda: [ft.GradientSurgery("pcgrad")],
+        "nash": lambda: [ft.GradientSurgery("nash")],
+        **{name: lambda name=name: [ft.LossBalancing(name)] for name in ("uncertainty", "dwa", "gradnorm", "famo")},
+    }
+
+    def make(place: Path) -> tuple[Any, Any, list[Any]]:
+        texts = [{"text": f"{word} thing {n}", "label": word} for n in range(40) for word in WORDS[:3]]
+        rated = [{"text": f"{word} thing {n}", "label": len(word) / 4} for n in range(40) for word in WORDS[:3]]
+        kept = {"cache_dir": str(place / "cache")}
+        tasks = {
+            "class": ft.ClassificationData(write_rows(place, "texts.jsonl", texts), **kept),
+            "number": ft.ClassificationData(write_rows(place, "rated.jsonl", rated), task="regression", **kept),
+            "words": ft.SFTData(_same(folder, place), max_length=None, **kept),
+        }
+        data = ft.MultiTaskData(tasks, batch_size=12)
+        module = ft.MultiTask(
+            str(folder / "model"), lr=1e-3, head_lr=1e-2, warmup_steps=0, schedule="constant", weigh="tasks"
+        )
+        return module, data, [ft.LoRA(8), *makers[kind]()]
+
+    return falling(device, 3 * steps, make)
+
+
 def meta(folder: Path, device: str, steps: int, kind: str) -> dict[str, Any]:
     """Episodes of three classes of texts."""
     import lightning.pytorch as pl
@@ -288,6 +317,10 @@ CHECKS: dict[str, Callable[[Path, str, int], dict[str, Any]]] = {
     "GRPO": _with(rollouts, "grpo"),
     "PPO": _with(rollouts, "ppo"),
     "distillation": distillation,
+    **{
+        f"tasks, {kind}": _with(several_tasks, kind)
+        for kind in ("plain", "pcgrad", "nash", "uncertainty", "dwa", "gradnorm", "famo")
+    },
     "distillation, hidden states": _with(distillation, hidden=0.5),
     **{f"stream + {kind}": _with(stream, kind) for kind in ("EWC", "SI", "MAS", "LwF", "Replay", "der++", "AGEM")},
     **{

@@ -22,6 +22,16 @@ torch.set_num_threads(1)
 pytest_plugins = ["tests.two_ranks"]
 
 
+@pytest.fixture(autouse=True, scope="session")
+def models_are_configured_as_on_a_gpu() -> Iterator[None]:
+    """A tensor that is made without a device there would lie on the GPU."""
+    from tests.device_guard import guarded
+
+    undo = guarded()
+    yield
+    undo()
+
+
 @pytest.fixture(autouse=True)
 def environment_is_left_as_it_was() -> Iterator[None]:
     """Lightning and accelerate tell each other ranks through the environment: one test's must not reach the next."""

@@ -24,7 +24,7 @@ class LogVariances(nn.Module):
 
     def __init__(self, terms: int) -> None:
         super().__init__()
-        self.log_variance = nn.Parameter(torch.zeros(terms, dtype=torch.float32))
+        self.log_variance = nn.Parameter(torch.zeros(terms, dtype=torch.float32, device="cpu"))
 
 
 class LossBalancing(Technique):

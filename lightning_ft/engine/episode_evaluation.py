@@ -23,7 +23,9 @@ class EpisodeMeans(Metric):
         """Args: names: of the numbers."""
         super().__init__()
         self.names = list(names)
-        self.add_state("moments", torch.zeros(len(self.names), 3, dtype=torch.float64), dist_reduce_fx="sum")
+        self.add_state(
+            "moments", torch.zeros(len(self.names), 3, dtype=torch.float64, device="cpu"), dist_reduce_fx="sum"
+        )
 
     def update(self, values: Tensor) -> None:
         """Adds the numbers of some episodes: (E, K)."""

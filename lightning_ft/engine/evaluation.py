@@ -163,7 +163,7 @@ class EntityF1(Metric):
         super().__init__()
         self.names = list(names)
         for state in ("found", "there", "both"):
-            self.add_state(state, torch.tensor(0.0), dist_reduce_fx="sum")
+            self.add_state(state, torch.tensor(0.0, device="cpu"), dist_reduce_fx="sum")
 
     def update(self, chosen: Tensor, targets: Tensor, rows: Tensor) -> None:
         """Adds tokens in the order of their rows: predicted class, class, row; (N,) each."""
@@ -192,7 +192,7 @@ class NamedMeans(Metric):
         super().__init__()
         self.names = list(names)
         for state in ("sums", "counts"):
-            self.add_state(state, torch.zeros(len(self.names)), dist_reduce_fx="sum")
+            self.add_state(state, torch.zeros(len(self.names), device="cpu"), dist_reduce_fx="sum")
 
     def update(self, values: Mapping[str, tuple[Tensor, Tensor | float]]) -> None:
         """Adds name -> (sum, how many it was summed over) of a batch, for every name."""

@@ -89,7 +89,7 @@ class _Estimate:
         self.slow: set[str] = set()
         self.count = self.rows = 0
         self.proven = False
-        self.real = torch.zeros(0)
+        self.real = torch.zeros(0, device="cpu")
         half = (torch.bfloat16, torch.float16)
         coarse = torch.is_autocast_enabled(module.device.type) or any(p.dtype in half for p in module.parameters())
         self.tolerance = 5e-2 if coarse or "16" in str(trainer.precision) else 1e-3
@@ -141,7 +141,7 @@ class _Estimate:
         self.slow |= {self.clean[name] for name in recorder.unseen}
         if len(self.ask.keys) and losses.requires_grad:
             weighted: dict[str, tuple[Tensor, float]] = {}
-            weights = 0.5 + torch.rand(len(losses), generator=torch.Generator().manual_seed(0)).to(losses)
+            weights = 0.5 + torch.rand(len(losses), generator=torch.Generator().manual_seed(0), device="cpu").to(losses)
             with recorder.backward(_proving(finished, proof, weights, weighted)):
                 losses.sum().backward()
             self.slow |= {self.clean[name] for name in recorder.unseen} | self._uncalled(called)

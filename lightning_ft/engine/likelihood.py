@@ -155,10 +155,10 @@ class Ask:
         """(N,) in float64: drawn row by row from (seed, key of the example), so that no other row of the batch matters."""
         counts = torch.bincount(examples.cpu(), minlength=len(self.keys)).tolist()
         drawn = [
-            torch.rand(n, generator=row_generator("cpu", *self.seed, key), dtype=torch.float64)
+            torch.rand(n, generator=row_generator("cpu", *self.seed, key), dtype=torch.float64, device="cpu")
             for n, key in zip(counts, self.keys, strict=True)
         ]
-        found = torch.empty(len(examples), dtype=torch.float64)
+        found = torch.empty(len(examples), dtype=torch.float64, device="cpu")
         found[examples.cpu().argsort(stable=True)] = torch.cat(drawn)
         return found.to(examples.device)
 

@@ -30,7 +30,7 @@ class Calibration(Metric):
         super().__init__()
         self.bins = bins
         for state in ("confident", "right", "counts"):
-            self.add_state(state, torch.zeros(bins), dist_reduce_fx="sum")
+            self.add_state(state, torch.zeros(bins, device="cpu"), dist_reduce_fx="sum")
 
     def update(self, ahead: Tensor) -> None:
         """Adds pairs: (P,) reward of the chosen answer less that of the rejected one; a tie is half right."""
@@ -54,7 +54,7 @@ class RewardMoments(Metric):
 
     def __init__(self) -> None:
         super().__init__()
-        self.add_state("sums", torch.zeros(3, dtype=torch.float64), dist_reduce_fx="sum")
+        self.add_state("sums", torch.zeros(3, dtype=torch.float64, device="cpu"), dist_reduce_fx="sum")
 
     def update(self, rewards: Tensor) -> None:
         """Adds rewards, (N,)."""

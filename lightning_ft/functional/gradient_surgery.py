@@ -41,7 +41,7 @@ def pcgrad(gram: Tensor, generator: torch.Generator | None = None) -> Tensor:
     K = len(G)  # noqa: N806
     total = np.zeros(K)
     for i in range(K):
-        order = torch.randperm(K, generator=generator).tolist() if generator is not None else range(K)
+        order = torch.randperm(K, generator=generator, device="cpu").tolist() if generator is not None else range(K)
         v = np.zeros(K)
         v[i] = 1.0
         for j in order:

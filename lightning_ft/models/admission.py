@@ -85,7 +85,7 @@ def evaluating(model: nn.Module) -> Iterator[None]:
 def _prove(view: CausalLM, name: str, layers: int, vocabulary: int, packing: bool) -> Admission:
     device = next(view.model.parameters()).device
     generator = torch.Generator().manual_seed(0)
-    ids = torch.randint(0, vocabulary, (1, sum(LENGTHS)), generator=generator).to(device)
+    ids = torch.randint(0, vocabulary, (1, sum(LENGTHS)), generator=generator, device="cpu").to(device)
     labels = ids[0].roll(-1)
     own = torch.cat([_own_logits(view, part) for part in ids.split(LENGTHS, 1)])
     tolerance = TOLERANCE.get(own.dtype, 0.1)

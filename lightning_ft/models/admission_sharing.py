@@ -30,7 +30,8 @@ def why_no_sharing(view: BackboneView, tokenizer: Any = None) -> str:
         return reason
     model = view.model
     generator = torch.Generator().manual_seed(0)
-    drawn = torch.randint(0, vocabulary_of(model, tokenizer), (PROMPT + sum(ANSWERS),), generator=generator)
+    tokens = (PROMPT + sum(ANSWERS),)
+    drawn = torch.randint(0, vocabulary_of(model, tokenizer), tokens, generator=generator, device="cpu")
     prompt, *answers = drawn.to(next(model.parameters()).device).split([PROMPT, *ANSWERS])
 
     def difference() -> float:

@@ -153,8 +153,8 @@ def _draw(model: Any, tokenizer: Any, count: int, *, seed: int) -> Tensor:
     config = model.config
     special = {getattr(config, f"{name}_token_id", None) for name in ("pad", "eos", "bos", "decoder_start")}
     usual = [i for i in range(vocabulary) if i not in special]
-    drawn = torch.randint(0, len(usual), (count,), generator=generator)
-    return torch.tensor(usual)[drawn].to(next(model.parameters()).device)
+    drawn = torch.randint(0, len(usual), (count,), generator=generator, device="cpu")
+    return torch.tensor(usual, device="cpu")[drawn].to(next(model.parameters()).device)
 
 
 def _pad(ids: Tensor, lengths: tuple[int, ...]) -> tuple[Tensor, Tensor]:

@@ -273,11 +273,11 @@ def initialise(model: Any, names: set[str] | frozenset[str], seed: int) -> None:
         dtypes = {key: p.dtype for key, p in new.items()}
         for p in new.values():
             # In float32, so that the file's dtype only rounds; NaN shows what the architecture leaves alone.
-            p.data = torch.full(p.shape, torch.nan)
+            p.data = torch.full(p.shape, torch.nan, device=p.device)
         for holder in (module, *own.values()):
             holder.__dict__.pop("_is_hf_initialized", None)  # transformers' mark of what need not be drawn
         setattr(module, NEW, True)
-        with torch.random.fork_rng(devices=[]):
+        with torch.random.fork_rng(devices=[p.device for p in new.values() if p.is_cuda][:1]):
             torch.manual_seed(seeded_generator(seed, path).initial_seed())
             model._init_weights(module)
         for key, p in new.items():
@@ -290,4 +290,4 @@ def initialise(model: Any, names: set[str] | frozenset[str], seed: int) -> None:
 
 def _plain(p: Tensor, generator: torch.Generator) -> Tensor:
     """First values where the architecture names none: small random matrices, vectors of zeros."""
-    return torch.zeros(p.shape) if p.dim() < 2 else torch.randn(p.shape, generator=generator) * 0.02
+    return torch.zeros_like(p) if p.dim() < 2 else torch.randn(p.shape, generator=generator, device="cpu") * 0.02

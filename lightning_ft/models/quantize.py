@@ -164,7 +164,7 @@ def try_packed(model: Any, base: str) -> None:
     Raises:
         Refusal: Where that fails on packed weights, which it does with a message that nobody understands.
     """
-    ids = torch.zeros(1, 2, dtype=torch.long)
+    ids = torch.zeros(1, 2, dtype=torch.long, device="cpu")
     extra = {"decoder_input_ids": ids} if getattr(model.config, "is_encoder_decoder", False) else {}
     training, devices = model.training, {p.device for p in model.parameters()}
     if len(devices) > 1:

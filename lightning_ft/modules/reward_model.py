@@ -138,7 +138,9 @@ class RewardModel(FineTuningModule):
         names = [*reward.MEASURED, "bradley_terry", *(["centring"] if center_rewards_coefficient is not None else [])]
         self.evaluation = RewardEvaluation(names, calibration_bins)
         self.normalisation: Tensor
-        self.register_buffer("normalisation", torch.tensor([0.0, 1.0]))  # mean and standard deviation, in checkpoints
+        self.register_buffer(
+            "normalisation", torch.tensor([0.0, 1.0], device="cpu")
+        )  # mean and standard deviation, in checkpoints
         self._normalised_at = -1
 
     # -- loading ------------------------------------------------------------------------------------------------------
@@ -167,14 +169,14 @@ class RewardModel(FineTuningModule):
         if f"{name}.weight" in self.new_names:
             with torch.no_grad():
                 generator = seeded_generator(Attachment.of(self).seed, f"{name}.weight")
-                drawn = torch.randn(head.weight.shape, generator=generator)
+                drawn = torch.randn(head.weight.shape, generator=generator, device="cpu")
                 head.weight.copy_(drawn / (head.in_features + 1) ** 0.5)
                 if head.bias is not None:
                     head.bias.zero_()
         elif (
             mean := getattr(self.model.config, MEAN, None)
         ) is not None:  # a folder that an export of ours has written
-            self.normalisation.copy_(torch.tensor([mean, 1.0]))
+            self.normalisation.copy_(torch.tensor([mean, 1.0], device="cpu"))
             delattr(self.model.config, MEAN)
 
     def register(self, attachment: Attachment) -> None:
@@ -269,7 +271,7 @@ class RewardModel(FineTuningModule):
             if head.bias is not None:
                 head.bias.sub_(moments.mean).div_(std)
         kept = 0.0 if head.bias is not None else moments.mean / std
-        self.normalisation.copy_(torch.tensor([kept, 1.0]))
+        self.normalisation.copy_(torch.tensor([kept, 1.0], device="cpu"))
 
     def on_train_epoch_end(self) -> None:
         """Measures the reference rows, unless a validation has just done so; checkpoints of the epoch are written later."""
@@ -279,7 +281,7 @@ class RewardModel(FineTuningModule):
     def _set_normalisation(self, moments: Moments) -> None:
         if moments.count:
             std = moments.variance**0.5 or 1.0  # rewards that are all the same cannot be scaled
-            self.normalisation.copy_(torch.tensor([moments.mean, std]))
+            self.normalisation.copy_(torch.tensor([moments.mean, std], device="cpu"))
             self._normalised_at = self.trainer.global_step
 
     def _measured(self) -> Moments:
@@ -291,7 +293,7 @@ class RewardModel(FineTuningModule):
             splits = data.in_order()
             loader = splits.get("val") or splits["train"]
         before = self.normalisation.clone()
-        self.normalisation.copy_(torch.tensor([0.0, 1.0]))
+        self.normalisation.copy_(torch.tensor([0.0, 1.0], device="cpu"))
         moments = RewardMoments().to(self.device)
         with torch.no_grad(), evaluating(self.model), Attachment.of(self).evaluated():
             for batch in loader:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from functools import lru_cache
 from importlib.util import find_spec
 from itertools import pairwise
@@ -20,6 +21,14 @@ def varlen_can(query: Tensor) -> bool:
     if find_spec("torch.nn.attention.varlen") is None:
         return False
     return torch.cuda.get_device_capability(query.device) >= (8, 0)
+
+
+@lru_cache(maxsize=1)
+def _takes_groups() -> bool:
+    """Whether the kernel of this torch lets several heads of queries share one of keys; 2.11 does not yet."""
+    from torch.nn.attention.varlen import varlen_attn
+
+    return "enable_gqa" in inspect.signature(varlen_attn).parameters
 
 
 @lru_cache(maxsize=8)
@@ -48,6 +57,11 @@ def varlen(
         key, value = key.index_select(2, places), value.index_select(2, places)
     longest, most_keys = (max(b - a for a, b in pairwise(ends)) for ends in (bounds, key_bounds))
     left = -1 if window is None else window - 1  # the kernel counts the tokens before the token itself
+    grouped = query.shape[1] != key.shape[1]
+    options: dict[str, Any] = {"enable_gqa": True} if grouped and _takes_groups() else {}
+    if grouped and not options:
+        times = query.shape[1] // key.shape[1]
+        key, value = key.repeat_interleave(times, 1), value.repeat_interleave(times, 1)
     q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))  # (T, H, d)
     out = varlen_attn(
         q,
@@ -59,7 +73,7 @@ def varlen(
         most_keys,
         scale=scaling,
         window_size=(left, 0 if causal else left),
-        enable_gqa=query.shape[1] != key.shape[1],
+        **options,
     )
     assert isinstance(out, Tensor)  # a pair only if the normaliser is asked for
     return out.transpose(0, 1).unsqueeze(0)

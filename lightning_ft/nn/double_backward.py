@@ -114,8 +114,8 @@ def has_second_derivative(layer: PackedLayer, rows: int = 3) -> bool:
     weight = layer.dense().detach().float()
     weight = weight.t() if layer.stored_as_inputs_first else weight
     generator = torch.Generator().manual_seed(0)
-    x = torch.randn(rows, weight.shape[1], generator=generator).to(weight.device)
-    v = torch.randn(rows, weight.shape[1], generator=generator).to(weight.device)
+    x = torch.randn(rows, weight.shape[1], generator=generator, device="cpu").to(weight.device)
+    v = torch.randn(rows, weight.shape[1], generator=generator, device="cpu").to(weight.device)
     bias = layer.bias.detach().float() if isinstance(layer.bias, torch.Tensor) else None
 
     def product(of: Any) -> torch.Tensor:

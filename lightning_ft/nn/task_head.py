@@ -28,7 +28,8 @@ class TaskHead(nn.Module):
         self.dropout = nn.Dropout(dropout)
         self.out = nn.Linear(width, outputs, dtype=torch.float32)
         with torch.no_grad():
-            self.out.weight.copy_(torch.randn(outputs, width, generator=seeded_generator(seed, name)) * 0.02)
+            drawn = torch.randn(outputs, width, generator=seeded_generator(seed, name), device="cpu")
+            self.out.weight.copy_(drawn * 0.02)
             self.out.bias.zero_()
 
     def forward(self, hidden: Tensor) -> Tensor:

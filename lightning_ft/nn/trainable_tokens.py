@@ -97,7 +97,7 @@ class TokenRows(InjectedLayer, ABC):
 
     def _set_ids(self) -> None:
         if not self.token_ids.is_meta:
-            self.token_ids.copy_(torch.tensor(self.tokens))
+            self.token_ids.copy_(torch.tensor(self.tokens, device="cpu"))
 
 
 class EmbeddingRows(TokenRows):

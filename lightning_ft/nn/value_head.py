@@ -18,8 +18,8 @@ class ValueHead(nn.Module):
         """Args: width: D, of the hidden states."""
         super().__init__()
         # A Trainer in bf16-true has another default.
-        self.weight = nn.Parameter(torch.zeros(1, width, dtype=torch.float32))
-        self.bias = nn.Parameter(torch.zeros(1, dtype=torch.float32))
+        self.weight = nn.Parameter(torch.zeros(1, width, dtype=torch.float32, device="cpu"))
+        self.bias = nn.Parameter(torch.zeros(1, dtype=torch.float32, device="cpu"))
 
     def forward(self, hidden: Tensor) -> Tensor:
         """Values (N,) of hidden states (N, D)."""
