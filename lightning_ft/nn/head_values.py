@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from lightning_ft.nn.head import WithSlope
+from lightning_ft.nn.head import WithSlope, chunk_on
 
 RowValues = Callable[[Tensor, slice], tuple[Tensor, Tensor]]
 """(logits (n, V) without a graph, which rows they are) -> (value (n,), d value / d logits (n, V))."""
@@ -27,7 +27,7 @@ def head_values(
     *,
     recompute: bool,
     around: Callable[[slice], AbstractContextManager[None]],
-    chunk_size: int = 256,
+    chunk_size: int | None = None,
 ) -> Tensor:
     """One value for each hidden state, differentiable in it and in the head.
 
@@ -46,6 +46,7 @@ def head_values(
     if not len(hidden):
         return hidden.sum(-1).float() + 0.0 * head(hidden.new_zeros(1, hidden.shape[1])).sum().float()
     parts: list[Tensor] = []
+    chunk_size = chunk_on(hidden.device) if chunk_size is None else chunk_size
     for start in range(0, len(hidden), chunk_size):
         rows = slice(start, min(start + chunk_size, len(hidden)))
         with around(rows):
