@@ -116,9 +116,9 @@ def score_tokens(
             a gradient; "correct" (N,) bool, "argmax" (N,) int64, "entropy_value" (N,), which is "entropy" for those who only look
             at it, and "topk" (the keys "topk_logprob" (N, k), "topk_index" (N, k) and "rest_logprob" (N,)), without.
         chunk_size: tokens whose logits exist at one time. None is 256 on a CPU and 1,024 elsewhere, as measured in bfloat16 with a
-            frozen head of V = 49,152, forward and backward: D = 576, 1,024 tokens, one core with AVX512-BF16, 872, 745, 685, 725 and
-            745 ms with 64, 128, 256, 512 and 1,024; D = 768, 8,192 tokens, an H200, 20.5, 12.3, 7.2, 6.9 and 6.7 ms with 256, 512, 1,024,
-            2,048 and 4,096, at 0.3, 0.6, 1.2, 2.4 and 4.8 GB beyond what was there.
+            frozen head of V = 49,152, forward and backward. One core with AVX512-BF16, D = 576, 1,024 tokens: 872, 745, 685, 725
+            and 745 ms with 64, 128, 256, 512 and 1,024. An H200, D = 768, 8,192 tokens: 20.5, 12.3, 7.2, 6.9 and 6.7 ms with
+            256, 512, 1,024, 2,048 and 4,096, at 0.3, 0.6, 1.2, 2.4 and 4.8 GB beyond what was there.
         temperature: what the logits are divided by, and those of ``other`` too; "correct" does not change.
         other: gives the logits (n, V) of a second model for a slice of the N rows, or for "topk_kl" a `TopK`, kept at
             ``temperature``; called without gradients.
