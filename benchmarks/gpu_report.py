@@ -31,12 +31,17 @@ def sides(data: dict[str, Any]) -> list[str]:
         best = max(peers, key=lambda figures: figures["tokens_per_second"])
         for name, figures in runs.items():
             steps = rates(figures)
-            rows.append(
-                f"| {name.removeprefix(PEERS)} | {figures['tokens_per_second']:,.0f} | {median(steps):,.0f} ({min(steps):,.0f} to {max(steps):,.0f}) | "
-                f"{figures['tokens_per_second'] / best['tokens_per_second']:.2f} | {figures['peak_memory_bytes'] / 1e9:.1f} | "
-                f"{figures['peak_memory_bytes'] / best['peak_memory_bytes']:.2f} | {figures['losses'][0]:.4f} | "
-                f"{figures['losses'][-1]:.4f} |"
-            )
+            speed, memory = (figures[key] for key in ("tokens_per_second", "peak_memory_bytes"))
+            cells = [
+                name.removeprefix(PEERS),
+                f"{speed:,.0f}",
+                f"{median(steps):,.0f} ({min(steps):,.0f} to {max(steps):,.0f})",
+                f"{speed / best['tokens_per_second']:.2f}",
+                f"{memory / 1e9:.1f}",
+                f"{memory / best['peak_memory_bytes']:.2f}",
+                *(f"{figures['losses'][at]:.4f}" for at in (0, -1)),
+            ]
+            rows.append(f"| {' | '.join(cells)} |")
     head = "| run | tokens/s | median step | of the fastest peer | peak GB | of its memory | first loss | last loss |"
     return [head, "| --- " * 8 + "|", *rows]
 
@@ -82,8 +87,9 @@ def render(data: dict[str, Any]) -> str:
             "## Beside TRL + PEFT",
             "",
             f"LoRA on a random Llama of 1.0 B parameters, the same rows; one run a side, {int(median(timed or [0]))} timed steps, "
-            "whose spread is shown. TRL's attention is torch's (`sdpa`): FlashAttention's package was not there. Its packed rows end in steps of "
-            "a few tokens, which count in the mean and hardly in the median. Four processes kept some of the CPU's cores busy meanwhile.",
+            "whose spread is shown. TRL's attention is torch's (`sdpa`): FlashAttention's package was not there. Its packed rows "
+            "end in steps of a few tokens, which count in the mean and hardly in the median. Four processes kept some of the CPU's "
+            "cores busy meanwhile.",
             "",
             *sides(data),
             "",
