@@ -57,13 +57,6 @@ def tiny(folder: Path) -> Plan:
     return Plan(base=str(folder / "tiny"), rater_base=str(folder / "tiny"), **sizes, **steps)
 
 
-def device() -> str:
-    """Where Lightning trains here."""
-    import torch
-
-    return torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"
-
-
 # -- rows ---------------------------------------------------------------------------------------------------------------------
 
 
@@ -156,7 +149,9 @@ def logps(module: Any, prompts: Sequence[Sequence[int]], answers: Sequence[Seque
             longest = max(len(prompt) + len(answer) for prompt, answer in some)
             rows = torch.tensor([[*p, *a, *[0] * (longest - len(p) - len(a))] for p, a in some], device=module.device)
             every = module.model(rows).logits[:, :-1].float().log_softmax(-1).gather(-1, rows[:, 1:, None])[..., 0]
-            found += [float(row[len(p) - 1 : len(p) + len(a) - 1].sum()) for row, (p, a) in zip(every, some, strict=True)]
+            found += [
+                float(row[len(p) - 1 : len(p) + len(a) - 1].sum()) for row, (p, a) in zip(every, some, strict=True)
+            ]
     return found
 
 
@@ -313,5 +308,3 @@ def learn(kind: str, beta: float, folder: Path, plan: Plan, lexicon: Path | None
     fitter = trainer(folder, lora, look, **length)
     fitter.fit(module, data)
     return {"kind": kind, "beta": beta, "steps": fitter.global_step, "points": look.points}
-
-

@@ -45,25 +45,28 @@ def plot(data: dict[str, Any], file: Path) -> None:
     plt.close(figure)
 
 
-def render(data: dict[str, Any]) -> str:
-    """The page beside the figures."""
-    settings, machine = data["settings"], data["machine"]
+def told(data: dict[str, Any]) -> list[str]:
+    """How it was measured, and what became of the stages before the runs."""
+    settings = data["settings"]
     stages = {name: data["runs"].get(name, {}) for name in ("rater", "sft", "pairs", "reward")}
-    told = {
+    words = {
         "rater": f"Pearson's correlation with people's ratings of held-out sentences {_number(stages['rater'], 'val/pearson')}",
         "sft": f"loss of held-out ends {_number(stages['sft'], 'val/loss')} nats a token",
         "pairs": f"{stages['pairs'].get('pairs', 0):.0f} pairs",
         "reward": f"accuracy on held-out pairs {_number(stages['reward'], 'val/accuracy')}",
     }
-    out = [
-        "# Controlled sentiment: PPO, GRPO and DPO, reward against KL",
-        "",
+    return [
         f"From one SFT model ({settings['base']}, LoRA r=8), rate {settings['lr']:g}, {settings['rounds']} rounds of "
         f"{settings['prompts']} answers of at most {settings['new_tokens']} tokens; DPO as many optimizer steps on the pairs. "
         f"Measured on one end each for {settings['held']} held-out beginnings; intervals are over these, of one seed.",
         "",
-        *(f"- {name}: {words}" for name, words in told.items()),
-        "",
+        *(f"- {name}: {one}" for name, one in words.items()),
+    ]
+
+
+def table(data: dict[str, Any]) -> list[str]:
+    """A row a run, at its end."""
+    out = [
         "| run | beta | steps | KL, nats an end | rater | lexicon | reward model | tokens | seconds |",
         "| --- | --- | --- | --- | --- | --- | --- | --- | --- |",
     ]
@@ -72,13 +75,49 @@ def render(data: dict[str, Any]) -> str:
         out.append(_row("SFT", "", 0, found[0]["points"][0], ""))
     for run in found:
         out.append(_row(run["kind"].upper(), run["beta"], run["steps"], run["points"][-1], f"{run['seconds']:.0f}"))
-    if found:
-        out += ["", "First held-out beginning, and how each goes on:", ""]
-        out += [f"- SFT: {_one_line(found[0]['points'][0]['ends'][0])}"]
-        out += [f"- {run['kind'].upper()}, beta {run['beta']}: {_one_line(run['points'][-1]['ends'][0])}" for run in found]
+    return out
+
+
+def ends(data: dict[str, Any]) -> list[str]:
+    """How each goes on with the first held-out beginning."""
+    found = runs(data)
+    if not found:
+        return []
+    each = [f"- {run['kind'].upper()}, beta {run['beta']}: {_one_line(run['points'][-1]['ends'][0])}" for run in found]
+    start = f"- SFT: {_one_line(found[0]['points'][0]['ends'][0])}"
+    return ["First held-out beginning, and how each goes on:", "", start, *each]
+
+
+def machine(data: dict[str, Any]) -> str:
+    """Where it was measured."""
+    found = data["machine"]
     devices = sorted({run["device"] for run in data["runs"].values()})
-    versions = ", ".join(f"{name} {machine['versions'].get(name)}" for name in ("torch", "lightning", "transformers"))
-    out += ["", f"{machine['cpu']}, {machine['cores']} cores; {', '.join(devices) or 'nothing has run'}; {versions}."]
+    versions = ", ".join(f"{name} {found['versions'].get(name)}" for name in ("torch", "lightning", "transformers"))
+    return f"{found['cpu']}, {found['cores']} cores; {', '.join(devices) or 'nothing has run'}; {versions}."
+
+
+def docs(data: dict[str, Any]) -> list[str]:
+    """What the page of PPO says of it; nothing where no run was measured."""
+    if not runs(data):
+        return []
+    image = "![reward against KL](../images/sentiment_rl.png)"
+    head, *rest = told(data)
+    return [
+        "## Measured",
+        "",
+        f"`python -m benchmarks.sentiment_rl`: {head} {machine(data)}",
+        *rest,
+        "",
+        *table(data),
+        "",
+        image,
+    ]
+
+
+def render(data: dict[str, Any]) -> str:
+    """The page beside the figures."""
+    title = "# Controlled sentiment: PPO, GRPO and DPO, reward against KL"
+    out = [title, "", *told(data), "", *table(data), "", *ends(data), "", machine(data)]
     return "\n".join(out) + "\n"
 
 

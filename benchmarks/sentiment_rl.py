@@ -20,6 +20,7 @@ The lexicon of VADER judges by words, and nothing here has learned from it. On a
 from __future__ import annotations
 
 import argparse
+import json
 import os
 import time
 from collections.abc import Callable
@@ -32,9 +33,9 @@ os.environ.setdefault("HF_DATASETS_OFFLINE", "1")
 
 import lightning.pytorch as pl  # noqa: E402
 
+from benchmarks import pages, sentiment_report  # noqa: E402
 from benchmarks import sentiment_cells as cells  # noqa: E402
-from benchmarks import sentiment_report  # noqa: E402
-from benchmarks.cell_jobs import run_cells  # noqa: E402
+from benchmarks.cell_jobs import device, run_cells  # noqa: E402
 from benchmarks.runs import RESULTS, Store  # noqa: E402
 from benchmarks.vader_cells import chosen, quiet  # noqa: E402
 
@@ -51,6 +52,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--lexicon", type=Path, help="VADER's lexicon; by default the starter asset's")
     parser.add_argument("--tiny", action="store_true", help="random models and two steps of everything")
     parser.add_argument("--rounds", type=int, help=f"rounds of a run; {cells.Plan.rounds} without")
+    parser.add_argument("--lr", type=float, help=f"rate of the runs; {cells.Plan.lr:g} without")
     parser.add_argument("--only", default="", help="only cells whose key contains one of these, separated by commas")
     parser.add_argument("--at-once", type=int, default=1, help="cells that run at a time, each a process of its own")
     parser.add_argument("--render", action="store_true", help="write table and plot from what is kept and run nothing")
@@ -59,6 +61,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--plot", type=Path, help="by default below docs/images, or beside another --output")
     parser.add_argument("--cell", help=argparse.SUPPRESS)
     arguments = parser.parse_args(argv)
+    arguments.output = arguments.output.resolve()
     if arguments.plot is None:
         kept = arguments.output == RESULTS / "sentiment_rl.json"
         arguments.plot = sentiment_report.PLOT if kept else arguments.output.with_suffix(".png")
@@ -86,15 +89,28 @@ def make(key: str, folder: Path, plan: cells.Plan, lexicon: Path | None) -> dict
     else:
         kind, beta = key.split()
         found = cells.learn(kind, float(beta), folder, plan, lexicon)
-    return {**found, "device": cells.device(), "seconds": round(time.monotonic() - begun, 1)}
+    return {**found, "device": device(), "seconds": round(time.monotonic() - begun, 1)}
+
+
+def publish(args: argparse.Namespace, data: dict[str, Any]) -> None:
+    """Table, plot and, of the results that are kept, the block in the docs."""
+    table = args.output.with_suffix(".md")
+    table.write_text(sentiment_report.render(data), encoding="utf-8")
+    sentiment_report.plot(data, args.plot)
+    if args.output == RESULTS / "sentiment_rl.json":
+        pages.fill(RESULTS.parents[1] / "docs" / "techniques" / "ppo.md", "sentiment_rl", sentiment_report.docs(data))
+    print(f"Written to {args.output}, {table} and {args.plot}.")
 
 
 def main(argv: list[str] | None = None) -> int:
     """Runs what is missing; returns the exit code."""
     args = parse(argv)
+    if args.render:  # they may be those of another machine
+        publish(args, json.loads(args.output.read_text()))
+        return 0
     folder: Path = args.folder.resolve()
     plan = cells.tiny(folder) if args.tiny else cells.Plan()
-    plan = replace(plan, rounds=args.rounds or plan.rounds)
+    plan = replace(plan, rounds=args.rounds or plan.rounds, lr=args.lr or plan.lr)
     settings = {**asdict(plan), "betas": {k: list(v) for k, v in BETAS.items()}}
     if args.tiny:
         settings |= {"base": "tiny", "rater_base": "tiny"}
@@ -104,26 +120,20 @@ def main(argv: list[str] | None = None) -> int:
         store.read()
         return store.get(key) is not None
 
-    failed: list[str] = []
-    if not args.render:
-        cells.prepare(folder, plan)
+    cells.prepare(folder, plan)
     if args.cell is not None:
         quiet()
         store.put(args.cell, make(args.cell, folder, plan, args.lexicon))
         return 0
-    if not args.render:
-        words = ["--folder", str(folder), "--output", str(args.output.resolve()), *(["--tiny"] if args.tiny else [])]
-        words += ["--rounds", str(plan.rounds)]
-        words += ["--lexicon", str(args.lexicon.resolve())] if args.lexicon is not None else []
-        failed = run_cells(
-            "benchmarks.sentiment_rl", needs(), words, at_once=args.at_once, done=done,
-            wanted=lambda key: chosen(key, args.only),
-        )  # fmt: skip
+    words = ["--folder", str(folder), "--output", str(args.output), *(["--tiny"] if args.tiny else [])]
+    words += ["--rounds", str(plan.rounds), "--lr", str(plan.lr)]
+    words += ["--lexicon", str(args.lexicon.resolve())] if args.lexicon is not None else []
+    failed = run_cells(
+        "benchmarks.sentiment_rl", needs(), words, at_once=args.at_once, done=done,
+        wanted=lambda key: chosen(key, args.only),
+    )  # fmt: skip
     store.read()
-    table = args.output.with_suffix(".md")
-    table.write_text(sentiment_report.render(store.data), encoding="utf-8")
-    sentiment_report.plot(store.data, args.plot)
-    print(f"Written to {args.output}, {table} and {args.plot}.")
+    publish(args, store.data)
     return 1 if failed else 0
 
 

@@ -5,7 +5,7 @@ import time
 
 import pytest
 
-from benchmarks import cell_jobs
+from benchmarks import cell_jobs, pages
 from benchmarks.runs import Store
 
 MODULE = """
@@ -56,3 +56,16 @@ def test_two_stores_keep_the_cells_of_both(tmp_path):
     one.put("a", {"x": 1})
     other.put("b", {"x": 2})
     assert json.loads((tmp_path / "r.json").read_text())["runs"] == {"a": {"x": 1}, "b": {"x": 2}}
+
+
+def test_a_block_of_a_page_is_written_anew(tmp_path):
+    page = tmp_path / "page.md"
+    page.write_text("a\n<!-- measured: x -->\nold\n<!-- end -->\n<!-- measured: y -->\n<!-- end -->\nb\n")
+    pages.fill(page, "x", ["new \\1"])
+    assert page.read_text() == (
+        "a\n<!-- measured: x -->\n\nnew \\1\n\n<!-- end -->\n<!-- measured: y -->\n<!-- end -->\nb\n"
+    )
+    pages.fill(page, "x", [])
+    assert page.read_text() == "a\n<!-- measured: x -->\n<!-- end -->\n<!-- measured: y -->\n<!-- end -->\nb\n"
+    with pytest.raises(ValueError, match="no block `measured: z`"):
+        pages.fill(page, "z", [])

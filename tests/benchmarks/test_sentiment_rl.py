@@ -43,9 +43,16 @@ def test_all_cells(tmp_path, monkeypatch, capsys):
 
     monkeypatch.setattr(sentiment_rl, "make", lambda *_: pytest.fail("a cell that was done ran again"))
     assert sentiment_rl.main(words) == 0
+    kept = json.loads((tmp_path / "r.json").read_text())
+    (tmp_path / "r.json").write_text(json.dumps({**kept, "machine": {**kept["machine"], "cpu": "another machine's"}}))
+    (tmp_path / "r.md").unlink()
+    assert sentiment_rl.main([*words, "--render"]) == 0, "figures of another machine can be shown"
+    assert "another machine's" in (tmp_path / "r.md").read_text()
     assert (tmp_path / "r.png").stat().st_size > 0
     table = (tmp_path / "r.md").read_text()
-    assert "| SFT |  | 0 | 0.00 (0.00 to 0.00)" in table and "| PPO | 0.1 | 4 |" in table and "| DPO | 0.5 | 4 |" in table
+    assert (
+        "| SFT |  | 0 | 0.00 (0.00 to 0.00)" in table and "| PPO | 0.1 | 4 |" in table and "| DPO | 0.5 | 4 |" in table
+    )
 
 
 def test_the_kl_of_a_batch_is_that_of_rows_alone(tmp_path):
@@ -58,9 +65,7 @@ def test_the_kl_of_a_batch_is_that_of_rows_alone(tmp_path):
     module = lightning_ft.DPO(str(write_model(tmp_path / "model")))
     Attachment.of(module).rebuild([], seed=0)
     prompts, answers = [[5, 6, 7], [8]], [[9, 10], [11, 12, 13, 14, 15]]
-    for prompt, answer, found in zip(
-        prompts, answers, sentiment_cells.logps(module, prompts, answers), strict=True
-    ):
+    for prompt, answer, found in zip(prompts, answers, sentiment_cells.logps(module, prompts, answers), strict=True):
         logits = module.model(torch.tensor([[*prompt, *answer]])).logits[0].double().log_softmax(-1)
         wanted = sum(float(logits[len(prompt) + n - 1, token]) for n, token in enumerate(answer))
         assert found == pytest.approx(wanted, abs=1e-4)
