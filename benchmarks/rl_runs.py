@@ -1,11 +1,15 @@
 """Real runs of reinforcement learning: GRPO on a task of reasoning-gym that the 135M chat model solves now and then.
 
-    python -m benchmarks.rl_runs                       # 15 minutes of training at most; started again it goes on
+    python -m benchmarks.rl_runs                       # three seeds, each at most 15 minutes of training; started again it goes on
+    python -m benchmarks.rl_runs --at-once 3           # all three at once, each a process
+    python -m benchmarks.rl_runs --only sum_of_two|1   # cells, task|seed, whose key contains one of these
+    python -m benchmarks.rl_runs --render              # table and plot alone, from what is kept
     python -m benchmarks.rl_runs --probe               # what share of each candidate task the model solves before
-    python -m benchmarks.rl_runs --rounds 2 --held 8 --folder /tmp/rl --output /tmp/rl.json    # does it run?
+    python -m benchmarks.rl_runs --tiny --folder /tmp/rl --output /tmp/rl.json                 # does it run? a random model
 
 Tasks to learn from have seed 0, held-out ones seed 1; none of the latter is among the former. Answers to held-out tasks are greedy;
-solved is what the task's own verifier scores with 1. Before and after are compared task by task.
+solved is what the task's own verifier scores with 1. Before and after are compared task by task. On a GPU everything runs there, as
+Lightning chooses.
 """
 
 from __future__ import annotations
@@ -20,8 +24,10 @@ from typing import Any
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("HF_DATASETS_OFFLINE", "1")
 
-from benchmarks import measure  # noqa: E402
-from benchmarks.runs import RESULTS  # noqa: E402
+from benchmarks import pages, rl_report  # noqa: E402
+from benchmarks.cell_jobs import device, run_cells  # noqa: E402
+from benchmarks.runs import RESULTS, Store  # noqa: E402
+from benchmarks.vader_cells import chosen, quiet  # noqa: E402
 from lightning_ft.functional.intervals import mean_interval, wilson  # noqa: E402
 
 SUM = {"operators": ("+",), "allow_parentheses": False, "allow_negation": False, "min_terms": 2, "max_terms": 2}
@@ -33,22 +39,39 @@ CANDIDATES: dict[str, tuple[str, dict[str, Any]]] = {
 }
 TASK = "sum_of_two"
 NEW, PROMPTS, SAMPLES, SHOTS = 16, 16, 8, 4
+BASE = "starter:smollm2-135m"
 
 
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.rl_runs", description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--probe", action="store_true", help="only ask what the model solves of each candidate")
-    parser.add_argument("--task", default=TASK, choices=list(CANDIDATES), help="which task is learned")
+    parser.add_argument("--tasks", default=TASK, help=f"tasks to learn, of {', '.join(CANDIDATES)}, with commas")
+    parser.add_argument("--seeds", type=int, default=3, help="runs of each task, with seeds 0, 1, ...")
     parser.add_argument("--rounds", type=int, default=100, help="rounds, of 16 tasks with 8 answers each")
     parser.add_argument("--minutes", type=float, default=15.0, help="most minutes of training")
     parser.add_argument("--held", type=int, default=200, help="held-out tasks")
     parser.add_argument("--lr", type=float, default=1e-4, help="peak rate")
     parser.add_argument(
-        "--folder", type=Path, default=Path("runs/rl_grpo"), help="checkpoints; a run goes on from the last"
+        "--tiny", action="store_true", help="a random model, two rounds, eight held-out tasks, two seeds"
     )
-    parser.add_argument("--output", type=Path, default=RESULTS / "rl_grpo.json", help="the result")
-    return parser.parse_args(argv)
+    parser.add_argument("--only", default="", help="only cells whose key contains one of these, separated by commas")
+    parser.add_argument("--at-once", type=int, default=1, help="cells that run at a time, each a process of its own")
+    parser.add_argument("--render", action="store_true", help="write table and plot from what is kept and run nothing")
+    parser.add_argument(
+        "--folder", type=Path, default=Path("runs/rl_grpo"), help="checkpoints; a run goes on from its last"
+    )
+    parser.add_argument("--output", type=Path, default=RESULTS / "rl_grpo.json", help="the results")
+    parser.add_argument("--plot", type=Path, help="by default below docs/images, or beside another --output")
+    parser.add_argument("--cell", help=argparse.SUPPRESS)
+    arguments = parser.parse_args(argv)
+    arguments.folder, arguments.output = arguments.folder.resolve(), arguments.output.resolve()
+    if arguments.tiny:
+        arguments.rounds, arguments.held, arguments.seeds = 2, 8, 2
+    if arguments.plot is None:
+        kept = arguments.output == RESULTS / "rl_grpo.json"
+        arguments.plot = rl_report.PLOT if kept else arguments.output.with_suffix(".png")
+    return arguments
 
 
 def tasks(name: str, size: int, seed: int) -> list[dict[str, Any]]:
@@ -87,24 +110,30 @@ def split(name: str, held: int) -> tuple[list[dict[str, Any]], list[dict[str, An
     return list(learned.values()), held_out
 
 
-def solved(module: Any, data: Any, trainer: Any, rows: list[dict[str, Any]], name: str) -> tuple[list[int], list[str]]:
-    """1 for each held-out task that is solved, else 0, and the answers."""
+def solved(module: Any, data: Any, trainer: Any, rows: list[dict[str, Any]], name: str) -> dict[str, Any]:
+    """``right``: 1 for each held-out task that is solved, else 0; and the answers."""
     import reasoning_gym
 
     verify = reasoning_gym.get_score_answer_fn(CANDIDATES[name][0])
     found = [one for batch in trainer.predict(module, data, return_predictions=True) for one in batch]
     texts = {one["row"]: one["answer"].strip() for one in found}
     answers = [texts[number] for number in range(len(rows))]
-    return [int(verify(answer=text, entry=row) >= 1) for text, row in zip(answers, rows, strict=True)], answers
+    right = [int(verify(answer=text, entry=row) >= 1) for text, row in zip(answers, rows, strict=True)]
+    return {"right": right, "answers": answers}
 
 
-def parts(arguments: argparse.Namespace, name: str, train: Path, held: Path) -> tuple[Any, Any]:
+def parts(arguments: argparse.Namespace, folder: Path, name: str, train: Path, held: Path) -> tuple[Any, Any]:
     """Module and data."""
     from lightning_ft import GRPO, PromptData, Reward
 
+    base = BASE
+    if arguments.tiny:
+        from benchmarks.random_model import write_model
+
+        base = str(write_model(folder / "tiny"))
     rewards = {"right": Reward(verifier=CANDIDATES[name][0]), "concise": Reward(length=8, weight=0.1)}
     module = GRPO(
-        "starter:smollm2-135m",
+        base,
         rewards=rewards,
         samples=SAMPLES,
         max_new_tokens=NEW,
@@ -115,22 +144,16 @@ def parts(arguments: argparse.Namespace, name: str, train: Path, held: Path) -> 
         warmup_steps=5,
         schedule="linear",
     )
-    data = PromptData(
-        str(train),
-        predict_path=str(held),
-        prompts=PROMPTS,
-        draw_batch=PROMPTS,
-        batch_size=32,
-    )
+    data = PromptData(str(train), predict_path=str(held), prompts=PROMPTS, draw_batch=4 * PROMPTS, batch_size=32)
     return module, data
 
 
-def quiet(folder: Path, **options: Any) -> Any:
+def bare(folder: Path, **options: Any) -> Any:
     """A Trainer without bars."""
     from lightning import Trainer
 
-    bare = {"logger": False, "enable_progress_bar": False, "enable_model_summary": False, "enable_checkpointing": False}
-    return Trainer(accelerator="cpu", devices=1, default_root_dir=folder, **{**bare, **options})
+    off = {"logger": False, "enable_progress_bar": False, "enable_model_summary": False, "enable_checkpointing": False}
+    return Trainer(devices=1, default_root_dir=folder, **{**off, **options})
 
 
 def probe(arguments: argparse.Namespace) -> None:
@@ -140,8 +163,9 @@ def probe(arguments: argparse.Namespace) -> None:
     for name in CANDIDATES:
         rows = split(name, arguments.held)[1]
         held = write(arguments.folder / f"{name}.jsonl", rows)
-        module, data = parts(arguments, name, held, held)
-        right, answers = solved(module, data, quiet(arguments.folder, callbacks=[LoRA(r=16)]), rows, name)
+        module, data = parts(arguments, arguments.folder, name, held, held)
+        found = solved(module, data, bare(arguments.folder, callbacks=[LoRA(r=16)]), rows, name)
+        right, answers = found["right"], found["answers"]
         low, high = wilson(sum(right), len(right))
         print(
             f"{name}: {sum(right) / len(right):.2f} ({low:.2f} to {high:.2f}) of {len(right)}; as {answers[:4]}",
@@ -149,24 +173,24 @@ def probe(arguments: argparse.Namespace) -> None:
         )
 
 
-def learn(arguments: argparse.Namespace) -> None:
-    """Before, training, after."""
+def learn(arguments: argparse.Namespace, key: str) -> dict[str, Any]:
+    """Before, training, after; goes on from the cell's last checkpoint."""
     from lightning import Callback, seed_everything
     from lightning.pytorch.callbacks import ModelCheckpoint
-    from lightning.pytorch.loggers import CSVLogger
 
     from lightning_ft import LoRA
 
-    seed_everything(0, verbose=False)
-    folder, name = arguments.folder, arguments.task
+    name, seed = key.split("|")
+    seed_everything(int(seed), verbose=False)
+    folder = arguments.folder / f"{name}_{seed}"
     learned, held_out = split(name, arguments.held)
     train, held = write(folder / "train.jsonl", learned), write(folder / "held.jsonl", held_out)
-    module, data = parts(arguments, name, train, held)
-    before_file = folder / "before.json"
+    before_file: Path = folder / "before.json"
     if not before_file.exists():
-        first, answers = solved(module, data, quiet(folder, callbacks=[LoRA(r=16)]), held_out, name)
-        before_file.write_text(json.dumps({"right": first, "answers": answers}))
-        print(f"before: {sum(first)} of {len(first)}", flush=True)
+        module, data = parts(arguments, folder, name, train, held)
+        found = solved(module, data, bare(folder, callbacks=[LoRA(r=16)]), held_out, name)
+        before_file.write_text(json.dumps(found))
+        print(f"{key}: before {sum(found['right'])} of {len(found['right'])}", flush=True)
     points: Path = folder / "rounds.jsonl"
 
     class Points(Callback):
@@ -176,15 +200,14 @@ def learn(arguments: argparse.Namespace) -> None:
             facts = {**trainer.datamodule.round.facts, "round": trainer.current_epoch, "time": time.time()}
             with points.open("a") as out:
                 out.write(json.dumps(facts) + "\n")
-            print(
-                f"round {trainer.current_epoch}: "
-                + ", ".join(f"{k} {facts[k]:.3f}" for k in ("rewards/right", "kl", "length")),
-                flush=True,
+            told = ", ".join(
+                f"{name} {facts.get(name, float('nan')):.3f}" for name in ("rewards/right", "kl", "length")
             )
+            print(f"{key}: round {trainer.current_epoch}, {told}", flush=True)
 
     save = ModelCheckpoint(folder, filename="last-{epoch}", every_n_epochs=1, save_on_train_epoch_end=True)
-    module, data = parts(arguments, name, train, held)
-    trainer = quiet(
+    module, data = parts(arguments, folder, name, train, held)
+    trainer = bare(
         folder,
         max_epochs=arguments.rounds,
         max_time={"minutes": int(arguments.minutes), "seconds": int(arguments.minutes * 60) % 60},
@@ -192,55 +215,82 @@ def learn(arguments: argparse.Namespace) -> None:
         gradient_clip_val=1.0,
         callbacks=[LoRA(r=16, alpha=32), save, Points()],
         enable_checkpointing=True,
-        logger=CSVLogger(folder, name="logs"),
         limit_val_batches=0,
-        log_every_n_steps=1,
     )
     newest = max(folder.glob("*.ckpt"), key=lambda file: file.stat().st_mtime_ns, default=None)
     begun = time.perf_counter()
     trainer.fit(module, data, ckpt_path=newest)
-    trained = time.perf_counter() - begun
-    after, answers = solved(module, data, trainer, held_out, name)
-    report(arguments, trainer, json.loads(before_file.read_text()), {"right": after, "answers": answers}, trained)
-
-
-def report(arguments: argparse.Namespace, trainer: Any, before: Any, after: Any, seconds: float) -> None:
-    """Writes and prints what came out."""
-    shares = {}
-    for when, found in (("before", before), ("after", after)):
-        right = found["right"]
-        shares[when] = {"share": sum(right) / len(right), "interval": wilson(sum(right), len(right))}
+    seconds = time.perf_counter() - begun
+    before, after = json.loads(before_file.read_text()), solved(module, data, trainer, held_out, name)
     gains = [b - a for a, b in zip(before["right"], after["right"], strict=True)]
-    result = {
-        "task": arguments.task,
-        "made_by": CANDIDATES[arguments.task],
-        "machine": measure.machine(),
+    by_round = {line["round"]: line for line in map(json.loads, points.read_text().splitlines())}
+    return {
         "rounds": trainer.current_epoch,
         "steps": trainer.global_step,
         "seconds_of_last_start": seconds,
-        "lr": arguments.lr,
+        "device": device(),
         "held_out": len(gains),
-        **shares,
+        "before": _share(before["right"]),
+        "after": _share(after["right"]),
         "gain": {"mean": sum(gains) / len(gains), "interval": mean_interval(gains)},
         "answers": list(zip(before["answers"][:8], after["answers"][:8], strict=True)),
-        "points": [json.loads(line) for line in (arguments.folder / "rounds.jsonl").read_text().splitlines()],
+        "points": [by_round[number] for number in sorted(by_round)],
     }
-    arguments.output.parent.mkdir(parents=True, exist_ok=True)
-    arguments.output.write_text(json.dumps(result, indent=1) + "\n")
-    for when, share in shares.items():
-        low, high = share["interval"]
-        print(f"{when}: {share['share']:.3f} ({low:.3f} to {high:.3f}) of {len(gains)} held-out tasks")
-    low, high = mean_interval(gains)
-    print(
-        f"gain: {sum(gains) / len(gains):.3f} ({low:.3f} to {high:.3f}), {result['rounds']} rounds; written to {arguments.output}"
-    )
 
 
-def main(argv: list[str] | None = None) -> None:
-    """Probe or learn."""
+def _share(right: list[int]) -> dict[str, Any]:
+    return {"share": sum(right) / len(right), "interval": wilson(sum(right), len(right))}
+
+
+def publish(arguments: argparse.Namespace, data: dict[str, Any]) -> None:
+    """Table, plot and, of the results that are kept, the block in the docs."""
+    table = arguments.output.with_suffix(".md")
+    table.write_text(rl_report.render(data), encoding="utf-8")
+    rl_report.plot(data, arguments.plot)
+    if arguments.output == RESULTS / "rl_grpo.json":
+        pages.fill(RESULTS.parents[1] / "docs" / "techniques" / "grpo.md", "rl_grpo", rl_report.docs(data))
+    print(rl_report.render(data))
+    print(f"Written to {arguments.output}, {table} and {arguments.plot}.")
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Probes, or makes the missing cells; returns the exit code."""
     arguments = parse(argv)
-    (probe if arguments.probe else learn)(arguments)
+    if arguments.probe:
+        probe(arguments)
+        return 0
+    if arguments.render:  # they may be those of another machine
+        publish(arguments, json.loads(arguments.output.read_text()))
+        return 0
+    named = arguments.tasks.split(",")
+    unknown = [name for name in named if name not in CANDIDATES]
+    if unknown:
+        raise SystemExit(f"There is no task {unknown[0]}; there are {', '.join(CANDIDATES)}.")
+    settings = {name: getattr(arguments, name) for name in ("rounds", "minutes", "held", "lr", "tiny")}
+    settings |= {"base": BASE, "prompts": PROMPTS, "samples": SAMPLES, "new_tokens": NEW}
+    store = Store(arguments.output, settings)
+    if arguments.cell is not None:
+        quiet()
+        store.put(arguments.cell, learn(arguments, arguments.cell))
+        return 0
+
+    def done(key: str) -> bool:
+        store.read()
+        return store.get(key) is not None
+
+    words = ["--folder", str(arguments.folder), "--output", str(arguments.output)]
+    for name in ("rounds", "minutes", "held", "lr"):
+        words += [f"--{name}", str(getattr(arguments, name))]
+    words += ["--tiny"] if arguments.tiny else []
+    keys: dict[str, tuple[str, ...]] = {f"{name}|{seed}": () for name in named for seed in range(arguments.seeds)}
+    failed = run_cells(
+        "benchmarks.rl_runs", keys, words, at_once=arguments.at_once, done=done,
+        wanted=lambda key: chosen(key, arguments.only),
+    )  # fmt: skip
+    store.read()
+    publish(arguments, store.data)
+    return 1 if failed else 0
 
 
 if __name__ == "__main__":
-    main()
+    raise SystemExit(main())

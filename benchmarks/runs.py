@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
 import subprocess
@@ -38,7 +39,7 @@ def launch(module: str, arguments: list[str], timeout: float = 1800.0) -> dict[s
 
 
 class Store:
-    """The results file: a flat dictionary of finished runs, written after each."""
+    """The results file: a flat dictionary of finished runs, written after each; several processes may write to it."""
 
     def __init__(self, path: Path, settings: dict[str, Any]) -> None:
         """Open or begin the file.
@@ -63,10 +64,18 @@ class Store:
         """A finished run."""
         return self.data["runs"].get(key)
 
+    def read(self) -> None:
+        """Takes over what other processes have kept since."""
+        if self.path.exists():
+            self.data["runs"] |= json.loads(self.path.read_text())["runs"]
+
     def put(self, key: str, result: dict[str, Any]) -> None:
-        """Keep a run; the file appears whole or not at all."""
-        self.data["runs"][key] = result
+        """Keep a run, beside what other processes have kept; the file appears whole or not at all."""
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        part = self.path.with_suffix(".part")
-        part.write_text(json.dumps(self.data, indent=1) + "\n")
-        part.replace(self.path)
+        with open(self.path.with_suffix(".lock"), "w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            self.read()
+            self.data["runs"][key] = result
+            part = self.path.with_suffix(".part")
+            part.write_text(json.dumps(self.data, indent=1) + "\n")
+            part.replace(self.path)

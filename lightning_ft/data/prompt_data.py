@@ -6,6 +6,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, cast
 
+import torch
 from annotated_types import Ge, Lt
 from datasets import Dataset
 
@@ -201,6 +202,19 @@ class PromptData(SharedPrompts):
             placement=self._train_placement,
             clock=self._clock,
         )
+
+    def in_order(self) -> dict[Split, Any]:
+        """As for all data, but rows to train on are the last round's answers, each behind a prompt of its own.
+
+        From these continual learning measures what matters to a task (EWC, MAS); those without signal count, too.
+        """
+        found: dict[Split, Any] = dict(super().in_order())
+        if self._round is not None:
+            loader = self.train_dataloader()
+            loader.shared = False
+            whole = replace(self._round, kept=torch.ones_like(self._round.kept))
+            found["train"] = [batch for batch, _ in loader.first_pass(whole)]
+        return found
 
     @property
     def _module(self) -> RolloutModule:

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from lightning_ft.engine.attachment import Attachment
 from lightning_ft.engine.batch import Batch
+from lightning_ft.engine.likelihood import Ask
 from lightning_ft.engine.module import DtypePolicy, OptimizerFactory
 from lightning_ft.engine.optimizer import Schedule
 from lightning_ft.engine.policy import Reference
@@ -19,7 +20,7 @@ from lightning_ft.functional.advantages import Scale, group_advantages, leave_on
 from lightning_ft.functional.errors import Refusal
 from lightning_ft.functional.policy_gradient import Clip, Importance, PolicyLoss
 from lightning_ft.models.quantize import Mode
-from lightning_ft.objectives import grpo
+from lightning_ft.objectives import causal_lm, grpo
 
 
 class GRPO(RolloutModule):
@@ -216,6 +217,10 @@ class GRPO(RolloutModule):
         attachment.observe(grpo.measured(batch, scored["logprob"], scored["entropy_value"], self._settings))
         self.log_round()
         return found[0].sum
+
+    def likelihood(self, batch: Batch, ask: Ask) -> Tensor:
+        """What continual learning asks of each answer, (S,): see `lightning_ft.engine.likelihood`."""
+        return causal_lm.likelihood(self.view, batch, ask)
 
     def _finished(self, means: dict[str, Any]) -> dict[str, Any]:
         return {name: mean for name, mean in means.items() if not torch.isnan(mean)}

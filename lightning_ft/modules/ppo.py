@@ -9,6 +9,7 @@ from torch import Tensor
 
 from lightning_ft.engine.attachment import Attachment
 from lightning_ft.engine.batch import Batch
+from lightning_ft.engine.likelihood import Ask
 from lightning_ft.engine.module import DtypePolicy, OptimizerFactory
 from lightning_ft.engine.optimizer import Schedule
 from lightning_ft.engine.policy import Reference
@@ -22,7 +23,7 @@ from lightning_ft.functional.kl_estimators import adapted, kl_estimate
 from lightning_ft.functional.policy_gradient import Clip, explained_variance
 from lightning_ft.models.quantize import Mode
 from lightning_ft.nn.value_head import ValueHead
-from lightning_ft.objectives import ppo
+from lightning_ft.objectives import causal_lm, ppo
 
 FASTER = 10.0
 """Factor from the policy's rate to that of the values, which are learned from nothing."""
@@ -300,6 +301,10 @@ class PPO(RolloutModule):
         attachment.observe(ppo.measured(batch, scored["logprob"], values, scored[entropy], self._settings))
         self.log_round()
         return found[0].sum
+
+    def likelihood(self, batch: Batch, ask: Ask) -> Tensor:
+        """What continual learning asks of each answer, (S,): see `lightning_ft.engine.likelihood`."""
+        return causal_lm.likelihood(self.view, batch, ask)
 
     def _finished(self, means: dict[str, Any]) -> dict[str, Any]:
         return {name: mean for name, mean in means.items() if not torch.isnan(mean)}

@@ -109,6 +109,10 @@ def _by_needs(cell: Cell) -> Iterator[str]:
         yield "writes none; leave the callback out."
     if "imitation" in needs and not getattr(SUBJECTS[cell.subject].module.func, "imitates", False):  # type: ignore[attr-defined]
         yield "compares answers with one another; distil first, or leave it out."
+    if SUBJECTS[cell.subject].rollouts and cell.extra == "neftune":
+        yield "because noise in training makes the policy another one than that which wrote the answers; leave it out."
+    if cell.extra == "mas" and not hasattr(SUBJECTS[cell.subject].module.func, "likelihood"):  # type: ignore[attr-defined]
+        yield "does not say how likely its labels are: give it a method likelihood(batch, ask)"
     if "adapter" in needs:
         part, subject = PARTS[cell.part], SUBJECTS[cell.subject]
         if not part.injects:

@@ -68,7 +68,7 @@ def _intended(cell: Cell, ranks: list[dict[str, Any]]) -> None:
     part, subject, first = PARTS[cell.part], SUBJECTS[cell.subject], ranks[0]
     injected = set(first["injected"]) - set(first["frozen"])  # a start that is kept beside what trains stays as it is
     require(bool(injected) == part.injects, f"{cell.part} injected {sorted(injected) or 'nothing'}.")
-    patterns = [part.pattern(subject)] + ([subject.head] if subject.new_head else [])
+    patterns = [part.pattern(subject), subject.own] + ([subject.head] if subject.new_head else [])
     own = (set(first["frozen"]) | set(first["trained"])) - set(first["injected"])
     meant = {n for n in own if any(p is not None and re.search(p, base_name(n)) for p in patterns)}
     trained = set(first["trained"])
@@ -122,7 +122,7 @@ def _reloaded(cell: Cell, ranks: list[dict[str, Any]], file: Path) -> Any:
     require(not surplus, f"The checkpoint holds {surplus} beside what trained.")
     for number, found in enumerate(ranks):
         with torch.no_grad():
-            said = plain(module.predict_step(found["batch"], 0))
+            said = plain(SUBJECTS[cell.subject].says(module, found["batch"]))
         for name, value in found["said"].items():
             torch.testing.assert_close(
                 said[name], value, **NEAR, msg=lambda text, number=number: f"Reloaded, rank {number}'s rows: {text}"

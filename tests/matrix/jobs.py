@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +25,14 @@ STEPS = 3
 
 
 class Watch(pl.Callback):
-    """What stood where at the start, what got a gradient, and what the trained model says of its first batch."""
+    """What stood where at the start, what got a gradient, and what the trained model says of its first batch.
+
+    Args:
+        says: what a module says of a batch.
+    """
+
+    def __init__(self, says: Callable[[Any, Any], dict[str, Any]]) -> None:
+        self.says = says
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self.start = {name: _own(p).clone() for name, p in pl_module.named_parameters()}
@@ -44,7 +52,7 @@ class Watch(pl.Callback):
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: Any) -> None:
         with Attachment.of(pl_module).evaluated(), evaluating(pl_module), torch.no_grad():
-            self.said = plain(pl_module.predict_step(self.batch, 0))
+            self.said = plain(self.says(pl_module, self.batch))
 
 
 def run(
@@ -67,7 +75,7 @@ def run(
     torch.set_num_threads(1)
     options = (part, subject, placement, ground)
     more: dict[str, Any] = {"checkpointing": checkpointing, "packing": packing, "extra": extra}
-    watch = Watch()
+    watch = Watch(SUBJECTS[subject].says)
     saver = ModelCheckpoint(Path(folder), filename="{step}", every_n_train_steps=1, save_top_k=-1)
     module, trainer, rows = prepare(*options, Path(folder), watch, saver, **more)
     try:

@@ -13,7 +13,18 @@ from typing import Any
 import torch
 import transformers as hf
 
-from lightning_ft import DPO, SFT, ClassificationData, PreferenceData, RewardModel, Seq2SeqData, SFTData
+from lightning_ft import (
+    DPO,
+    GRPO,
+    PPO,
+    SFT,
+    ClassificationData,
+    PreferenceData,
+    PromptData,
+    RewardModel,
+    Seq2SeqData,
+    SFTData,
+)
 from tests.data.tiny_tokenizers import tiny_tokenizer
 from tests.modules.tasks import SIZE, rows_of
 from tests.modules.tasks import write_base as write_other_base
@@ -35,7 +46,9 @@ class Subject:
         new_head: whether the base brings no head, so that one is made, and trained with any part.
         module: what makes the LightningModule of a base; further options are added.
         data: the data module's class.
-        kind: which rows there are: None for those of the task, or ``pairs``.
+        kind: which rows there are: None for those of the task, ``pairs`` or ``prompts``.
+        own: the names of parameters that the module brings and trains beside any part, as a regular expression.
+        rollouts: whether it writes the answers that it learns from, in rounds of two steps.
     """
 
     name: str
@@ -47,6 +60,8 @@ class Subject:
     module: Callable[..., Any]
     data: Callable[..., Any]
     kind: str | None = None
+    own: str | None = None
+    rollouts: bool = False
 
     @property
     def rows(self) -> str:
@@ -74,10 +89,16 @@ class Subject:
             **model,
         }
         path = str(ground / f"{self.rows}.jsonl")
-        rows = {"val_path": path, "batch_size": BATCH // ranks, "val_batch_size": BATCH}
+        rows: dict[str, Any] = {"val_path": path, "batch_size": BATCH // ranks}
+        rows |= {"prompts": 4, "draw_batch": 2} if self.rollouts else {"val_batch_size": BATCH}
         rows |= {"packing": packing} if self.packs else {}
         made = self.data(path, cache_dir=str(ground / "cache"), seed=1, **rows)
         return self.module(str(ground / self.base), **options), made
+
+    def says(self, module: Any, batch: Any) -> dict[str, Any]:
+        """What a module says of a batch: its prediction, or how likely the answers are that it has written."""
+        found = module.measure(batch) if self.rollouts else module.predict_step(batch, 0)
+        return {name: value for name, value in found.items() if name != "reference_logps"}
 
 
 BLOCKS = {"llama": r"\.layers\.1\.", "gpt2": r"\.h\.1\.", "bert": r"\.layer\.1\.", "t5": r"\.block\.1\."}
@@ -94,6 +115,19 @@ def _of_pairs(cls: type[Any], base: str, task: str, head: str) -> Subject:
     return Subject(name, base, task, head, BLOCKS[base], new, partial(cls), PreferenceData, "pairs")
 
 
+def share_of_vowels(completions: list[str], **columns: Any) -> list[float]:
+    """A reward that differs from answer to answer."""
+    return [sum(letter in "aeiou" for letter in text) / (1 + len(text)) for text in completions]
+
+
+def _rollouts(cls: type[Any], own: str | None, **options: Any) -> Subject:
+    module = partial(cls, rewards={"vowels": share_of_vowels}, samples=4, max_new_tokens=6, **options)
+    return Subject(
+        f"{cls.__name__}-llama", "llama", "causal_lm", r"^model\.lm_head\.", BLOCKS["llama"], False, module, PromptData, "prompts",
+        own, rollouts=True,
+    )  # fmt: skip
+
+
 SUBJECTS = {
     subject.name: subject
     for subject in (
@@ -106,18 +140,18 @@ SUBJECTS = {
         _sft("regression", "gpt2", r"^model\.score\."),
         _of_pairs(DPO, "llama", "causal_lm", r"^model\.lm_head\."),
         _of_pairs(RewardModel, "bert", "regression", r"^model\.(classifier|bert\.pooler)\."),
+        _rollouts(GRPO, None, beta=0.05),
+        _rollouts(PPO, r"^values\."),
     )
 }
 
 
 #: Public modules that are in no cell yet, and why; one that has a subject may not stand here.
 NOT_YET = {
-    "GRPO": "each of its rows is written while it trains; tests/modules/test_grpo runs it with every placement",
     "KTO": "it estimates a KL term in each micro-batch, so that its layouts differ by design; tests/modules/test_kto compares them",
     "LinearProbe": "it learns from episodes, and trains nothing; tests/modules/test_protonet",
     "MAML": "it learns from episodes; tests/modules/test_maml runs it beside LoRA, prefixes, gradient edits and on two ranks",
     "MultiTask": "its rows are several kinds in one file each; tests/modules/test_multitask runs it beside LoRA and on two ranks",
-    "PPO": "each of its rows is written while it trains; tests/modules/test_ppo runs it with every placement",
     "ProtoNet": "it learns from episodes; tests/modules/test_protonet",
     "Reptile": "it learns from episodes; tests/modules/test_reptile",
 }
@@ -145,11 +179,13 @@ def write_ground(folder: Path) -> Path:
     for kind in sorted({subject.base for subject in SUBJECTS.values()}):
         write_base(kind, folder / kind)
     for task in sorted({subject.rows for subject in SUBJECTS.values()}):
-        rows = rows_of("seq2seq_lm" if task in ("causal_lm", "pairs") else task, ROWS)
+        rows = rows_of("seq2seq_lm" if task in ("causal_lm", "pairs", "prompts") else task, ROWS)
         if task in ("causal_lm", "pairs"):  # their tokenizer has words with the white space before them
             rows = [{**row, "completion": f" {row['completion']}"} for row in rows]
         if task == "pairs":
             rows = [{"prompt": r["prompt"], "chosen": r["completion"], "rejected": " no thank you"} for r in rows]
+        if task == "prompts":
+            rows = [{"prompt": row["prompt"]} for row in rows]
         (folder / f"{task}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     return folder
 

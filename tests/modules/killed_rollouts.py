@@ -1,4 +1,4 @@
-"""Runs of GRPO that kill themselves, for test_killed_rollouts.py: ``python -m tests.modules.killed_rollouts JOB FOLDER``.
+"""Runs of GRPO or PPO that kill themselves: ``python -m tests.modules.killed_rollouts KIND JOB FOLDER``.
 
 One unbroken run; then for each place a run that is killed there and one that goes on from its newest checkpoint. Each is a fork of
 this process, since the imports take most of the time.
@@ -18,9 +18,17 @@ import torch
 from lightning.pytorch.callbacks import Callback, ModelCheckpoint
 
 from lightning_ft import LoRA
+from tests.modules.ppo_jobs import ppo
 from tests.modules.rollouts import fit, grpo, sevens
 
 PLACES = ("writing", "measuring", "updating")
+
+
+KINDS: dict[str, Any] = {
+    "grpo": lambda *job, **more: grpo(*job, data={"batch_size": 8}, beta=0.1, **more),
+    # The KL's coefficient moves, so that it has to be restored, too; two passes of two steps.
+    "ppo": lambda *job, **more: ppo(*job, beta=0.1, kl_target=0.5, kl_horizon=20.0, **more),
+}
 
 
 def die() -> None:
@@ -29,7 +37,7 @@ def die() -> None:
 
 
 class Kill(Callback):
-    """While the second round is measured, or between its two updates."""
+    """While the second round is measured, or before its second update."""
 
     def __init__(self, place: str) -> None:
         self.place = place
@@ -51,8 +59,8 @@ class Kill(Callback):
             die()
 
 
-def train(job: Path, folder: Path, place: str | None) -> None:
-    """Three rounds of two steps, from the newest checkpoint in ``folder/files`` if there is one."""
+def train(kind: str, job: Path, folder: Path, place: str | None) -> None:
+    """Three rounds of several steps, from the newest checkpoint in ``folder/files`` if there is one."""
     rounds: list[int] = []
 
     def reward(completions: list[str], **columns: Any) -> list[float]:
@@ -62,16 +70,7 @@ def train(job: Path, folder: Path, place: str | None) -> None:
         return sevens(completions)
 
     newest = max((folder / "files").glob("*.ckpt"), key=lambda file: file.stat().st_mtime_ns, default=None)
-    module, data = grpo(
-        job,
-        folder,
-        rewards={"reward": reward},
-        data={"batch_size": 8},
-        optimizer=None,
-        lr=0.01,
-        schedule="cosine",
-        beta=0.1,
-    )
+    module, data = KINDS[kind](job, folder, rewards={"reward": reward}, optimizer=None, lr=0.01, schedule="cosine")
     save = ModelCheckpoint(folder / "files", filename="{step}", every_n_train_steps=1, save_top_k=-1)
     made = fit(
         folder, module, data, LoRA(r=4), save, *([Kill(place)] if place else []),
@@ -97,8 +96,10 @@ def child(*arguments: Any) -> int:
 if __name__ == "__main__":
     warnings.simplefilter("ignore")
     torch.set_num_threads(1)
-    job_, folder_ = Path(sys.argv[1]), Path(sys.argv[2])
-    assert child(job_, folder_ / "unbroken", None) == 0, "the unbroken run failed"
+    kind_, job_, folder_ = sys.argv[1], Path(sys.argv[2]), Path(sys.argv[3])
+    assert child(kind_, job_, folder_ / "unbroken", None) == 0, "the unbroken run failed"
     for where in PLACES:
-        assert child(job_, folder_ / where, where) == -signal.SIGKILL, f"the run to be killed while {where} was not"
-        assert child(job_, folder_ / where, None) == 0, f"the run that resumes after {where} failed"
+        assert child(kind_, job_, folder_ / where, where) == -signal.SIGKILL, (
+            f"the run to be killed while {where} was not"
+        )
+        assert child(kind_, job_, folder_ / where, None) == 0, f"the run that resumes after {where} failed"

@@ -12,6 +12,7 @@ from lightning.pytorch.callbacks import Callback, ModelCheckpoint
 from lightning_ft import (
     GRPO,
     IA3,
+    MAS,
     SFT,
     BottleneckAdapter,
     Freeze,
@@ -358,3 +359,24 @@ def test_a_run_that_would_be_dealt_otherwise_is_refused(job, tmp_path):
     with pytest.raises(Refusal, match="in the middle of an epoch with passes 1"):
         made.fit(module, rows, ckpt_path=tmp_path / "step=1.ckpt")
     assert Attachment.of(module).installed is False
+
+
+@pytest.mark.parametrize("share", [None, False], ids=["one prompt for a group", "each its own"])
+def test_what_matters_to_the_task_is_measured_on_the_answers_of_the_last_round(job, tmp_path, share):
+    """MAS: of each answer |d ||logits||^2 / d theta|, here one answer at a time by the definition."""
+    mas = MAS(lam=0.0)
+    module, data = grpo(job, tmp_path, data={"prompts": 2, "share_prompts": share}, samples=2)
+    fit(tmp_path, module, data, Freeze(["norms"]), mas, max_epochs=1)
+    names = [name for name, p in module.named_parameters() if p.requires_grad]
+    wanted = {name: torch.zeros(()) for name in names}
+    for number, answer in enumerate(data.round.answers):
+        prompt = data.round.prompts[number // 2].ids
+        logits = module.model(torch.tensor([[*prompt, *answer.ids]])).logits[0, len(prompt) - 1 : -1]
+        module.zero_grad()
+        logits.square().sum().backward()
+        for name in names:
+            wanted[name] = wanted[name] + module.get_parameter(name).grad.abs() / len(data.round.answers)
+    measured = mas.state_dict()["next"]["importance"]
+    assert measured.keys() == wanted.keys() and all(value.sum() > 0 for value in wanted.values())
+    for name in names:
+        torch.testing.assert_close(measured[name], wanted[name], rtol=1e-4, atol=1e-4)

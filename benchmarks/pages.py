@@ -1,0 +1,21 @@
+"""What was measured, written into pages of the docs between ``<!-- measured: NAME -->`` and ``<!-- end -->``."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from pathlib import Path
+
+
+def fill(page: Path, name: str, lines: Sequence[str]) -> None:
+    """Writes the block of that name anew.
+
+    Raises:
+        ValueError: the page has no such block.
+    """
+    text = page.read_text(encoding="utf-8")
+    block = re.compile(rf"(<!-- measured: {re.escape(name)} -->\n).*?(<!-- end -->)", re.DOTALL)
+    if block.search(text) is None:
+        raise ValueError(f"{page} has no block `measured: {name}`.")
+    written = "\n".join(["", *lines, "", ""]) if lines else ""
+    page.write_text(block.sub(lambda found: found[1] + written + found[2], text), encoding="utf-8")
