@@ -23,7 +23,8 @@ def write(output: Path, results: Path) -> None:
     """
     content = json.loads(output.read_text()) if output.exists() else {"cells": {}}
     page = output.with_suffix(".md")
-    page.write_text("\n".join(sinusoid_page(content) if _waves(content) else text_page(content)) + "\n")
+    lines = sinusoid_page(content) if "sinusoid" in output.stem else text_page(content)
+    page.write_text("\n".join(lines).rstrip() + "\n", encoding="utf-8")
     print(f"Written to {output} and {page}.")
     if output.parent == results:
         PAGE.write_text(filled(PAGE.read_text(encoding="utf-8"), results), encoding="utf-8")
@@ -90,8 +91,8 @@ def speed_lines(content: Content) -> list[str]:
         f"A meta-iteration of 25 waves, one inner step to order 2, Adam, one thread: {ms['lightning']:.2f} ms through Lightning "
         f"with its data and logging, {ms['plain']:.2f} ms in a plain loop of torch.func, {ms['clone']:.1f} ms where the module is "
         f"cloned for each task, as learn2learn does it. Ratios, medians of {speed['rounds']} rounds of {speed['steps']} steps in "
-        f"turn: {speed['lightning / plain']:.2f} x the plain loop ({low:.2f} to {high:.2f}), {speed['clone / lightning']:.1f} x faster "
-        "than cloning.",
+        f"turn: {speed['lightning / plain']:.2f} x the plain loop ({low:.2f} to {high:.2f}), "
+        f"{speed['clone / lightning']:.1f} x faster than cloning.",
     ]
 
 
@@ -161,10 +162,6 @@ def _interval(values: list[float], sign: str = "") -> str:
 
 
 # ---- both
-
-
-def _waves(content: Content) -> bool:
-    return "speed" in content or "tasks" in content.get("setting", {})
 
 
 def _machine(content: Content) -> list[str]:

@@ -20,6 +20,7 @@ from lightning_ft.data.mixture import Files
 from lightning_ft.data.named_files import Split
 from lightning_ft.data.preview import Preview
 from lightning_ft.data.task_functions import DrawnTasks
+from lightning_ft.data.text_tasks import TextTasks
 from lightning_ft.data.token_rows import BadRows, Report, Truncation
 from lightning_ft.engine.arguments import check_arguments
 from lightning_ft.engine.episodes import Episode, Rows
@@ -47,7 +48,9 @@ class EpisodeData(ClassTexts):
         test_classes: likewise for test.
         tasks: instead of a path, a function by its dotted path, such as ``lightning_ft.data.sinusoids.sinusoids``:
             ``(rng, count, **tasks_args)`` gives support x and y, query x and y of ``count`` tasks, arrays with a first axis of
-            tasks, drawn from the `numpy.random.Generator` alone.
+            tasks, drawn from the `numpy.random.Generator` alone. For a language model (``task: causal_lm``) a list of ``count``
+            dictionaries with ``support`` and ``query``, lists of rows with the columns of `SFTData`, such as
+            ``lightning_ft.data.reasoning_tasks.reasoning_tasks``; query rows that stand in the support are left out.
         tasks_args: arguments of that function.
         eval_tasks_args: those that differ in validation and test.
         way: classes of an episode.
@@ -164,6 +167,7 @@ class EpisodeData(ClassTexts):
         self.cache_dir = cache_dir
         self._asked: Asked | None = None
         self._made: dict[Split, Callable[[int, np.ndarray], tuple[Episode, ...] | Episode]] = {}
+        self._tasks: dict[Split, DrawnTasks] = {}
         self.pools: dict[Split, dict[str, np.ndarray]] = {}
         self.check()
 
@@ -192,9 +196,12 @@ class EpisodeData(ClassTexts):
     @property
     def has_classes(self) -> bool:
         """Whether targets are classes, not numbers."""
-        if self.tasks is None:
-            return True
-        return DrawnTasks(self._function(), self.tasks_args or {}, (0,), self.tasks).has_classes
+        return self.tasks is None or self._drawn("train").has_classes
+
+    @property
+    def writes(self) -> bool:
+        """Whether targets are answers that a language model is to write."""
+        return self.tasks is not None and self._drawn("train").of_texts
 
     # -- Lightning's hooks ----------------------------------------------------------------------------------------------
 
@@ -240,6 +247,11 @@ class EpisodeData(ClassTexts):
         """As for test."""
         return self.test_dataloader()
 
+    def in_order(self) -> dict[Split, EpisodeLoader]:  # type: ignore[override]
+        """The first epoch's episodes of every split that there is, whatever epochs came since: to measure them."""
+        counts: dict[Split, int] = {"train": self.episodes, "val": self.val_episodes, "test": self.test_episodes}
+        return {split: self._eval(split, count) for split, count in counts.items() if self._has(split)}
+
     def _eval(self, split: Split, episodes: int) -> EpisodeLoader:
         made = self._get_made(split)
         return EpisodeLoader(
@@ -274,13 +286,23 @@ class EpisodeData(ClassTexts):
         if split in self._made or not self._has(split):
             return
         if self.tasks is not None:
-            given = {**(self.tasks_args or {}), **((self.eval_tasks_args or {}) if split != "train" else {})}
-            drawn = DrawnTasks(self._function(), given, (self._seed, _STREAMS[split]), self.tasks)
-            self._made[split] = drawn.episodes
+            drawn = self._drawn(split)
+            if drawn.of_texts:
+                cut = {"max_length": self.max_length, "truncation": self.truncation}
+                self._made[split] = TextTasks(drawn, self.resolve_tokenizer(), **cut).episodes
+            else:
+                self._made[split] = drawn.episodes
         elif self.folders:
             self._prepare_folders(split)
         else:
             self._prepare_texts(split)
+
+    def _drawn(self, split: Split) -> DrawnTasks:
+        if split not in self._tasks:
+            assert self.tasks is not None
+            given = {**(self.tasks_args or {}), **((self.eval_tasks_args or {}) if split != "train" else {})}
+            self._tasks[split] = DrawnTasks(self._function(), given, (self._seed, _STREAMS[split]), self.tasks)
+        return self._tasks[split]
 
     def _function(self) -> Callable[..., Any]:
         assert self.tasks is not None

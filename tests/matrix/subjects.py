@@ -13,7 +13,19 @@ from typing import Any
 import torch
 import transformers as hf
 
-from lightning_ft import DPO, SFT, ClassificationData, PreferenceData, RewardModel, Seq2SeqData, SFTData
+from lightning_ft import (
+    DPO,
+    MAML,
+    SFT,
+    ClassificationData,
+    EpisodeData,
+    PreferenceData,
+    ProtoNet,
+    Reptile,
+    RewardModel,
+    Seq2SeqData,
+    SFTData,
+)
 from tests.data.tiny_tokenizers import tiny_tokenizer
 from tests.modules.tasks import SIZE, rows_of
 from tests.modules.tasks import write_base as write_other_base
@@ -35,7 +47,8 @@ class Subject:
         new_head: whether the base brings no head, so that one is made, and trained with any part.
         module: what makes the LightningModule of a base; further options are added.
         data: the data module's class.
-        kind: which rows there are: None for those of the task, or ``pairs``.
+        unused: those of parts that the base has and that this module never asks, as a regular expression; they do not train.
+        kind: which rows there are: None for those of the task, ``pairs`` or ``episodes``.
     """
 
     name: str
@@ -47,11 +60,18 @@ class Subject:
     module: Callable[..., Any]
     data: Callable[..., Any]
     kind: str | None = None
+    unused: str | None = None
 
     @property
     def rows(self) -> str:
         """Name of the file of its rows."""
         return self.kind or self.task
+
+    @property
+    def recomputes(self) -> bool:
+        """Whether it can be asked to recompute activations."""
+        made = self.module.func if isinstance(self.module, partial) else self.module
+        return "gradient_checkpointing" in signature(made).parameters
 
     @property
     def packs(self) -> bool:
@@ -94,6 +114,22 @@ def _of_pairs(cls: type[Any], base: str, task: str, head: str) -> Subject:
     return Subject(name, base, task, head, BLOCKS[base], new, partial(cls), PreferenceData, "pairs")
 
 
+def _of_episodes(cls: type[Any], *, head_trains: bool, **model: Any) -> Subject:
+    """On classes of texts."""
+    name, head = f"{cls.__name__}-bert", r"^model\.(classifier|bert\.pooler)\."
+    made, unused = partial(cls, **model), None if head_trains else head
+    task = "sequence_classification"
+    return Subject(name, "bert", task, head, BLOCKS["bert"], head_trains, made, episodes, "episodes", unused)
+
+
+def episodes(
+    path: str, *, val_path: str, batch_size: int, val_batch_size: int, cache_dir: str, seed: int
+) -> EpisodeData:
+    """Three steps of eight tasks of two classes; those of the validation are other classes of the same file."""
+    shape = {"way": 2, "shot": 2, "query": 2, "val_classes": 2, "episodes": ROWS, "val_episodes": 2}
+    return EpisodeData(path, **shape, batch_size=batch_size, val_batch_size=2, cache_dir=cache_dir, seed=seed)
+
+
 SUBJECTS = {
     subject.name: subject
     for subject in (
@@ -106,6 +142,9 @@ SUBJECTS = {
         _sft("regression", "gpt2", r"^model\.score\."),
         _of_pairs(DPO, "llama", "causal_lm", r"^model\.lm_head\."),
         _of_pairs(RewardModel, "bert", "regression", r"^model\.(classifier|bert\.pooler)\."),
+        _of_episodes(MAML, head_trains=True, steps=2, inner_lr=0.1, eval_steps=[0]),
+        _of_episodes(Reptile, head_trains=True, steps=2, inner_lr=0.1, eval_steps=[0]),
+        _of_episodes(ProtoNet, head_trains=False),
     )
 }
 
@@ -115,11 +154,8 @@ NOT_YET = {
     "GRPO": "each of its rows is written while it trains; tests/modules/test_grpo runs it with every placement",
     "KTO": "it estimates a KL term in each micro-batch, so that its layouts differ by design; tests/modules/test_kto compares them",
     "LinearProbe": "it learns from episodes, and trains nothing; tests/modules/test_protonet",
-    "MAML": "it learns from episodes; tests/modules/test_maml runs it beside LoRA, prefixes, gradient edits and on two ranks",
     "MultiTask": "its rows are several kinds in one file each; tests/modules/test_multitask runs it beside LoRA and on two ranks",
     "PPO": "each of its rows is written while it trains; tests/modules/test_ppo runs it with every placement",
-    "ProtoNet": "it learns from episodes; tests/modules/test_protonet",
-    "Reptile": "it learns from episodes; tests/modules/test_reptile",
 }
 
 
@@ -145,11 +181,13 @@ def write_ground(folder: Path) -> Path:
     for kind in sorted({subject.base for subject in SUBJECTS.values()}):
         write_base(kind, folder / kind)
     for task in sorted({subject.rows for subject in SUBJECTS.values()}):
-        rows = rows_of("seq2seq_lm" if task in ("causal_lm", "pairs") else task, ROWS)
+        rows = rows_of("seq2seq_lm" if task in ("causal_lm", "pairs") else task, ROWS) if task != "episodes" else []
         if task in ("causal_lm", "pairs"):  # their tokenizer has words with the white space before them
             rows = [{**row, "completion": f" {row['completion']}"} for row in rows]
         if task == "pairs":
             rows = [{"prompt": r["prompt"], "chosen": r["completion"], "rejected": " no thank you"} for r in rows]
+        if task == "episodes":
+            rows = [{"text": row["text"], "label": f"class {n % 6}"} for n, row in enumerate(rows_of("episodes", 30))]
         (folder / f"{task}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     return folder
 
