@@ -36,7 +36,8 @@ TASKS = "lightning_ft.data.sinusoids.sinusoids"
 BATCH = 25
 SEEDS = (0, 1)
 SAVE_EVERY = 500
-SETTING = {"tasks": 600, "batch": BATCH, "query": 100, "seeds": list(SEEDS)}
+EVALUATED = 600
+SETTING = {"tasks": EVALUATED, "batch": BATCH, "query": 100, "seeds": list(SEEDS)}
 
 
 def maml(iterations: int, *, order: int, steps: int, **expected: tuple[float, float | None]) -> dict[str, Any]:
@@ -95,8 +96,8 @@ def cell(name: str, seed: int, work: Path) -> dict[str, Any]:
         tasks=TASKS,
         **{"batch_size": batch, **row["data"]},
         episodes=batch * row["iterations"],
-        val_episodes=SETTING["tasks"],
-        val_batch_size=SETTING["tasks"],
+        val_episodes=EVALUATED,
+        val_batch_size=EVALUATED,
     )
     if row["kind"] == "MAML":
         module: Any = MAML(net=MLP([1, 40, 40, 1]), **row["model"])

@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import numpy as np
-import torch
 from annotated_types import Ge
 
 from lightning_ft.data.class_folders import FileReader, files_of_splits
@@ -288,8 +287,10 @@ class EpisodeData(ClassTexts):
         if self.tasks is not None:
             drawn = self._drawn(split)
             if drawn.of_texts:
-                cut = {"max_length": self.max_length, "truncation": self.truncation}
-                self._made[split] = TextTasks(drawn, self.resolve_tokenizer(), **cut).episodes
+                texts = TextTasks(
+                    drawn, self.resolve_tokenizer(), max_length=self.max_length, truncation=self.truncation
+                )
+                self._made[split] = texts.episodes
             else:
                 self._made[split] = drawn.episodes
         elif self.folders:
@@ -346,16 +347,7 @@ class EpisodeData(ClassTexts):
         self.pools[split] = self._checked(pools, split)
         reader = FileReader(image_size=self.image_size, channels=self.channels)
 
-        def made(epoch: int, numbers: np.ndarray) -> Episode:
-            draws = self._draws(split, epoch, numbers)
-            sides = []
-            for side in ("support", "query"):
-                x = torch.stack([reader.batch([items[n] for n in getattr(draw, side)]) for draw in draws])
-                y = torch.stack([torch.from_numpy(getattr(draw, f"{side}_labels")) for draw in draws])
-                sides.append(Rows(x, y))
-            return Episode(*sides)
-
-        self._made[split] = made
+        self._made[split] = lambda epoch, numbers: reader.episodes(items, self._draws(split, epoch, numbers))
 
     # -- texts ----------------------------------------------------------------------------------------------------------------
 
@@ -368,13 +360,10 @@ class EpisodeData(ClassTexts):
         self.pools[split] = self._checked(pools, split)
         self._rows[split] = rows
 
-        def made(epoch: int, numbers: np.ndarray) -> tuple[Episode, ...]:
-            return tuple(
-                Episode(self.side(rows, d.support, d.support_labels), self.side(rows, d.query, d.query_labels))
-                for d in self._draws(split, epoch, numbers)
-            )
-
-        self._made[split] = made
+        self._made[split] = lambda epoch, numbers: tuple(
+            Episode(self.side(rows, d.support, d.support_labels), self.side(rows, d.query, d.query_labels))
+            for d in self._draws(split, epoch, numbers)
+        )
 
     def everything(self) -> tuple[Rows, list[str]]:
         """All rows of ``path`` as one support set, and the names of its classes in the order of their labels."""

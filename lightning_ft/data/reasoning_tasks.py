@@ -52,8 +52,8 @@ def reasoning_tasks(
     for number in rng.integers(len(names), size=count).tolist():
         name = names[number]
         settings = dict(datasets[name]) if isinstance(datasets, Mapping) else {}
-        rows = _rows(made, name, settings, int(rng.integers(2**31)), shot + query, longest_answer)
-        rows = [_row(question, answer, chat) for question, answer in rows]
+        found = _rows(made, name, settings, int(rng.integers(2**31)), shot + query, longest_answer)
+        rows = [_row(question, answer, chat) for question, answer in found]
         tasks.append({"support": rows[:shot], "query": rows[shot:]})
     return tasks
 
