@@ -1,35 +1,43 @@
 """Meta-learning of sine waves through the Lightning modules, against numbers measured without any of this library's code.
 
-    python -m benchmarks.meta_sinusoid [ROW ...]        (all rows that are not done; `make reproduce-meta`)
-    python -m benchmarks.meta_sinusoid --speed [STEPS]  (one meta-iteration beside two plain loops)
+    python -m benchmarks.meta_sinusoid                     # all cells that are missing, one process a core
+    python -m benchmarks.meta_sinusoid --only maml_15k     # cells whose key contains this
+    python -m benchmarks.meta_sinusoid --jobs 16           # that many processes at once, with one thread each
+    python -m benchmarks.meta_sinusoid --speed             # one meta-iteration beside two plain loops; run nothing else meanwhile
+    python -m benchmarks.meta_sinusoid --render            # the tables alone, from the kept results
 
-Each row is kept in benchmarks/results/meta_sinusoid.json as soon as it is done, so that a run which was stopped goes on where it
-was. ``expected`` are means and half widths of 95 % intervals over 600 tasks from an implementation in NumPy and float64, whose
-Hessian products were checked against finite differences.
+A cell is ``row|seed``, a process of its own that is kept when it is done; one that was stopped goes on at its last checkpoint in
+``--work``, with the same result. ``expected`` are means and half widths of 95 % intervals over 600 tasks from an implementation in
+NumPy and float64, whose Hessian products were checked against finite differences.
 """
 
 from __future__ import annotations
 
+import argparse
 import json
-import statistics
-import sys
+import os
 import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
 import torch
 from lightning.pytorch import Callback
-from torch import Tensor, nn
-from torch.func import functional_call, grad, vmap
+from lightning.pytorch.callbacks import ModelCheckpoint
 
+from benchmarks import meta_report, vader_cells
+from benchmarks.process_cells import run_cells
+from benchmarks.vader_cells import Kept
 from lightning_ft import MAML, EpisodeData, Reptile
 from lightning_ft.nn.small_nets import MLP
 
-RESULTS = Path(__file__).parent / "results" / "meta_sinusoid.json"
+RESULTS = Path(__file__).resolve().parent / "results"
 TASKS = "lightning_ft.data.sinusoids.sinusoids"
 BATCH = 25
+SEEDS = (0, 1)
+SAVE_EVERY = 500
+EVALUATED = 600
+SETTING = {"tasks": EVALUATED, "batch": BATCH, "query": 100, "seeds": list(SEEDS)}
 
 
 def maml(iterations: int, *, order: int, steps: int, **expected: tuple[float, float | None]) -> dict[str, Any]:
@@ -67,188 +75,91 @@ ROWS: dict[str, dict[str, Any]] = {
 }
 
 
-def run(row: dict[str, Any], seed: int = 0) -> dict[str, Any]:
-    """Trains one row and measures it on 600 tasks."""
+def keys() -> dict[str, tuple[str, int]]:
+    """Key -> (row, seed): the longest rows begin first, and all rows with the first seed before another."""
+    longest = sorted(ROWS, key=lambda name: -ROWS[name]["iterations"] * ROWS[name]["model"]["steps"])
+    return {f"{name}|{seed}": (name, seed) for seed in SEEDS for name in longest}
+
+
+def cell(name: str, seed: int, work: Path) -> dict[str, Any]:
+    """Trains one row and measures it on 600 tasks; goes on where another process was stopped.
+
+    Args:
+        name: of the row.
+        seed: of weights and tasks.
+        work: the folder of checkpoints.
+    """
+    row, begin = ROWS[name], time.perf_counter()
     pl.seed_everything(seed, verbose=False)
     batch = row["data"].get("batch_size", BATCH)
     data = EpisodeData(
         tasks=TASKS,
         **{"batch_size": batch, **row["data"]},
         episodes=batch * row["iterations"],
-        val_episodes=600,
-        val_batch_size=600,
+        val_episodes=EVALUATED,
+        val_batch_size=EVALUATED,
     )
     if row["kind"] == "MAML":
         module: Any = MAML(net=MLP([1, 40, 40, 1]), **row["model"])
     else:
         module = Reptile(net=MLP([1, 64, 64, 1], "tanh"), **row["model"])
-    trainer = quiet_trainer(max_epochs=1)
-    begin = time.perf_counter()
-    trainer.fit(module, data)
-    measured = {name.removeprefix("val/"): float(value) for name, value in trainer.callback_metrics.items()}
-    found = {
-        name.removesuffix("/loss"): [round(measured[name], 4), round(measured[f"{name}_ci95"], 4)]
-        for name in measured
-        if name.startswith("step_") and name.endswith("/loss")
-    }
-    return {"seconds": round(time.perf_counter() - begin, 1), "mse": found, "expected": row["expected"], "seed": seed}
+    folder = work / f"{name}_{seed}"
+    saver = ModelCheckpoint(folder, every_n_train_steps=SAVE_EVERY, save_last=True, save_top_k=0)
+    trainer = quiet_trainer(saver, max_epochs=1, enable_checkpointing=True, default_root_dir=folder)
+    last = folder / "last.ckpt"
+    trainer.fit(module, data, ckpt_path=last if last.exists() else None, weights_only=True)
+    found = {key.removeprefix("val/"): float(value) for key, value in trainer.callback_metrics.items()}
+    kept = {key: round(value, 5) for key, value in found.items() if key == "loss" or key.startswith("step_")}
+    return {"scores": kept, "seconds": time.perf_counter() - begin, "expected": row["expected"]}
 
 
 def quiet_trainer(*callbacks: Callback, **options: Any) -> pl.Trainer:
     """A Trainer that says and writes nothing."""
+    fixed: dict[str, Any] = {"logger": False, "enable_checkpointing": False, "num_sanity_val_steps": 0}
     return pl.Trainer(
         accelerator="cpu",
-        logger=False,
-        enable_checkpointing=False,
         enable_progress_bar=False,
         enable_model_summary=False,
-        num_sanity_val_steps=0,
         callbacks=list(callbacks),
-        **options,
+        **{**fixed, **options},
     )
 
 
-# ---- speed: one meta-iteration of 25 tasks, one inner step of order 2, Adam, through three programs
+def main(argv: list[str] | None = None) -> None:
+    """The command line."""
+    from lightning_ft.models import starter
 
-
-def tasks(generator: torch.Generator) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """What a plain loop would draw."""
-    a, p, x = (torch.rand(shape, generator=generator) for shape in ((BATCH, 1, 1), (BATCH, 1, 1), (BATCH, 20, 1)))
-    x = 10 * x - 5
-    y = (0.1 + 4.9 * a) * torch.sin(x - torch.pi * p)
-    return x[:, :10], y[:, :10], x[:, 10:], y[:, 10:]
-
-
-def plain_loop(steps: int) -> float:
-    """Seconds of ``steps`` meta-iterations in torch.func alone."""
-    net = MLP([1, 40, 40, 1])
-    theta = {name: p.detach().clone().requires_grad_() for name, p in net.named_parameters()}
-    adam, generator = torch.optim.Adam(theta.values(), lr=1e-3, fused=True), torch.Generator().manual_seed(0)
-
-    def support_loss(weights: dict[str, Tensor], x: Tensor, y: Tensor) -> Tensor:
-        return (functional_call(net, weights, (x,)) - y).square().mean()
-
-    def query_loss(xs: Tensor, ys: Tensor, xq: Tensor, yq: Tensor) -> Tensor:
-        slopes = grad(support_loss)(theta, xs, ys)
-        return support_loss({name: weight - 0.01 * slopes[name] for name, weight in theta.items()}, xq, yq)
-
-    def step() -> None:
-        loss = vmap(query_loss)(*tasks(generator)).mean()
-        adam.zero_grad()
-        loss.backward()  # type: ignore[no-untyped-call]
-        adam.step()
-
-    return timed(step, steps)
-
-
-def clone_and_loop(steps: int) -> float:
-    """The same in learn2learn's manner: the module is cloned for each task, and the tasks come one after the other."""
-    net = MLP([1, 40, 40, 1])
-    adam, generator = torch.optim.Adam(net.parameters(), lr=1e-3, fused=True), torch.Generator().manual_seed(0)
-
-    def clone(module: nn.Module) -> nn.Module:
-        twin = module.__new__(type(module))
-        twin.__dict__ = module.__dict__.copy()
-        twin._parameters = {name: p.clone() if p is not None else None for name, p in module._parameters.items()}  # type: ignore[assignment, misc]
-        twin._buffers = dict(module._buffers)
-        twin._modules = {name: clone(child) for name, child in module._modules.items() if child is not None}  # type: ignore[assignment]
-        return twin
-
-    def update(module: nn.Module, slopes: dict[int, Tensor]) -> None:
-        for child in module.modules():
-            for name, p in child._parameters.items():
-                if p is not None:
-                    child._parameters[name] = p - 0.01 * slopes[id(p)]  # type: ignore[assignment]
-
-    def step() -> None:
-        total = torch.zeros(())
-        for xs, ys, xq, yq in zip(*tasks(generator), strict=True):
-            learner = clone(net)
-            loss = (learner(xs) - ys).square().mean()
-            weights = [p for child in learner.modules() for p in child._parameters.values() if p is not None]
-            found = torch.autograd.grad(loss, weights, create_graph=True)
-            update(learner, {id(p): g for p, g in zip(weights, found, strict=True)})
-            total = total + (learner(xq) - yq).square().mean()
-        adam.zero_grad()
-        (total / BATCH).backward()  # type: ignore[no-untyped-call]
-        adam.step()
-
-    return timed(step, steps)
-
-
-def timed(step: Callable[[], None], steps: int) -> float:
-    """Seconds a step, the first ten not counted."""
-    for _ in range(10):
-        step()
-    begin = time.perf_counter()
-    for _ in range(steps):
-        step()
-    return (time.perf_counter() - begin) / steps
-
-
-class Clock(Callback):
-    """Seconds a training step, the first ten not counted."""
-
-    def __init__(self) -> None:
-        self.begin, self.seconds = 0.0, 0.0
-
-    def on_train_batch_start(self, trainer: pl.Trainer, pl_module: Any, batch: Any, batch_idx: int) -> None:
-        """Begins at the eleventh."""
-        if batch_idx == 10:
-            self.begin = time.perf_counter()
-
-    def on_train_end(self, trainer: pl.Trainer, pl_module: Any) -> None:
-        """Ends with the last."""
-        self.seconds = (time.perf_counter() - self.begin) / (trainer.global_step - 10)
-
-
-def through_lightning(steps: int) -> float:
-    """Seconds of a step of MAML through Lightning, data and logging included."""
-    data = EpisodeData(
-        tasks=TASKS, tasks_args={"shot": 10, "query": 10}, batch_size=BATCH, episodes=BATCH * (steps + 10)
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.meta_sinusoid", description=(__doc__ or "").split("\n")[0]
     )
-    clock = Clock()
-    trainer = quiet_trainer(clock, max_epochs=1, limit_val_batches=0)
-    trainer.fit(MAML(net=MLP([1, 40, 40, 1]), lr=1e-3), data)
-    return clock.seconds
-
-
-def speed(steps: int, rounds: int = 5) -> dict[str, Any]:
-    """Medians of the three, and of their ratios within a round."""
-    kinds = {"lightning": through_lightning, "plain": plain_loop, "clone": clone_and_loop}
-    found = [{name: measure(steps) for name, measure in kinds.items()} for _ in range(rounds)]
-    return {
-        "milliseconds": {name: round(1e3 * statistics.median(one[name] for one in found), 3) for name in kinds},
-        "lightning / plain": round(statistics.median(one["lightning"] / one["plain"] for one in found), 2),
-        "clone / lightning": round(statistics.median(one["clone"] / one["lightning"] for one in found), 2),
-        "steps": steps,
-        "rounds": rounds,
-    }
-
-
-def main(words: list[str]) -> None:
-    """Runs what is asked for."""
+    parser.add_argument("--only", default="", help="only cells whose key contains one of these, separated by commas")
+    parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1, help="processes at once")
+    parser.add_argument("--speed", action="store_true", help="measure a step beside plain loops instead of the cells")
+    parser.add_argument("--steps", type=int, default=300, help="of a measurement of --speed")
+    parser.add_argument("--rounds", type=int, default=5, help="of --speed")
+    parser.add_argument("--render", action="store_true", help="write the tables from the kept results and run nothing")
+    parser.add_argument("--output", type=Path, default=RESULTS / "meta_sinusoid.json")
+    parser.add_argument("--work", type=Path, default=None, help="folder of checkpoints; by default one in the cache")
+    parser.add_argument("--cell", default=None, help="run this one here, and print its result")
+    arguments = parser.parse_args(argv)
+    work = arguments.work or starter.cache_folder() / "meta_sinusoid"
+    vader_cells.quiet()
     torch.set_num_threads(1)
-    kept = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
-    if words[:1] == ["--speed"]:
-        kept["speed"] = speed(int(words[1]) if len(words) > 1 else 300)
-        print(json.dumps(kept["speed"], indent=1))
-        write(kept)
+    if arguments.cell:
+        name, seed = keys()[arguments.cell]
+        print(json.dumps(cell(name, seed, work)))
         return
-    for name in words or ROWS:
-        if name in kept:
-            print(f"{name}: done before")
-            continue
-        kept[name] = run(ROWS[name])
-        write(kept)
-        print(f"{name}: {json.dumps(kept[name])}", flush=True)
+    kept = Kept(arguments.output, SETTING, arguments.only)
+    if arguments.speed:
+        from benchmarks.meta_speed import speed
 
-
-def write(kept: dict[str, Any]) -> None:
-    """Keeps what was measured."""
-    RESULTS.parent.mkdir(exist_ok=True)
-    RESULTS.write_text(json.dumps(kept, indent=1) + "\n")
+        kept.content["speed"] = speed(arguments.steps, arguments.rounds)
+        kept.save()
+    elif not arguments.render:
+        words = {key: ["--cell", key, "--work", str(work)] for key in keys()}
+        run_cells(kept, "benchmarks.meta_sinusoid", words, score="loss", jobs=arguments.jobs)
+    meta_report.write(arguments.output, RESULTS)
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    main()

@@ -197,7 +197,7 @@ class Kept:
             return
         try:
             self.cells[key] = found = make()
-            told = f"{found['scores'][score]:.4f} {score} on validation rows, {found['seconds']:.0f} s"
+            told = f"{found['scores'][score]:.4f} {score}, {found['seconds']:.0f} s"
         except Exception as error:  # one method that fails must not end a run of hours
             self.cells[key] = {"failed": f"{type(error).__name__}: {error}"[:1000]}
             told = self.cells[key]["failed"]

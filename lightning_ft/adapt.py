@@ -1,4 +1,4 @@
-"""`lightning_ft.adapt`: what was meta-learned, and a few examples of a new task -> a classifier of that task."""
+"""`lightning_ft.adapt`: what was meta-learned, and a few examples of a new task -> a model of that task."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ import lightning.pytorch as pl
 import torch
 
 from lightning_ft.data.episode_data import EpisodeData
+from lightning_ft.data.text_tasks import answer_rows
 from lightning_ft.engine.adapting import AdaptingModule
 from lightning_ft.engine.attachment import Attachment
 from lightning_ft.engine.checkpoints import kept_keys
@@ -31,21 +32,22 @@ def adapt(
     max_length: int | None = 128,
     cache_dir: str | None = None,
 ) -> SFT:
-    """A classifier of a new task: the start of a `MAML` or `Reptile` checkpoint after its inner steps on your examples.
+    """A model of a new task: the start of a `MAML` or `Reptile` checkpoint after its inner steps on your examples.
 
     Args:
         path: a checkpoint of a fit of `MAML` or `Reptile` over a base.
-        support: your examples: JSON lines, CSV ... with ``text`` and ``label``; no more classes than the episodes had.
+        support: your examples: JSON lines, CSV ... with ``text`` and ``label``, and no more classes than the episodes had; of a
+            language model (``task: causal_lm``) with the columns of `SFTData`, such as ``prompt`` and ``completion``.
         steps: of the inner loop; None: as many as in training.
         base: another place of the same base model.
-        text_column: where the text is; None: ``text``.
-        label_column: where the class is; None: ``label``.
-        max_length: most tokens of a text; longer ones are cut.
+        text_column: where the text is; None: ``text``. For classes only.
+        label_column: where the class is; None: ``label``. For classes only.
+        max_length: most tokens of a text; longer ones are cut, and refused where answers are learned.
         cache_dir: where tokenised rows are kept, as in `EpisodeData`.
 
     Returns:
-        An `SFT` of the task sequence_classification with your classes as its labels, in eval mode: to predict, save (`save`),
-        merge, export, or train on.
+        An `SFT` of the task sequence_classification with your classes as its labels, or of causal_lm, in eval mode: to predict,
+        generate, save (`save`), merge, export, or train on.
 
     Raises:
         Refusal: another kind of checkpoint, a net without a base, too many classes, or unfit examples.
@@ -63,6 +65,13 @@ def adapt(
         raise Refusal(
             "adapt makes a classifier of texts; of a net's checkpoint call load(..., module=...) and module.adapt_."
         )
+    if meta.writes:
+        if text_column is not None or label_column is not None:
+            raise Refusal(
+                "text_column and label_column are of examples with classes, and this checkpoint learned to write; leave them out."
+            )
+        meta.adapt_(answer_rows(str(support), meta.tokenizer, max_length=max_length), steps=steps)
+        return _plain(meta, None)
     data = EpisodeData(
         str(support),
         text_column=text_column,
@@ -74,14 +83,14 @@ def adapt(
     rows, labels = data.everything()
     meta.keep_classes_(len(labels))
     meta.adapt_(rows, steps=steps)
-    return _classifier(meta, labels)
+    return _plain(meta, labels)
 
 
-def _classifier(meta: AdaptingModule, labels: list[str]) -> SFT:
-    """The same model under the module of an ordinary classification, weights copied."""
+def _plain(meta: AdaptingModule, labels: list[str] | None) -> SFT:
+    """The same model under the module of ordinary fine-tuning, weights copied."""
     found = SFT(
         meta.base,
-        task="sequence_classification",
+        task="causal_lm" if meta.writes else "sequence_classification",
         labels=labels,
         base_dtype=meta.base_dtype,
         attention=meta.attention,
@@ -102,7 +111,7 @@ def _classifier(meta: AdaptingModule, labels: list[str]) -> SFT:
 
 
 def save(module: SFT, folder: str | Path) -> Path:
-    """Writes an adapted classifier as a checkpoint in a folder, which `lightning_ft.load`, merge and export read."""
+    """Writes an adapted model as a checkpoint in a folder, which `lightning_ft.load`, merge and export read."""
     path = Path(folder) / CHECKPOINT
     path.parent.mkdir(parents=True, exist_ok=True)
     trainer = pl.Trainer(

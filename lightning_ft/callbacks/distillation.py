@@ -31,7 +31,7 @@ from lightning_ft.engine.teacher import (
 )
 from lightning_ft.engine.technique import Technique
 from lightning_ft.engine.terms import Term
-from lightning_ft.engine.traits import Traits
+from lightning_ft.engine.traits import Cannot, Traits
 from lightning_ft.functional.distillation import Divergence, LayerMap, layer_map
 from lightning_ft.functional.errors import Refusal
 from lightning_ft.models.admission import evaluating
@@ -121,6 +121,13 @@ class Distillation(Technique):
         slot="distillation",
         edits=frozenset({"loss"}),
         needs=frozenset({"reference", "imitation"}),
+        cannot=(
+            Cannot(
+                "episodes",
+                "it compares what two models say of rows, and of an episode nothing is said before one has adapted to it",
+                "distil first, by SFT, and learn from episodes then",
+            ),
+        ),
         keeps="projections, where hidden states have different widths; export leaves them out",
     )
 

@@ -81,6 +81,11 @@ class EWC(QuadraticPenalty):
         self._reset()
         self.check()
 
+    @property
+    def asks(self) -> bool:
+        """Uniform importances ask nothing."""
+        return self.importance == "fisher"
+
     def begin(self, trainer: pl.Trainer, module: pl.LightningModule, resumed: bool) -> None:
         """Uniform importances hold to the start of the first fit."""
         if self.importance == "uniform" and not self._held.tasks and not resumed:

@@ -62,6 +62,11 @@ class LwF(Technique):
             Cannot("fsdp2", "the model would run several times within one of FSDP2's forward passes", "use ddp"),
             Cannot("fp16", "its term was not tried with gradient scaling", "use bf16-mixed or 32-true"),
             Cannot(
+                "episodes",
+                "it compares what is said of rows, and of an episode nothing is said before the model has adapted to it",
+                "use ewc or si",
+            ),
+            Cannot(
                 "unfreezing",
                 "the teacher is a copy of parts that were trained from the start",
                 "choose what is trained once, by freeze",

@@ -13,7 +13,7 @@ from lightning_ft.engine.attachment import Attachment
 from lightning_ft.engine.batch import Batch
 from lightning_ft.engine.root import model_root
 from lightning_ft.engine.technique import Technique
-from lightning_ft.engine.traits import Traits
+from lightning_ft.engine.traits import Cannot, Traits
 from lightning_ft.functional.embedding_noise import row_generator, uniform_noise
 from lightning_ft.functional.errors import Refusal
 from lightning_ft.nn.registry import innermost, pristine_modules
@@ -48,7 +48,18 @@ class NEFTune(Technique):
         Jain et al., 2024, algorithm 1. Proven against the formula in tests/functional and tests/callbacks.
     """
 
-    traits: ClassVar[Traits] = Traits(slot="neftune", edits=frozenset({"data"}), needs=frozenset({"embedding"}))
+    traits: ClassVar[Traits] = Traits(
+        slot="neftune",
+        edits=frozenset({"data"}),
+        needs=frozenset({"embedding"}),
+        cannot=(
+            Cannot(
+                "episodes",
+                "its noise belongs to the rows of a batch, and an inner step passes over rows again",
+                "leave it out",
+            ),
+        ),
+    )
 
     def __init__(
         self, alpha: Annotated[float, Ge(0)] = 5.0, *, target: str | None = None, name: str = "neftune"

@@ -74,6 +74,11 @@ class SynapticIntelligence(QuadraticPenalty):
         self._grads: dict[str, Tensor] = {}
         self._before: dict[str, Tensor] = {}
 
+    @property
+    def asks(self) -> bool:
+        """No: it watches the steps themselves."""
+        return False
+
     def forget_task(self) -> None:
         """The path of the next task begins where this one ended."""
         self._path: dict[str, Tensor] = {}

@@ -1,4 +1,4 @@
-"""``lightning-ft adapt``: a meta-learned checkpoint and a few examples -> a classifier of the new task."""
+"""``lightning-ft adapt``: a meta-learned checkpoint and a few examples -> a model of the new task."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from lightning_ft.functional.errors import Refusal
 
 
 def adapt_command(argv: list[str]) -> None:
-    """Adapts a checkpoint of MAML or Reptile to a file of examples, and writes the classifier.
+    """Adapts a checkpoint of MAML or Reptile to a file of examples, and writes the classifier or the language model.
 
     Raises:
         Refusal: no such checkpoint or file, a folder that holds something, too many classes.
@@ -24,7 +24,9 @@ def adapt_command(argv: list[str]) -> None:
     flags.add_argument(
         "--ckpt_path", type=str | None, default=None, help="A checkpoint of MAML or Reptile over a base."
     )
-    flags.add_argument("--support", type=str | None, default=None, help="Your examples: a file with text and label.")
+    flags.add_argument(
+        "--support", type=str | None, default=None, help="Your examples: text and label, or prompt and completion."
+    )
     flags.add_argument("--output", type=str | None, default=None, help="The folder to write; new, or empty.")
     flags.add_argument("--predict", type=str | None, default=None, help="A file with texts to classify afterwards.")
     flags.add_argument(
@@ -35,6 +37,12 @@ def adapt_command(argv: list[str]) -> None:
     )
     flags.add_argument("--text_column", type=str | None, default=None, help="Where the text is; null: text.")
     flags.add_argument("--label_column", type=str | None, default=None, help="Where the class is; null: label.")
+    flags.add_argument(
+        "--max_length",
+        type=Annotated[int, Ge(2)] | None,
+        default=128,
+        help="Most tokens of an example; longer texts are cut, longer answers refused. null: any length.",
+    )
     config = flags.parse_args(argv)
     required(config, "ckpt_path", "support", "output")
     path, output = Path(config.ckpt_path), Path(config.output)
@@ -55,12 +63,18 @@ def adapt_command(argv: list[str]) -> None:
         base=config.get("model.base"),
         text_column=config.text_column,
         label_column=config.label_column,
+        max_length=config.max_length,
     )
     seconds = time.perf_counter() - begin
+    writes = module.task == "causal_lm"
+    if writes and texts:
+        raise Refusal("--predict classifies texts, and this checkpoint learned to write; leave it out, and generate.")
     saved = save(module, output)
-    labels = ", ".join(module.view.labels)
-    print(f"{saved}: a classifier of {labels}, adapted in {seconds:.1f} s, loading included.")
-    if texts:
+    what = "a language model" if writes else f"a classifier of {', '.join(module.view.labels)}"
+    print(f"{saved}: {what}, adapted in {seconds:.1f} s, loading included.")
+    if writes:
+        print(f"lightning-ft generate --ckpt_path {saved} --prompt TEXT writes with it.")
+    elif texts:
         lines = [
             json.dumps({"text": text, "label": label, "probability": round(probability, 4)}, ensure_ascii=False)
             for text, (label, probability) in zip(texts, classify(module, texts), strict=True)

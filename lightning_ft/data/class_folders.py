@@ -10,7 +10,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from lightning_ft.data.episode_draw import refuse_shared, split_classes
+from lightning_ft.data.episode_draw import Draw, refuse_shared, split_classes
+from lightning_ft.engine.episodes import Episode, Rows
 from lightning_ft.functional.errors import Refusal
 
 IMAGES = (".png", ".jpg", ".jpeg", ".bmp", ".webp", ".gif", ".ppm")
@@ -96,6 +97,15 @@ class FileReader:
             items.append(item)
         stacked = torch.from_numpy(np.stack(items))
         return stacked.float() / 255 if stacked.dtype == torch.uint8 else stacked
+
+    def episodes(self, files: Sequence[Path], draws: Sequence[Draw]) -> Episode:
+        """Episodes in one, of files by their number."""
+        sides = []
+        for side in ("support", "query"):
+            x = torch.stack([self.batch([files[n] for n in getattr(draw, side)]) for draw in draws])
+            y = torch.stack([torch.from_numpy(getattr(draw, f"{side}_labels")) for draw in draws])
+            sides.append(Rows(x, y))
+        return Episode(*sides)
 
     def _item(self, file: Path) -> np.ndarray:
         suffix = file.suffix.lower()

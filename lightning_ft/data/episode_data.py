@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import numpy as np
-import torch
 from annotated_types import Ge
 
 from lightning_ft.data.class_folders import FileReader, files_of_splits
@@ -20,6 +19,7 @@ from lightning_ft.data.mixture import Files
 from lightning_ft.data.named_files import Split
 from lightning_ft.data.preview import Preview
 from lightning_ft.data.task_functions import DrawnTasks
+from lightning_ft.data.text_tasks import TextTasks
 from lightning_ft.data.token_rows import BadRows, Report, Truncation
 from lightning_ft.engine.arguments import check_arguments
 from lightning_ft.engine.episodes import Episode, Rows
@@ -47,7 +47,9 @@ class EpisodeData(ClassTexts):
         test_classes: likewise for test.
         tasks: instead of a path, a function by its dotted path, such as ``lightning_ft.data.sinusoids.sinusoids``:
             ``(rng, count, **tasks_args)`` gives support x and y, query x and y of ``count`` tasks, arrays with a first axis of
-            tasks, drawn from the `numpy.random.Generator` alone.
+            tasks, drawn from the `numpy.random.Generator` alone. For a language model (``task: causal_lm``) a list of ``count``
+            dictionaries with ``support`` and ``query``, lists of rows with the columns of `SFTData`, such as
+            ``lightning_ft.data.reasoning_tasks.reasoning_tasks``; query rows that stand in the support are left out.
         tasks_args: arguments of that function.
         eval_tasks_args: those that differ in validation and test.
         way: classes of an episode.
@@ -164,6 +166,7 @@ class EpisodeData(ClassTexts):
         self.cache_dir = cache_dir
         self._asked: Asked | None = None
         self._made: dict[Split, Callable[[int, np.ndarray], tuple[Episode, ...] | Episode]] = {}
+        self._tasks: dict[Split, DrawnTasks] = {}
         self.pools: dict[Split, dict[str, np.ndarray]] = {}
         self.check()
 
@@ -192,9 +195,12 @@ class EpisodeData(ClassTexts):
     @property
     def has_classes(self) -> bool:
         """Whether targets are classes, not numbers."""
-        if self.tasks is None:
-            return True
-        return DrawnTasks(self._function(), self.tasks_args or {}, (0,), self.tasks).has_classes
+        return self.tasks is None or self._drawn("train").has_classes
+
+    @property
+    def writes(self) -> bool:
+        """Whether targets are answers that a language model is to write."""
+        return self.tasks is not None and self._drawn("train").of_texts
 
     # -- Lightning's hooks ----------------------------------------------------------------------------------------------
 
@@ -240,6 +246,11 @@ class EpisodeData(ClassTexts):
         """As for test."""
         return self.test_dataloader()
 
+    def in_order(self) -> dict[Split, EpisodeLoader]:  # type: ignore[override]
+        """The first epoch's episodes of every split that there is, whatever epochs came since: to measure them."""
+        counts: dict[Split, int] = {"train": self.episodes, "val": self.val_episodes, "test": self.test_episodes}
+        return {split: self._eval(split, count) for split, count in counts.items() if self._has(split)}
+
     def _eval(self, split: Split, episodes: int) -> EpisodeLoader:
         made = self._get_made(split)
         return EpisodeLoader(
@@ -274,13 +285,25 @@ class EpisodeData(ClassTexts):
         if split in self._made or not self._has(split):
             return
         if self.tasks is not None:
-            given = {**(self.tasks_args or {}), **((self.eval_tasks_args or {}) if split != "train" else {})}
-            drawn = DrawnTasks(self._function(), given, (self._seed, _STREAMS[split]), self.tasks)
-            self._made[split] = drawn.episodes
+            drawn = self._drawn(split)
+            if drawn.of_texts:
+                texts = TextTasks(
+                    drawn, self.resolve_tokenizer(), max_length=self.max_length, truncation=self.truncation
+                )
+                self._made[split] = texts.episodes
+            else:
+                self._made[split] = drawn.episodes
         elif self.folders:
             self._prepare_folders(split)
         else:
             self._prepare_texts(split)
+
+    def _drawn(self, split: Split) -> DrawnTasks:
+        if split not in self._tasks:
+            assert self.tasks is not None
+            given = {**(self.tasks_args or {}), **((self.eval_tasks_args or {}) if split != "train" else {})}
+            self._tasks[split] = DrawnTasks(self._function(), given, (self._seed, _STREAMS[split]), self.tasks)
+        return self._tasks[split]
 
     def _function(self) -> Callable[..., Any]:
         assert self.tasks is not None
@@ -324,16 +347,7 @@ class EpisodeData(ClassTexts):
         self.pools[split] = self._checked(pools, split)
         reader = FileReader(image_size=self.image_size, channels=self.channels)
 
-        def made(epoch: int, numbers: np.ndarray) -> Episode:
-            draws = self._draws(split, epoch, numbers)
-            sides = []
-            for side in ("support", "query"):
-                x = torch.stack([reader.batch([items[n] for n in getattr(draw, side)]) for draw in draws])
-                y = torch.stack([torch.from_numpy(getattr(draw, f"{side}_labels")) for draw in draws])
-                sides.append(Rows(x, y))
-            return Episode(*sides)
-
-        self._made[split] = made
+        self._made[split] = lambda epoch, numbers: reader.episodes(items, self._draws(split, epoch, numbers))
 
     # -- texts ----------------------------------------------------------------------------------------------------------------
 
@@ -346,13 +360,10 @@ class EpisodeData(ClassTexts):
         self.pools[split] = self._checked(pools, split)
         self._rows[split] = rows
 
-        def made(epoch: int, numbers: np.ndarray) -> tuple[Episode, ...]:
-            return tuple(
-                Episode(self.side(rows, d.support, d.support_labels), self.side(rows, d.query, d.query_labels))
-                for d in self._draws(split, epoch, numbers)
-            )
-
-        self._made[split] = made
+        self._made[split] = lambda epoch, numbers: tuple(
+            Episode(self.side(rows, d.support, d.support_labels), self.side(rows, d.query, d.query_labels))
+            for d in self._draws(split, epoch, numbers)
+        )
 
     def everything(self) -> tuple[Rows, list[str]]:
         """All rows of ``path`` as one support set, and the names of its classes in the order of their labels."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from typing import Any
 
 import numpy as np
@@ -20,7 +20,8 @@ class DrawnTasks:
     """The tasks of a split.
 
     Args:
-        function: ``(rng, count, **arguments) -> support x, support y, query x, query y``, arrays (count, ...).
+        function: ``(rng, count, **arguments) -> support x, support y, query x, query y``, arrays (count, ...); or a list of
+            ``count`` dictionaries of support and query rows, see `TextTasks`.
         arguments: of the function.
         key: of the split.
         said: how the user named the function.
@@ -30,30 +31,49 @@ class DrawnTasks:
         self, function: Callable[..., Any], arguments: Mapping[str, Any], key: tuple[int, ...], said: str
     ) -> None:
         self.function, self.arguments, self.key, self.said = function, dict(arguments), key, said
+        # A block ends within a batch, as a rule: the last few are kept.
+        self._raw = lru_cache(maxsize=4)(self._called)
         self._block = lru_cache(maxsize=4)(self._made)
 
     def episodes(self, epoch: int, numbers: np.ndarray) -> Episode:
         """These episodes of an epoch, stacked."""
+        blocks = numbers // BLOCK
         parts = []
-        for block in np.unique(numbers // BLOCK).tolist():
-            inside = torch.from_numpy(numbers[numbers // BLOCK == block] % BLOCK)
+        for block in sorted(set(blocks.tolist())):
+            inside = torch.from_numpy(numbers[blocks == block] % BLOCK)
             parts.append([array[inside] for array in self._block(epoch, block)])
         xs, ys, xq, yq = (torch.cat(arrays) if len(arrays) > 1 else arrays[0] for arrays in zip(*parts, strict=True))
         return Episode(Rows(xs, ys), Rows(xq, yq))
 
-    @property
-    def has_classes(self) -> bool:
-        """Whether targets are classes."""
-        return not self._block(0, 0)[1].is_floating_point()
+    def task(self, epoch: int, number: int) -> Any:
+        """One task as the function gave it, where it gives a list of them."""
+        return self._raw(epoch, number // BLOCK)[number % BLOCK]
 
-    def _made(self, epoch: int, block: int) -> list[torch.Tensor]:
+    @cached_property
+    def of_texts(self) -> bool:
+        """Whether the function gives rows of prompts and answers, not arrays."""
+        made = self._raw(0, 0)
+        return isinstance(made, list) and bool(made) and isinstance(made[0], Mapping)
+
+    @cached_property
+    def has_classes(self) -> bool:
+        """Whether targets are classes (tokens are)."""
+        return self.of_texts or not self._block(0, 0)[1].is_floating_point()
+
+    def _called(self, epoch: int, block: int) -> Any:
         rng = np.random.Generator(np.random.PCG64(np.random.SeedSequence([*self.key, epoch, block])))
         try:
-            made = [np.asarray(array) for array in self.function(rng, BLOCK, **self.arguments)]
+            made = self.function(rng, BLOCK, **self.arguments)
         except TypeError as error:
             raise Refusal(
                 f"tasks {self.said!r} cannot be called with (rng, count) and tasks_args {self.arguments}: {error}."
             ) from error
+        if isinstance(made, list) and len(made) != BLOCK:
+            raise Refusal(f"tasks {self.said!r} must give {BLOCK} tasks where asked for {BLOCK}; it gave {len(made)}.")
+        return made
+
+    def _made(self, epoch: int, block: int) -> list[torch.Tensor]:
+        made = [np.asarray(array) for array in self._called(epoch, block)]
         if len(made) != 4 or any(len(array) != BLOCK for array in made) or len(made[0][0]) != len(made[1][0]):
             shapes = [array.shape for array in made]
             raise Refusal(

@@ -85,6 +85,8 @@ class AdaptingModule(EpisodeModule):
     def _head(self) -> set[int]:
         if self.base is None:
             return {id(p) for p in parameters_named(self.model, ["head"]).values()}
+        if self.writes:
+            return {id(p) for p in self.view.head_parameters()}
         own = dict(self.model.named_parameters())
         return {id(own[name]) for name in self.view.head_parameter_names()}
 
@@ -129,8 +131,10 @@ class AdaptingModule(EpisodeModule):
 
         def loss_of(weights: Weights) -> Tensor:
             with attention(), guard():
-                losses = row_losses(self.inner_loss, self.outputs(weights, support.inputs), support.targets)
-            loss = losses.mean()
+                outputs = self.outputs(weights, support.inputs)
+            if not (transform or self._looked_at):
+                check_outputs(outputs, support.targets, owner)
+            loss = row_losses(self.inner_loss, outputs, support.targets).mean()
             if not (transform or self._looked_at):
                 check_graph(loss, owner)
                 self._looked_at = True
@@ -222,6 +226,11 @@ class AdaptingModule(EpisodeModule):
                     of_step[step] = self.measure(self.outputs(weights, episode.query.inputs), episode.query.targets)
         return torch.stack([*of_step[self.steps], *(value for step in steps for value in of_step[step])]).detach()
 
+    def _said(self, episode: Episode) -> Tensor:
+        weights = self.adapt(episode.support)
+        with torch.no_grad():
+            return self.outputs(weights, episode.query.inputs)
+
     def measure(self, outputs: Tensor, targets: Tensor) -> list[Tensor]:
         """The mean loss of rows, and of classes the share that is right."""
         losses = row_losses(self.outer_loss, outputs, targets).mean()
@@ -309,6 +318,22 @@ def mapped(function: Callable[[Episode], Any], stacked: Episode) -> Any:
     return torch.vmap(one)(*tensors)
 
 
+def check_outputs(outputs: Tensor, targets: Tensor, owner: str) -> None:
+    """Refuses a net with fewer outputs than an episode has classes.
+
+    Raises:
+        Refusal: ``MAML.net gives 2 outputs, and the episodes have 5 classes; ...``
+    """
+    if targets.is_floating_point() or outputs.ndim < 2:
+        return
+    classes = int(targets.max()) + 1
+    if outputs.shape[-1] < classes:
+        raise Refusal(
+            f"{owner}.net gives {outputs.shape[-1]} outputs, and the episodes have {classes} classes; give it an output for each, "
+            f"or set data.way to {outputs.shape[-1]}."
+        )
+
+
 def check_steps(owner: str, eval_steps: Sequence[int] | None) -> None:
     """Refuses numbers of steps that are none.
 
@@ -319,4 +344,4 @@ def check_steps(owner: str, eval_steps: Sequence[int] | None) -> None:
         raise Refusal(f"{owner}.eval_steps must be numbers of steps, 0 or more, got {eval_steps}.")
 
 
-__all__ = ["AdaptingModule", "Inner", "Tasks", "check_steps", "mapped", "right"]
+__all__ = ["AdaptingModule", "Inner", "Tasks", "check_outputs", "check_steps", "mapped", "right"]

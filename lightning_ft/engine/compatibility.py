@@ -65,6 +65,7 @@ WORDS = {
     "weight_averaging": "Lightning's weight averaging",
     "quantised": "a quantised base",
     "mismatched_answers": "a loss over mismatched answers (KTO)",
+    "episodes": "learning from episodes (MAML, Reptile, ProtoNet)",
     "bitsandbytes_precision": "Lightning's BitsandbytesPrecision",
     "time_saves_in_window": "ModelCheckpoint.train_time_interval with accumulation on several ranks",
 }
@@ -102,6 +103,18 @@ RULES = (
         frozenset(),
         "FSDP2 shards packed weights without what unpacks them, and trains on garbage without an error",
         "use ddp, or FSDP2 without quantize",
+    ),
+    Rule(
+        frozenset({"episodes", "fsdp2"}),
+        frozenset(),
+        "a task's weights would have to be gathered and kept whole at every inner step",
+        "use ddp",
+    ),
+    Rule(
+        frozenset({"episodes", "fp16"}),
+        frozenset(),
+        "the gradients of inner steps never pass the scaler",
+        "use bf16-mixed or 32-true",
     ),
     Rule(
         frozenset({"bitsandbytes_precision"}),
@@ -158,6 +171,8 @@ def situation(trainer: pl.Trainer, module: pl.LightningModule) -> Situation:
         words.add("bitsandbytes_precision")
     if isinstance(getattr(module, "quantize", None), str) or has_packed_weights(module):
         words.add("quantised")
+    if getattr(module, "learns_from_episodes", False):
+        words.add("episodes")
     if getattr(module, "wants_mismatched", False):
         words.add("mismatched_answers")
     if not module.automatic_optimization:

@@ -3,22 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, Literal
 
 import torch
-from lightning.pytorch.strategies import ModelParallelStrategy
 from torch import Tensor, nn
 
 from lightning_ft.engine.answers import no_dropout
 from lightning_ft.engine.arguments import arguments_of
 from lightning_ft.engine.attachment import Attachment
 from lightning_ft.engine.batch import Batch
-from lightning_ft.engine.compatibility import situation
 from lightning_ft.engine.episode_evaluation import EpisodeMeans
 from lightning_ft.engine.episodes import Episode, MetaBatch
+from lightning_ft.engine.likelihood import Ask
 from lightning_ft.engine.module import DtypePolicy, FineTuningModule, OptimizerFactory
 from lightning_ft.engine.optimizer import Schedule
-from lightning_ft.engine.scoring import row_logits
+from lightning_ft.engine.scoring import row_logits, scored_hidden
 from lightning_ft.engine.terms import Term
 from lightning_ft.functional.errors import Refusal
 from lightning_ft.functional.inner_loop import with_gradients
@@ -28,14 +27,19 @@ NET_LR = 1e-3
 """Rate of a net that is trained from nothing: Adam's own default, and that of Finn et al., 2017, for the sinusoids."""
 
 
+EpisodeTask = Literal["sequence_classification", "causal_lm"]
+
+
 class EpisodeModule(FineTuningModule):
     """A module whose batches are episodes: subclasses say what a step learns, and what is measured of an episode.
 
     Attributes:
-        whole_weights: whether a step needs parameters that are not sharded.
+        learns_from_episodes: tells the rules of `lightning_ft.engine.compatibility`.
+        no_likelihood: why a task has none whose gradient a step takes; None where it has one.
     """
 
-    whole_weights = True
+    learns_from_episodes = True
+    no_likelihood: str | None = None
     way: int | None
 
     def __init__(
@@ -53,6 +57,7 @@ class EpisodeModule(FineTuningModule):
         trust_remote_code: bool,
         revision: str | None,
         quantize: Mode | None,
+        task: EpisodeTask = "sequence_classification",
     ) -> None:
         super().__init__(
             base or "",
@@ -68,7 +73,7 @@ class EpisodeModule(FineTuningModule):
             revision=revision,
             quantize=quantize,
         )
-        self.task = "sequence_classification"
+        self.task = task
         self.base = base  # type: ignore[assignment]
         self.model = net
         self.evaluation: EpisodeMeans | None = None
@@ -84,8 +89,17 @@ class EpisodeModule(FineTuningModule):
             )
         if self.base is not None and self.model is not None:
             raise Refusal(f"{name} takes base or net, not both; leave one of them out.")
+        if self.writes and self.base is None:
+            raise Refusal(f"{name}.task causal_lm is for a base that writes text; leave it out for a net.")
+        if self.writes and (self.way is not None or self.head_lr is not None):
+            raise Refusal(f"{name}.way and head_lr belong to classes, and the task is causal_lm; leave them out.")
         if self.quantize is not None and self.base is None:
             raise Refusal(f"{name}.quantize packs a base that is loaded; pack your net before you give it (quantize_).")
+
+    @property
+    def writes(self) -> bool:
+        """Whether answers are texts, scored token by token, not classes or numbers."""
+        return self.task == "causal_lm"
 
     @property
     def net(self) -> nn.Module | None:
@@ -96,7 +110,7 @@ class EpisodeModule(FineTuningModule):
     def resolved_arguments(self) -> dict[str, Any]:
         """With the number of classes, which was the data's to say."""
         arguments = arguments_of(self)
-        if self.base is not None and self.model is not None and "way" in arguments:
+        if self.base is not None and self.model is not None and "way" in arguments and not self.writes:
             arguments["way"] = self.way or getattr(self.datamodule, "way", None) or self._outputs()
         return arguments
 
@@ -112,6 +126,7 @@ class EpisodeModule(FineTuningModule):
 
     def configure_model(self) -> None:
         """Loads the base, or takes the net."""
+        self._check_rows()
         if self.base is not None:
             super().configure_model()
         else:
@@ -119,8 +134,22 @@ class EpisodeModule(FineTuningModule):
         if self.evaluation is None:
             self.evaluation = EpisodeMeans(self._measured())
 
+    def _check_rows(self) -> None:
+        """Refuses rows that are no episodes, and episodes of classes for a task that writes, and the other way round."""
+        theirs, name = getattr(self.datamodule, "writes", None), type(self).__name__
+        given = type(self.datamodule)
+        if theirs is None and given.__module__.startswith("lightning_ft."):
+            raise Refusal(f"{name} learns from episodes, and {given.__name__} gives rows; use EpisodeData.")
+        if self.base is not None and theirs is not None and theirs != self.writes:
+            raise Refusal(
+                f"{name} learns to {'write answers' if self.writes else 'tell classes apart'}, and the episodes have "
+                f"{'answers to write; set model.task to causal_lm' if theirs else 'none to write; leave model.task out'}."
+            )
+
     def _classes(self) -> tuple[list[str] | None, bool]:
         """As many as an episode has, without names: each episode deals them anew."""
+        if self.writes:
+            return None, False
         way = self.way or getattr(self.datamodule, "way", None)
         theirs = getattr(self.datamodule, "way", None)
         name = type(self).__name__
@@ -132,7 +161,6 @@ class EpisodeModule(FineTuningModule):
 
     def register(self, attachment: Attachment) -> None:
         """The base's own edits, and no dropout: two passes over one row must be of one function."""
-        self._refuse_place()
         if self.base is not None:
             super().register(attachment)
         name = type(self).__name__
@@ -145,21 +173,6 @@ class EpisodeModule(FineTuningModule):
                 )
         attachment.edit("hooks", "no dropout", no_dropout)
         attachment.edit("hooks", "episodes", lambda module: self._prepare(), order=1)
-
-    def _refuse_place(self) -> None:
-        if self._trainer is None or not self.whole_weights:
-            return
-        where, name = situation(self._trainer, self).words, type(self).__name__
-        if isinstance(self._trainer.strategy, ModelParallelStrategy):
-            raise Refusal(
-                f"{name} cannot work with FSDP2, because a task's weights would have to be gathered and kept whole at every inner "
-                "step; use ddp."
-            )
-        if "fp16" in where:
-            raise Refusal(
-                f"{name} cannot work with fp16 gradient scaling, because the inner gradients never pass the scaler; use "
-                "bf16-mixed or 32-true."
-            )
 
     def _prepare(self) -> None:
         """What is to be found and checked once everything is injected."""
@@ -174,12 +187,16 @@ class EpisodeModule(FineTuningModule):
     # -- rows -----------------------------------------------------------------------------------------------------------
 
     def forward(self, inputs: Tensor | Batch) -> Tensor:
-        """Outputs of rows: (S, C) logits in fp32, or whatever the net gives."""
+        """Outputs of rows: (S, C) logits in fp32; (N, V) of scored tokens where answers are written; what a net gives."""
         if isinstance(inputs, Batch):
             if self.base is None:
                 raise Refusal(
                     f"{type(self).__name__}.net takes tensors, and these episodes are texts; give a base instead."
                 )
+            if self.writes:
+                # The plain way to logits, since what saves their memory elsewhere is differentiable once.
+                logits = self.view.logits(scored_hidden(self.view, inputs))
+                return logits.to(torch.promote_types(logits.dtype, torch.float32))  # type: ignore[no-any-return]
             return row_logits(self.view, inputs)
         if self.base is not None:
             raise Refusal(f"{self.base} reads texts, and these episodes are tensors; give a net instead.")
@@ -251,6 +268,54 @@ class EpisodeModule(FineTuningModule):
         assert self.evaluation is not None
         self.evaluation.update(found)
 
+    def predict_step(self, batch: MetaBatch, batch_idx: int) -> dict[str, Tensor]:
+        """What is said of each episode's query rows, by what was made of its support rows.
+
+        Returns:
+            ``episode`` (N,), the episode of the batch that a query row belongs to (of answers to write, a scored token); and of
+            classes ``probabilities`` (N, C), of answers ``logprob`` (N,), of numbers ``value`` (N, ...).
+        """
+        with torch.inference_mode(False), torch.enable_grad():
+            episodes = batch.apply(torch.clone).episodes()
+            said = [self._said(episode).detach() for episode in episodes]
+        if not said:
+            return {"episode": torch.zeros(0, dtype=torch.int64, device=self.device)}
+        owner = torch.arange(len(said), device=self.device).repeat_interleave(
+            torch.tensor([len(one) for one in said], device=self.device)
+        )
+        outputs = torch.cat(said)
+        if self.writes:
+            targets = torch.cat([episode.query.targets for episode in episodes])
+            return {"episode": owner, "logprob": outputs.log_softmax(-1).gather(-1, targets[:, None])[:, 0]}
+        if episodes[0].query.targets.is_floating_point():
+            return {"episode": owner, "value": outputs}
+        return {"episode": owner, "probabilities": outputs.softmax(-1)}
+
+    def _said(self, episode: Episode) -> Tensor:
+        """(N, ...) outputs for the query rows of an episode."""
+        raise NotImplementedError
+
+    def likelihood(self, batch: MetaBatch, ask: Ask) -> Tensor:
+        """What continual learning asks of each task, (E,): an example is a task, with all its query rows.
+
+        Its gradient is the one that a step takes of the task, whatever it goes through. See `lightning_ft.engine.likelihood`.
+        """
+        episodes = batch.episodes()
+        with ask.examples():  # a layer's inputs say nothing of it: gradients go through the support rows too
+            said = [self._said_with_gradient(episode) for episode in episodes]
+        targets = [episode.query.targets for episode in episodes]
+        if targets[0].is_floating_point():
+            values = torch.stack([one.flatten() for one in said])
+            # The mean squared error of a row is minimised, not half of it.
+            return ask.of_values(values, torch.stack([one.flatten() for one in targets]), variance=0.5)
+        counts = torch.tensor([len(one) for one in targets], device=self.device)
+        owner = torch.arange(len(said), device=self.device).repeat_interleave(counts)
+        return ask.of_logits(torch.cat(said), torch.cat(targets), owner)
+
+    def _said_with_gradient(self, episode: Episode) -> Tensor:
+        """The same with the graph through which a step learns."""
+        return self._said(episode)
+
     def on_validation_epoch_end(self) -> None:
         """Computes and forgets what a validation measured."""
         self._log_evaluation("val")
@@ -269,9 +334,11 @@ class EpisodeModule(FineTuningModule):
             self.log(f"{stage}/{name}", mean, prog_bar=shown, rank_zero_only=False)
             self.log(f"{stage}/{name}_ci95", half, rank_zero_only=False)
 
-    def generate(self, *_: Any, **__: Any) -> list[str]:
-        """Refused: what is learned from episodes gives classes or numbers."""
+    def generate(self, *prompts: Any, **options: Any) -> list[str]:
+        """Answers by the model as it is, of a task that writes; refused where classes or numbers were learned."""
+        if self.writes:
+            return super().generate(*prompts, **options)
         raise Refusal(f"{type(self).__name__} gives classes or numbers and writes no text; use adapt.")
 
 
-__all__ = ["NET_LR", "EpisodeModule"]
+__all__ = ["NET_LR", "EpisodeModule", "EpisodeTask"]

@@ -20,7 +20,7 @@ class Rows:
 
     Attributes:
         inputs: (S, ...) numbers for a net, or a padded `Batch` of token rows for a base.
-        targets: (S,) int64 classes from 0 to way - 1, or (S, ...) float values.
+        targets: (S,) int64 classes from 0 to way - 1, or (S, ...) float values; of answers to write (N,) int64, the tokens.
     """
 
     inputs: Tensor | Batch

@@ -24,6 +24,7 @@ import torch.nn.functional as F  # noqa: N812 (the name everybody reads)
 from torch import Tensor
 
 from lightning_ft.engine.batch import Batch
+from lightning_ft.engine.episodes import MetaBatch
 from lightning_ft.functional import token_scores
 from lightning_ft.functional.chosen_labels import draw, normal
 from lightning_ft.functional.embedding_noise import row_generator
@@ -303,6 +304,8 @@ def keys_of(batch: Any, first: int, step: int) -> list[int]:
     """
     if isinstance(batch, Batch):
         return batch.rows.tolist()
+    if isinstance(batch, MetaBatch):
+        return [first + step * i for i in range(int(batch.counts["task"]))]
     rows = next((len(one) for one in _tensors(batch) if one.dim()), 0)
     return [first + step * i for i in range(rows)]
 

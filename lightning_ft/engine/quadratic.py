@@ -58,6 +58,11 @@ class QuadraticPenalty(Technique):
         self._measured_at = -1
         self._saved = True
 
+    @property
+    def asks(self) -> bool:
+        """Whether importances are measured by what a module says of examples (`lightning_ft.engine.likelihood`)."""
+        return True
+
     # -- for subclasses -----------------------------------------------------------------------------------------------
 
     @abstractmethod
@@ -95,6 +100,12 @@ class QuadraticPenalty(Technique):
         if not attachment.installed and attachment._trainer is None:
             return  # `lightning_ft.load` only rebuilds what was trained
         trainer = attachment.trainer
+        why = getattr(attachment.module, "no_likelihood", None)
+        if self.asks and why:
+            raise Refusal(
+                f"{type(self).__name__} measures what matters by the likelihood of each task, and "
+                f"{type(attachment.module).__name__} {why}; use si, or ewc with importance uniform."
+            )
         if hasattr(getattr(trainer, "datamodule", None), "tells_tasks"):
             require_tasks(trainer, type(self).__name__)
         if trainer.state.fn == "fit" and trainer.ckpt_path is None and self.load_from is not None and self._is_new:

@@ -49,6 +49,12 @@ def auto_class(model: nn.Module) -> str:
     return _AUTO_CLASSES.get(task_type(model) or "", "AutoModel")
 
 
+def adapter_task(model: nn.Module) -> str | None:
+    """What PEFT is told that an adapter is for: it looks for a trained head beside one that classifies, so nothing without one."""
+    found = task_type(model)
+    return None if found in ("SEQ_CLS", "TOKEN_CLS") and not trained_head(model) else found
+
+
 def trained_head(model: nn.Module) -> list[str]:
     """Pristine names of the modules of a classification head (and of a pooler) that are trained in full.
 

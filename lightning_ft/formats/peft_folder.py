@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from lightning_ft.formats.atomic import write_folder
-from lightning_ft.formats.heads import task_type, trained_head
+from lightning_ft.formats.heads import adapter_task, task_type, trained_head
 from lightning_ft.formats.peft_reading import CONFIG_FILE, PREFIX, WEIGHTS_FILE
 from lightning_ft.functional.errors import Refusal
 from lightning_ft.nn.registry import base_name, injected_layers, innermost, pristine_modules
@@ -28,7 +28,8 @@ def common_config(model: nn.Module, peft_type: str, base_model_name: str | None)
     """Return the keys of ``adapter_config.json`` that all kinds of adapters have."""
     return {
         "peft_type": peft_type,
-        "task_type": task_type(model),
+        # A prefix or prompt is put in by the class that PEFT takes for a task, a head or none.
+        "task_type": task_type(model) if peft_type in ("PREFIX_TUNING", "PROMPT_TUNING") else adapter_task(model),
         "base_model_name_or_path": base_model_name
         or getattr(getattr(model, "config", None), "_name_or_path", None)
         or None,

@@ -95,7 +95,8 @@ class LinearProbe(EmbeddingModule):
         """Refused."""
         raise Refusal("LinearProbe learns nothing from episodes; run validate or test.")
 
-    def _measure_one(self, episode: Episode) -> Tensor:
+    def _said(self, episode: Episode) -> Tensor:
+        """(N, C) logits in float64."""
         support, query = episode.support, episode.query
         if support.targets.is_floating_point():
             raise Refusal("LinearProbe tells classes apart, and the targets of these episodes are numbers.")
@@ -105,6 +106,9 @@ class LinearProbe(EmbeddingModule):
             x, q = F.normalize(x, dim=-1), F.normalize(q, dim=-1)
         classes = int(support.targets.max()) + 1
         weight, bias = logistic_regression(x, support.targets, classes, penalty=self.penalty)
-        logits = q.double() @ weight.t() + bias
+        return q.double() @ weight.t() + bias
+
+    def _measure_one(self, episode: Episode) -> Tensor:
+        logits, query = self._said(episode), episode.query
         right = (logits.argmax(-1) == query.targets).double().mean()
         return torch.stack([F.cross_entropy(logits, query.targets), right])

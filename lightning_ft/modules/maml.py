@@ -8,6 +8,7 @@ from annotated_types import Ge, Gt
 from torch import Tensor, nn
 
 from lightning_ft.engine.adapting import AdaptingModule, Inner, Tasks, check_steps, mapped, right
+from lightning_ft.engine.episode_module import EpisodeTask
 from lightning_ft.engine.episodes import Episode, MetaBatch
 from lightning_ft.engine.module import DtypePolicy, OptimizerFactory
 from lightning_ft.engine.optimizer import Schedule
@@ -28,10 +29,12 @@ class MAML(AdaptingModule):
     What is trained outside is decided by callbacks (all parameters when there is none), what adapts inside by ``inner``.
 
     Args:
-        base: the model to start from, for texts: ``starter:minilm-l6``, a local folder, or a Hugging Face id; it gets a new head
-            of as many classes as an episode has. None: see ``net``.
+        base: the model to start from, for texts: ``starter:minilm-l6``, a local folder, or a Hugging Face id; to classify it gets
+            a new head of as many classes as an episode has. None: see ``net``.
         net: any torch module instead, for tensors and images.
-        way: classes of an episode; None: as the data have. Of a base only.
+        task: what a base predicts: ``sequence_classification``, the class of a text; ``causal_lm``, the tokens of an answer, each
+            counting the same, from episodes of prompts and answers.
+        way: classes of an episode; None: as the data have. Of a base that classifies only.
         order: 2 differentiates through the inner steps (MAML); 1 takes the inner gradients for constants (FOMAML), at less than
             half the time and memory, and much less exact after several steps.
         steps: inner steps k in training.
@@ -92,6 +95,7 @@ class MAML(AdaptingModule):
         base: str | None = None,
         *,
         net: nn.Module | None = None,
+        task: EpisodeTask = "sequence_classification",
         way: Annotated[int, Ge(2)] | None = None,
         order: Order = 2,
         steps: Annotated[int, Ge(1)] = 1,
@@ -128,6 +132,7 @@ class MAML(AdaptingModule):
             trust_remote_code=trust_remote_code,
             revision=revision,
             quantize=quantize,
+            task=task,
         )
         self.way = way
         self.order = order
@@ -180,17 +185,18 @@ class MAML(AdaptingModule):
             stacked = batch.stacked
             assert stacked is not None
             losses, hits = mapped(lambda episode: self._task(episode, transform=True), stacked)
-            total, correct = losses.sum(), hits.sum()
+            total, correct = losses.sum(), hits.sum() if self.classifies else None
         else:
             total, correct = self.accumulated(batch, self._with_gradients)
-        return self._hand_over("maml", batch, total, correct if self.classifies else None)
+            correct = correct if self.classifies else None
+        return self._hand_over("maml", batch, total, correct)
 
     def _with_gradients(self, episode: Episode) -> tuple[Tensor, Sequence[Tensor | None], Tensor]:
         loss, hits = self._task(episode, transform=False)
         return loss, torch.autograd.grad(loss, self.trained(), allow_unused=True), hits
 
     def _task(self, episode: Episode, *, transform: bool) -> tuple[Tensor, Tensor]:
-        """(query loss after adapting, share of the query rows that are right)."""
+        """(query loss after adapting, share of the query rows that are right: of numbers some number that nobody reads)."""
         weights_of = self._step_weights()
         run = self.adapted(episode.support, steps=self.steps, order=self.order, transform=transform)
         total, hits = None, None
@@ -199,11 +205,16 @@ class MAML(AdaptingModule):
             if not share:
                 continue
             outputs = self.outputs(weights, episode.query.inputs)
-            loss = share * row_losses(self.outer_loss, outputs, episode.query.targets).mean()
+            loss = row_losses(self.outer_loss, outputs, episode.query.targets).mean()
+            loss = loss if share == 1.0 else share * loss
             total = loss if total is None else total + loss
-            hits = right(outputs.detach(), episode.query.targets).mean() if self.classifies else loss.detach() * 0
+            hits = right(outputs.detach(), episode.query.targets).mean() if self.classifies else loss.detach()
         assert total is not None and hits is not None
         return total, hits
+
+    def _said_with_gradient(self, episode: Episode) -> Tensor:
+        *_, weights = self.adapted(episode.support, steps=self.steps, order=self.order)
+        return self.outputs(weights, episode.query.inputs)
 
     def _step_weights(self) -> dict[int, float]:
         if not self.multi_step:

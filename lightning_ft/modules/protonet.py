@@ -104,7 +104,7 @@ class ProtoNet(EmbeddingModule):
         loss, hits = self._task(episode)
         return loss, torch.autograd.grad(loss, Attachment.of(self).trained(), allow_unused=True), hits
 
-    def _task(self, episode: Episode) -> tuple[Tensor, Tensor]:
+    def _said(self, episode: Episode) -> Tensor:
         support, query = episode.support, episode.query
         if support.targets.is_floating_point():
             raise Refusal(
@@ -112,8 +112,11 @@ class ProtoNet(EmbeddingModule):
             )
         classes = int(support.targets.max()) + 1
         centres = prototypes(self.embed(support.inputs), support.targets, classes)
-        logits = prototype_logits(self.embed(query.inputs), centres, distance=self.distance, scale=self.scale)
-        return F.cross_entropy(logits, query.targets), (logits.argmax(-1) == query.targets).float().mean()
+        return prototype_logits(self.embed(query.inputs), centres, distance=self.distance, scale=self.scale)
+
+    def _task(self, episode: Episode) -> tuple[Tensor, Tensor]:
+        logits, targets = self._said(episode), episode.query.targets
+        return F.cross_entropy(logits, targets), (logits.argmax(-1) == targets).float().mean()
 
     def _measure_one(self, episode: Episode) -> Tensor:
         with torch.no_grad():

@@ -8,8 +8,9 @@ import torch
 from annotated_types import Ge, Gt
 from torch import Tensor, nn
 
-from lightning_ft.engine.adapting import AdaptingModule, Tasks, check_steps, right
+from lightning_ft.engine.adapting import AdaptingModule, Tasks, check_outputs, check_steps, right
 from lightning_ft.engine.batch import Batch
+from lightning_ft.engine.episode_module import EpisodeTask
 from lightning_ft.engine.episodes import Episode, MetaBatch, Rows
 from lightning_ft.engine.module import DtypePolicy, OptimizerFactory
 from lightning_ft.engine.optimizer import Schedule
@@ -31,7 +32,9 @@ class Reptile(AdaptingModule):
     Args:
         base: the model to start from, for texts, with a new head of as many classes as an episode has. None: see ``net``.
         net: any torch module instead, for tensors and images.
-        way: classes of an episode; None: as the data have. Of a base only.
+        task: what a base predicts: ``sequence_classification``, the class of a text; ``causal_lm``, the tokens of an answer, each
+            counting the same, from episodes of prompts and answers.
+        way: classes of an episode; None: as the data have. Of a base that classifies only.
         steps: inner steps k in training; 5 to 10 in the paper.
         inner_lr: rate of the inner steps.
         inner_optimizer: ``sgd``, or ``adam`` without momentum, as in the paper for images.
@@ -70,12 +73,14 @@ class Reptile(AdaptingModule):
 
     inner = "all"
     order: Order = 1
+    no_likelihood = "takes no gradient of a likelihood: it moves towards where its inner steps end"
 
     def __init__(
         self,
         base: str | None = None,
         *,
         net: nn.Module | None = None,
+        task: EpisodeTask = "sequence_classification",
         way: Annotated[int, Ge(2)] | None = None,
         steps: Annotated[int, Ge(1)] = 5,
         inner_lr: Annotated[float, Gt(0)] = 0.02,
@@ -109,6 +114,7 @@ class Reptile(AdaptingModule):
             trust_remote_code=trust_remote_code,
             revision=revision,
             quantize=quantize,
+            task=task,
         )
         self.way = way
         self.steps = steps
@@ -145,6 +151,8 @@ class Reptile(AdaptingModule):
                     with twice_differentiable():
                         return self._support_loss(fast, rows)
                 with no_checkpointing(owner):
+                    if not self._looked_at:
+                        check_outputs(self.outputs(fast, rows.inputs), rows.targets, owner)
                     loss = self._support_loss(fast, rows)
                 if not self._looked_at:
                     check_graph(loss, owner)
@@ -187,17 +195,25 @@ def in_turn(rows: Rows, step: int, size: int | None) -> Rows:
         step: from 0.
         size: about how many.
     """
-    count = len(rows.targets)
+    count = len(rows.inputs.ids if isinstance(rows.inputs, Batch) else rows.targets)
     if size is None or size >= count:
         return rows
     stride = -(-count // size)
     at = torch.arange(step % stride, count, stride, device=rows.targets.device)
-    inputs: Any = _chosen(rows.inputs, at) if isinstance(rows.inputs, Batch) else rows.inputs[at]
-    return Rows(inputs, rows.targets[at])
+    if isinstance(rows.inputs, Batch):
+        batch = _chosen(rows.inputs, at)
+        return Rows(batch, batch.labels if len(rows.inputs.scored) else rows.targets[at])
+    return Rows(rows.inputs[at], rows.targets[at])
 
 
 def _chosen(batch: Batch, at: Tensor) -> Batch:
-    """Some rows of a padded batch whose rows have a class each."""
+    """Some rows of a padded batch, with their scored tokens."""
     names = ("ids", "positions", "mask", "rows", "targets", "types")
     given = {one.name: getattr(batch, one.name) for one in fields(batch) if one.name in names}
-    return replace(batch, **{name: value[at] for name, value in given.items() if value is not None})
+    chosen: dict[str, Any] = {name: value[at] for name, value in given.items() if value is not None}
+    width, place = batch.ids.shape[1], torch.full((len(batch.ids),), -1, device=at.device)
+    place[at] = torch.arange(len(at), device=at.device)
+    owner = place[batch.segment_of_scored]
+    kept = owner >= 0
+    flat = owner[kept] * width + batch.scored[kept] % width
+    return replace(batch, **chosen, scored=flat, labels=batch.labels[kept], segment_of_scored=owner[kept])

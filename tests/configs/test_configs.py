@@ -120,6 +120,11 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> Callable[[Path], tuple[str
         task = task_of(path)
         if path.stem == "maml_sinusoid":
             return ("--data.val_episodes=4", *SHORT)
+        if path.stem == "maml_lora_reasoning":
+            base = folder / "model-reasoning"
+            if not base.exists():
+                write_model(base, max_position_embeddings=256)
+            return (f"--model.base={base}", "--data.val_episodes=2", "--data.batch_size=1", *SHORT)
         if task == "episodes":
             base, data = folder / "model-episodes", folder / "episodes.csv"
             if not base.exists():

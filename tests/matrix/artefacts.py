@@ -51,9 +51,11 @@ def exported(cell: Cell, module: Any, ground: Path, folder: Path) -> str:
             with pytest.raises(Refusal, match=re.escape(part.unwritten[subject.base])):
                 adapter_files(model, name)
             continue
+        if subject.unused is not None and name in ("prefix", "prompt"):
+            continue  # PEFT reads one of a classifier only beside a trained head
         files = adapter_files(model, name)
         check_adapter(model, name, without_head=True)
-        there, read = _bare(model, ground / subject.base), folder / f"export-{name}"
+        there, read = _bare(model, ground / subject.base, subject.unused is not None), folder / f"export-{name}"
         files.write(read)
         with disabled(model, others) if others else nullcontext():
             if files.format == "PEFT":
@@ -78,9 +80,9 @@ def _start(model: Any, ids: torch.Tensor) -> dict[str, torch.Tensor]:
     return {"decoder_input_ids": ids[:, :4]} if model.config.is_encoder_decoder else {}
 
 
-def _bare(model: Any, folder: Path) -> Any:
+def _bare(model: Any, folder: Path, idle_head: bool) -> Any:
     """The base as others load it, with the frozen weights of this model, which differ where they were packed."""
-    labels = {"num_labels": model.config.num_labels} if trained_head(model) else {}
+    labels = {"num_labels": model.config.num_labels} if trained_head(model) or idle_head else {}
     bare = getattr(hf, auto_class(model)).from_pretrained(folder, dtype=torch.float32, **labels)
     frozen = {base_name(name, model): p for name, p in model.named_parameters() if not p.requires_grad}
     with torch.no_grad():

@@ -69,7 +69,7 @@ def cells() -> list[Cell]:
         Cell(part, subject, placement, checkpointing, packing)
         for part, subject, placement in product(PARTS, SUBJECTS, PLACEMENTS)
         for checkpointing, packing in product((False, True), repeat=2)
-        if not packing or SUBJECTS[subject].packs
+        if (not packing or SUBJECTS[subject].packs) and (not checkpointing or SUBJECTS[subject].recomputes)
     ]
     found += [
         Cell(part, subject, placement, extra=extra)
@@ -105,6 +105,9 @@ def _by_rules(cell: Cell) -> Iterator[str]:
 def _by_needs(cell: Cell) -> Iterator[str]:
     """What a technique says that it needs, and this module or this part does not have."""
     needs = {need for technique in _techniques(cell) for need in technique.traits.needs}
+    silent = getattr(SUBJECTS[cell.subject].module.func, "no_likelihood", None)  # type: ignore[attr-defined]
+    if silent and any(getattr(technique, "asks", False) for technique in _techniques(cell)):
+        yield "measures what matters by the likelihood of each task"
     if "generator" in needs and not SUBJECTS[cell.subject].generates:
         yield "writes none; leave the callback out."
     if "imitation" in needs and not getattr(SUBJECTS[cell.subject].module.func, "imitates", False):  # type: ignore[attr-defined]
@@ -129,6 +132,9 @@ def _by_base(cell: Cell) -> Iterator[str]:
     if cell.packing and packing_reason:
         yield f"because {packing_reason}; set --data.packing false."
     yield from _lacking(cell.part, cell.subject)
+    unused, own = SUBJECTS[cell.subject].unused, _own(cell.part, cell.subject)
+    if unused and own and not PARTS[cell.part].injects and all(re.search(unused, name) for name in own):
+        yield "Nothing is trainable"
     if PLACEMENTS[cell.placement].quantised and _own(cell.part, cell.subject) & _packed(cell.subject):
         yield "cannot be trained"
 

@@ -71,6 +71,8 @@ def _intended(cell: Cell, ranks: list[dict[str, Any]]) -> None:
     patterns = [part.pattern(subject), subject.own] + ([subject.head] if subject.new_head else [])
     own = (set(first["frozen"]) | set(first["trained"])) - set(first["injected"])
     meant = {n for n in own if any(p is not None and re.search(p, base_name(n)) for p in patterns)}
+    if subject.unused is not None:
+        meant = {name for name in meant if not re.search(subject.unused, name)}
     trained = set(first["trained"])
     surplus, missing = sorted(trained - meant - injected), sorted((meant | injected) - trained)
     require(not surplus and not missing, f"{surplus} train and should not; {missing} should and do not.")
@@ -87,7 +89,9 @@ def _untouched(cell: Cell, found: dict[str, Any], ground: Path) -> None:
     stored = load_file(ground / SUBJECTS[cell.subject].base / "model.safetensors")
     names = {_short(name): name for name in stored}
     same = [name for name in found["frozen"] if _short(base_name(name)) in names]
-    require(not found["frozen"] or same, f"None of {found['frozen'][:3]} is in the base's file {sorted(names)[:3]}.")
+    unused = SUBJECTS[cell.subject].unused  # made anew by whoever loads the base
+    asked = [name for name in found["frozen"] if unused is None or not re.search(unused, name)]
+    require(not asked or same, f"None of {found['frozen'][:3]} is in the base's file {sorted(names)[:3]}.")
     for name in same:
         theirs = stored[names[_short(base_name(name))]]
         require(torch.equal(found["values"][name], theirs), f"The frozen {name} is not the base's.")

@@ -104,7 +104,8 @@ def prepare(
 ) -> tuple[Any, pl.Trainer, Any]:
     """(module, Trainer, data) of a cell."""
     where = PLACEMENTS[placement]
-    model = {**where.model, "gradient_checkpointing": checkpointing}
+    recomputed = {"gradient_checkpointing": checkpointing} if SUBJECTS[subject].recomputes else {}
+    model = {**where.model, **recomputed}
     module, rows = SUBJECTS[subject].job(Path(ground), ranks=where.ranks, packing=packing, model=model)
     techniques = PARTS[part].build() + (EXTRAS[extra].build() if extra else [])
     options: dict[str, Any] = {

@@ -16,11 +16,15 @@ import transformers as hf
 from lightning_ft import (
     DPO,
     GRPO,
+    MAML,
     PPO,
     SFT,
     ClassificationData,
+    EpisodeData,
     PreferenceData,
     PromptData,
+    ProtoNet,
+    Reptile,
     RewardModel,
     Seq2SeqData,
     SFTData,
@@ -46,9 +50,10 @@ class Subject:
         new_head: whether the base brings no head, so that one is made, and trained with any part.
         module: what makes the LightningModule of a base; further options are added.
         data: the data module's class.
-        kind: which rows there are: None for those of the task, ``pairs`` or ``prompts``.
+        kind: which rows there are: None for those of the task, ``pairs``, ``prompts`` or ``episodes``.
         own: the names of parameters that the module brings and trains beside any part, as a regular expression.
         rollouts: whether it writes the answers that it learns from, in rounds of two steps.
+        unused: those of parts that the base has and that this module never asks, as a regular expression; they do not train.
     """
 
     name: str
@@ -62,11 +67,18 @@ class Subject:
     kind: str | None = None
     own: str | None = None
     rollouts: bool = False
+    unused: str | None = None
 
     @property
     def rows(self) -> str:
         """Name of the file of its rows."""
         return self.kind or self.task
+
+    @property
+    def recomputes(self) -> bool:
+        """Whether it can be asked to recompute activations."""
+        made = self.module.func if isinstance(self.module, partial) else self.module
+        return "gradient_checkpointing" in signature(made).parameters
 
     @property
     def packs(self) -> bool:
@@ -128,6 +140,22 @@ def _rollouts(cls: type[Any], own: str | None, **options: Any) -> Subject:
     )  # fmt: skip
 
 
+def _of_episodes(cls: type[Any], *, head_trains: bool, **model: Any) -> Subject:
+    """On classes of texts."""
+    name, head = f"{cls.__name__}-bert", r"^model\.(classifier|bert\.pooler)\."
+    made, unused = partial(cls, **model), None if head_trains else head
+    task = "sequence_classification"
+    return Subject(name, "bert", task, head, BLOCKS["bert"], head_trains, made, episodes, "episodes", unused=unused)
+
+
+def episodes(
+    path: str, *, val_path: str, batch_size: int, val_batch_size: int, cache_dir: str, seed: int
+) -> EpisodeData:
+    """Three steps of eight tasks of two classes; those of the validation are other classes of the same file."""
+    shape = {"way": 2, "shot": 2, "query": 2, "val_classes": 2, "episodes": ROWS, "val_episodes": 2}
+    return EpisodeData(path, **shape, batch_size=batch_size, val_batch_size=2, cache_dir=cache_dir, seed=seed)
+
+
 SUBJECTS = {
     subject.name: subject
     for subject in (
@@ -142,6 +170,9 @@ SUBJECTS = {
         _of_pairs(RewardModel, "bert", "regression", r"^model\.(classifier|bert\.pooler)\."),
         _rollouts(GRPO, None, beta=0.05),
         _rollouts(PPO, r"^values\."),
+        _of_episodes(MAML, head_trains=True, steps=2, inner_lr=0.1, eval_steps=[0]),
+        _of_episodes(Reptile, head_trains=True, steps=2, inner_lr=0.1, eval_steps=[0]),
+        _of_episodes(ProtoNet, head_trains=False),
     )
 }
 
@@ -150,10 +181,7 @@ SUBJECTS = {
 NOT_YET = {
     "KTO": "it estimates a KL term in each micro-batch, so that its layouts differ by design; tests/modules/test_kto compares them",
     "LinearProbe": "it learns from episodes, and trains nothing; tests/modules/test_protonet",
-    "MAML": "it learns from episodes; tests/modules/test_maml runs it beside LoRA, prefixes, gradient edits and on two ranks",
     "MultiTask": "its rows are several kinds in one file each; tests/modules/test_multitask runs it beside LoRA and on two ranks",
-    "ProtoNet": "it learns from episodes; tests/modules/test_protonet",
-    "Reptile": "it learns from episodes; tests/modules/test_reptile",
 }
 
 
@@ -180,12 +208,15 @@ def write_ground(folder: Path) -> Path:
         write_base(kind, folder / kind)
     for task in sorted({subject.rows for subject in SUBJECTS.values()}):
         rows = rows_of("seq2seq_lm" if task in ("causal_lm", "pairs", "prompts") else task, ROWS)
+        rows = rows_of("seq2seq_lm" if task in ("causal_lm", "pairs") else task, ROWS) if task != "episodes" else []
         if task in ("causal_lm", "pairs"):  # their tokenizer has words with the white space before them
             rows = [{**row, "completion": f" {row['completion']}"} for row in rows]
         if task == "pairs":
             rows = [{"prompt": r["prompt"], "chosen": r["completion"], "rejected": " no thank you"} for r in rows]
         if task == "prompts":
             rows = [{"prompt": row["prompt"]} for row in rows]
+        if task == "episodes":
+            rows = [{"text": row["text"], "label": f"class {n % 6}"} for n, row in enumerate(rows_of("episodes", 30))]
         (folder / f"{task}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     return folder
 

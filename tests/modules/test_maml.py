@@ -10,7 +10,7 @@ from torch import nn
 from torch.func import functional_call
 
 import lightning_ft
-from lightning_ft import MAML, Freeze, LoRA, PrefixTuning, Refusal
+from lightning_ft import MAML, EpisodeData, Freeze, LoRA, PrefixTuning, Refusal, SFTData
 from lightning_ft.engine.attachment import Attachment
 from lightning_ft.functional.inner_loop import multi_step_weights
 from tests.contract.subjects import differing, trainer
@@ -395,6 +395,11 @@ class Watched(nn.Module):
         return torch.utils.checkpoint.checkpoint(self.layer, x, use_reentrant=False)
 
 
+def two_classes(rng, count):
+    x, y = rng.normal(size=(count, 4, 1)), [[0, 1, 0, 1]] * count
+    return x, y, x, y
+
+
 def test_refusals(texts, tmp_path):
     base, path, folder = texts
     with pytest.raises(Refusal, match="give base .* or net"):
@@ -421,17 +426,21 @@ def test_refusals(texts, tmp_path):
         fit(tmp_path, module(), words(path, folder, tokenizer=str(base)))
     with pytest.raises(Refusal, match="reads texts"):
         fit(tmp_path, MAML(str(base), way=3), sines(way=3))
+    for kind in ("MAML", "Reptile"):
+        with pytest.raises(Refusal, match=f"{kind}.net gives 1 outputs, and the episodes have 2 classes"):
+            fit(tmp_path, module(kind), EpisodeData(tasks="tests.modules.test_maml.two_classes"))
+    with pytest.raises(Refusal, match="learns from episodes, and SFTData gives rows"):
+        fit(tmp_path, MAML(str(base), way=3), SFTData(str(path)))
     with pytest.raises(Refusal, match="as many outputs"):
         fit(tmp_path, module(net=nn.Linear(1, 2)), sines())
 
 
 def test_fsdp2_is_refused(tmp_path):
     from lightning_ft import FSDP2Strategy
+    from lightning_ft.engine.compatibility import check, situation
 
-    made = module()
     runner = trainer(tmp_path)
     runner.strategy.__class__ = type("Pretended", (FSDP2Strategy,), {})
-    made._trainer = runner
     runner.strategy._tensor_parallel_size, runner.strategy._save_distributed_checkpoint = 1, False
-    with pytest.raises(Refusal, match="MAML cannot work with FSDP2"):
-        made._refuse_place()
+    with pytest.raises(Refusal, match="learning from episodes .* and FSDP2"):
+        check([], situation(runner, module()))

@@ -16,10 +16,13 @@ from lightning_ft.nn.packed import PackedLayer
 RECORDED = {"MATH": "twice", "FLASH_ATTENTION": "once", "default": "once"}
 
 
-def how_often(backend):
+BACKENDS = ["default", "MATH", "FLASH_ATTENTION", "EFFICIENT_ATTENTION", "CUDNN_ATTENTION", "OVERRIDEABLE"]
+
+
+def how_often(backend, device="cpu", dtype=torch.float32):
     """once, twice, or not at all ("does not run")."""
     torch.manual_seed(0)
-    q, k, v = (torch.randn(2, 2, 5, 8, requires_grad=True) for _ in range(3))
+    q, k, v = (torch.randn(2, 2, 16, 64, device=device, dtype=dtype, requires_grad=True) for _ in range(3))
     try:
         with sdpa_kernel([getattr(SDPBackend, backend)]) if backend != "default" else torch.enable_grad():
             out = scaled_dot_product_attention(q, k, v)
@@ -35,12 +38,22 @@ def how_often(backend):
     return "twice"
 
 
-@pytest.mark.parametrize(
-    "backend", ["default", "MATH", "FLASH_ATTENTION", "EFFICIENT_ATTENTION", "CUDNN_ATTENTION", "OVERRIDEABLE"]
-)
+@pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.filterwarnings("ignore")  # each backend that does not run here says why
 def test_backends(backend):
     assert how_often(backend) == RECORDED.get(backend, "does not run")
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="it asks a GPU's kernels")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.filterwarnings("ignore")
+def test_backends_of_a_gpu(backend, dtype):
+    """Which kernels run depends on the GPU; of those that do, only the one of plain operations may be differentiated twice."""
+    found = how_often(backend, "cuda", dtype)
+    assert found == "twice" if backend == "MATH" else found in ("once", "does not run")
+    with math_attention():
+        assert how_often("default", "cuda", dtype) == "twice"
 
 
 def test_the_second_derivative_of_attention_is_right():
