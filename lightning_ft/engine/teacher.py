@@ -211,6 +211,7 @@ class Teacher:
 
     Attributes:
         observer: of its view.
+        computing: what puts its weights in place for a while.
     """
 
     def __init__(
@@ -227,13 +228,13 @@ class Teacher:
             head: the same for its output layer alone; None: ``computing``.
         """
         self.observer = observer
-        self._computing = computing
+        self.computing = computing
         self._head = head or computing
 
     @torch.no_grad()
     def see(self, batch: Batch) -> Seen:
         """What it computes of a batch."""
-        with self._computing(), self.observer.seeing() as seen:
+        with self.computing(), self.observer.seeing() as seen:
             run(self.observer.view, batch)
         return seen
 

@@ -117,6 +117,7 @@ NOT_YET = {
     "LinearProbe": "it learns from episodes, and trains nothing; tests/modules/test_protonet",
     "MAML": "it learns from episodes; tests/modules/test_maml runs it beside LoRA, prefixes, gradient edits and on two ranks",
     "MultiTask": "its rows are several kinds in one file each; tests/modules/test_multitask runs it beside LoRA and on two ranks",
+    "OnPolicyDistillation": "its rows are written while it trains; tests/modules/test_on_policy_distillation has all placements",
     "PPO": "each of its rows is written while it trains; tests/modules/test_ppo runs it with every placement",
     "ProtoNet": "it learns from episodes; tests/modules/test_protonet",
     "Reptile": "it learns from episodes; tests/modules/test_reptile",
