@@ -317,14 +317,9 @@ class OnPolicyDistillation(RolloutModule):
 
     def _term(self, batch: Batch) -> Term:
         assert self._teacher is not None
-        teacher, size = self._teacher, self._settings.size
         hidden = read(self.view, batch)
-        said = teacher.see(batch).result
-        assert said is not None
-        chosen = said.reshape(-1, said.shape[-1])[batch.scored]  # (N, D)
-        term = objective.of_tokens(
-            self.view, hidden, batch, lambda rows: teacher.logits(chosen[rows])[..., :size], self._settings
-        )
+        other = self._teacher.at_scored(self._teacher.see(batch), batch, self._settings.size)
+        term = objective.of_tokens(self.view, hidden, batch, other, self._settings)
         return replace(term, name="divergence")
 
     def evaluated(self, prompts: Sequence[Prompt], answers: Sequence[Answer]) -> dict[str, tuple[Tensor, float]]:
