@@ -30,6 +30,15 @@ RESULTS = Path(__file__).resolve().parent / "results"
 WORK = Path("runs") / "distillation"
 SENTENCE_RATES, CHAT_RATES = (5e-5, 1e-4, 2e-4), (1e-4, 3e-4)
 DIGIT_METHODS = ("teacher", "alone", "teacher alone", "labels and teacher")
+SHOWN = {
+    "alone": "student alone",
+    "soft targets": "labels and soft targets",
+    "distilbert": "labels, soft targets, cosine of the last states",
+    "teacher alone": "soft targets, no label",
+    "labels and teacher": "labels and soft targets",
+    "unlabelled too": "soft targets, no label, all rows",
+}
+"""Method -> what a table calls it."""
 Cells = Mapping[str, Mapping[str, Any]]
 
 
@@ -130,13 +139,14 @@ def _chats(cells: Cells) -> str:
             lines.append(f"| {who} |  | {numbers} |  | 1 |")
     alone = _over_seeds(cells, "chats", "alone", "test/loss", "val/loss")[1]
     for method in CHAT_METHODS:
-        names = ("test/perplexity", "test/agreement", "test/kl", "test/loss")
-        found = [_over_seeds(cells, "chats", method, name, "val/loss") for name in names]
+        scores = ("test/perplexity", "test/agreement", "test/kl", "test/loss")
+        found = [_over_seeds(cells, "chats", method, name, "val/loss") for name in scores]
         rate, own = found[-1]
         if own:
             gains = paired(own, alone) if method != "alone" else ""
             numbers = " | ".join(shown(list(each.values())) for _, each in found[:3])
-            lines.append(f"| {method} | {rate:g} | {numbers} | {gains} | {len(own)} |")
+            name = SHOWN.get(method, f"labels and {method}")
+            lines.append(f"| {name} | {rate:g} | {numbers} | {gains} | {len(own)} |")
     return "\n".join(lines) + "\n" if len(lines) > 2 else ""
 
 
@@ -149,7 +159,7 @@ def _digits(cells: Cells) -> str:
         own = {seed: scores[method] for seed, scores in done.items()}
         against = {seed: scores["alone"] for seed, scores in done.items()}
         gains = paired(own, against) if method not in ("teacher", "alone") else ""
-        lines.append(f"| {method} | {shown(list(own.values()))} | {gains} | {len(own)} |")
+        lines.append(f"| {SHOWN.get(method, method)} | {shown(list(own.values()))} | {gains} | {len(own)} |")
     return "\n".join(lines) + "\n"
 
 

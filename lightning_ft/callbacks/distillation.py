@@ -67,8 +67,10 @@ class Distillation(Technique):
         attention: weight of the divergence of attention maps; needs eager attention and padded rows. None: the recipe's.
         values: weight of the divergence of how values relate (MiniLM); needs padded rows. None: the recipe's.
         divergence: of soft targets: ``forward_kl`` covers all that the teacher holds possible, ``reverse_kl`` keeps to what it
-            holds likely, ``jensen_shannon`` lies between.
-        beta: of ``jensen_shannon``: towards 0 it becomes the forward KL, towards 1 the reverse.
+            holds likely, ``jensen_shannon`` lies between. ``skewed_kl`` and ``skewed_reverse_kl`` (DistiLLM)
+            and ``total_variation`` are bounded, however far apart the two are.
+        beta: of ``jensen_shannon``: towards 0 it becomes the forward KL, towards 1 the reverse; of the skewed ones how much of a
+            distribution is mixed into the other, 0.1 in their paper.
         temperature: T, above 1 shows more of what the teacher holds unlikely. None: the recipe's.
         scale_t2: whether soft targets are multiplied by T^2, so that T does not change their weight (Hinton et al., 2015).
         layers: which layers are compared: the ``last``; ``uniform``, each of the student's with the teacher's at the same height;
@@ -171,6 +173,7 @@ class Distillation(Technique):
         self.trust_remote_code = trust_remote_code
         self.revision = revision
         self.name = name
+        self._place = f"{name}_projections"
         self.check()
         if teacher_module is not None and not callable(teacher_module):
             raise Refusal(f"Distillation.teacher_module must be a function or a class, got {teacher_module!r}.")
@@ -288,10 +291,6 @@ class Distillation(Technique):
         layers = self._inner.projected(module.view)
         add_projections(module, attachment, self._place, layers, own, self._width, self.projection_rate)
 
-    @property
-    def _place(self) -> str:
-        return f"{self.name}_projections"
-
     def _prepare(self, module: Any, attachment: Attachment, origin: Origin | None, ours: bool) -> None:
         """Finds or loads the teacher, and begins to listen to the student."""
         if not attachment.installed or attachment.trainer.state.fn != TrainerFn.FITTING:
@@ -348,18 +347,18 @@ class Distillation(Technique):
         """Everything that was asked for, of a step of our modules."""
         assert self._students is not None
         seen, now, task = self._students.take(), self._now, module.task
-        assert seen.result is not None
         found: list[Term] = []
+        assert seen.result is not None
         if self._kept is not None:
             kept = self._kept.of(batch, module.device)
             term = objective.of_tokens(module.view, seen.result, batch, kept.block, now, kept=True)
             return [replace(term, weight=self.weight("soft_targets"))]
         assert self._teacher is not None
         said = self._teacher.see(batch)
-        assert said.result is not None
         if self._asked("soft_targets"):
             if task in CLASSIFIES:
                 several = getattr(module.model.config, "problem_type", None) == "multi_label_classification"
+                assert said.result is not None
                 term = objective.of_classes(seen.result, said.result, batch, task, several, now)
             else:
                 other = self._teacher.at_scored(said, batch, now.size)

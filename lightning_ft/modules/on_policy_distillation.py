@@ -56,9 +56,10 @@ class OnPolicyDistillation(RolloutModule):
             of the data.
         answer_column: where the data have their answers; needed where ``share`` is below 1 and ``sequence_kd`` is false.
         divergence: ``forward_kl`` covers all that the teacher holds possible, ``reverse_kl`` keeps to what it holds likely (as
-            MiniLLM, without its gradient through the drawing), ``jensen_shannon`` lies between.
-        beta: of ``jensen_shannon``: towards 0 it becomes the forward KL, towards 1 the reverse. It is divided by beta (1 - beta),
-            so that it meets them; TRL's loss is not, and is a quarter of this one at 0.5.
+            MiniLLM, without its gradient through the drawing), ``jensen_shannon`` lies between; others as of
+            `Distillation`.
+        beta: of ``jensen_shannon``: towards 0 it becomes the forward KL, towards 1 the reverse; of others see `Distillation`.
+            Jensen-Shannon is divided by beta (1 - beta), so that it meets them; TRL's is not, and is a quarter of this at 0.5.
         loss_temperature: what both models' logits are divided by in the loss, which is multiplied by its square.
         rewards: by name: what answers are rewarded with, see `Reward`. Nothing is learned from them; they are logged.
         samples: answers to each prompt; an answer of the data is taken once.

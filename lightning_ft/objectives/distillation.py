@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from lightning_ft.engine.batch import Batch
 from lightning_ft.engine.terms import Term
 from lightning_ft.functional import distillation as maths
+from lightning_ft.functional.errors import Refusal
 from lightning_ft.functional.token_scores import TopK
 from lightning_ft.models.causal import LanguageHead
 from lightning_ft.models.observed import Seen
@@ -38,7 +39,7 @@ class Settings:
 
     Attributes:
         divergence: of soft targets.
-        beta: weight of the teacher in ``jensen_shannon``.
+        beta: weight of the teacher in ``jensen_shannon``, of the first distribution in the mixture of skewed ones.
         temperature: what logits are divided by.
         scale_t2: whether soft targets are multiplied by the temperature's square.
         chunk_size: tokens whose logits exist at one time.
@@ -57,6 +58,12 @@ class Settings:
     layers: Mapping[int, int] = field(default_factory=dict)
     relation_heads: int | None = None
     names: str = "distillation"
+
+    def __post_init__(self) -> None:
+        if self.divergence.startswith("skewed") and self.beta == 1.0:
+            raise Refusal(
+                f"The divergence {self.divergence} with beta 1 compares a distribution with itself; give less, 0.1 in its paper."
+            )
 
     @property
     def factor(self) -> float:

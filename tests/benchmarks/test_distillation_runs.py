@@ -67,3 +67,15 @@ def test_a_table_pairs_seeds():
     assert runs.paired({0: 0.5, 1: 0.7}, {0: 0.4, 1: 0.6}) == "+0.100 (+0.100 to +0.100)"
     assert runs.paired({0: 0.5, 1: 0.7}, {1: 0.6}) == "+0.100"
     assert runs.paired({0: 0.5}, {}) == ""
+
+
+def test_what_a_step_costs_is_measured_on_both_sides(tmp_path):
+    from benchmarks import distillation
+
+    output = tmp_path / "cost.json"
+    distillation.main(["--tiny", "--turns", "1", "--tokens", "24", "--output", str(output)])
+    (found,) = json.loads(output.read_text()).values()
+    losses = [found["sides"][side][0]["loss"] for side in distillation.SIDES]
+    assert losses[0] == pytest.approx(losses[1], rel=1e-3)
+    assert all(value > 0 for value in found["seconds"].values())
+    assert "| 96 |" in output.with_suffix(".md").read_text()

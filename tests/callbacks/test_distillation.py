@@ -187,6 +187,11 @@ def dense(module, teacher, batch, divergence, temperature, beta):
             m = (beta * logq.exp() + (1 - beta) * logp.exp()).log()
             value = beta * (logq.exp() * (logq - m)).sum(-1) + (1 - beta) * (logp.exp() * (logp - m)).sum(-1)
             found.append(value / (beta * (1 - beta)))
+        elif divergence == "total_variation":
+            found.append((logp.exp() - logq.exp()).abs().sum(-1) / 2)
+        elif divergence.startswith("skewed"):
+            a, b = (logp, logq) if "reverse" in divergence else (logq, logp)
+            found.append((a.exp() * (a - (beta * a.exp() + (1 - beta) * b.exp()).log())).sum(-1))
         else:
             a, b = (logq, logp) if divergence == "forward_kl" else (logp, logq)
             found.append((a.exp() * (a - b)).sum(-1))
@@ -469,6 +474,8 @@ def test_what_cannot_be_compared_is_refused(chat, larger, bases, tmp_path):
         module, data = chat_job(chat, tmp_path, **settings)
         trainer(tmp_path, technique, max_steps=1).fit(module, data)
 
+    with pytest.raises(Refusal, match="with beta 1 compares a distribution with itself"):
+        Distillation(divergence="skewed_kl", beta=1.0)
     with pytest.raises(Refusal, match="different vocabularies"):
         run(Distillation(str(bases / "llama")))
     with pytest.raises(Refusal, match="set --model.attention eager"):
