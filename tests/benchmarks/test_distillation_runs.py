@@ -51,10 +51,10 @@ def test_cells_are_made_once_and_tables_show_them(sizes, tmp_path, monkeypatch):
     table = (tmp_path / "found.md").read_text()
     for part in (
         "| teacher |",
-        "| unlabelled too |",
-        "| reverse KL |",
+        "label, all rows |",
+        "labels and reverse KL |",
         "Speed-up",
-        "| labels and teacher |",
+        "labels and soft targets |",
         "| untrained |",
     ):
         assert part in table
