@@ -14,7 +14,7 @@ ONE_THREAD := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false
 
 .DEFAULT_GOAL := help
 .PHONY: help install fetch quickstart test lint format matrix bench gpu clean
-.PHONY: reproduce-supervised reproduce-methods reproduce-preferences reproduce-continual reproduce-meta
+.PHONY: reproduce-supervised reproduce-methods reproduce-preferences reproduce-continual reproduce-meta reproduce-distillation
 
 help:  ## list the targets
 	@awk -F':.*## ' '/^[a-z-]+:.*## / { printf "  make %-20s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -71,6 +71,10 @@ reproduce-preferences: install fetch  ## a reward model, DPO and KTO on rated se
 
 reproduce-continual: install fetch  ## what continual learning keeps, on digits and both starter models (75 minutes at most; goes on)
 	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.continual --minutes 75
+
+reproduce-distillation: install fetch  ## students with and without a teacher (half a day on one core, minutes on a GPU; goes on), then the cost
+	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.distillation_runs
+	$(BIN)/python -m benchmarks.distillation
 
 gpu: install  ## one offline script with random weights for a machine with a GPU
 	$(BIN)/python -m benchmarks.gpu

@@ -28,7 +28,10 @@ ASKED_TRAIN, ASKED_VAL, ASKED_TEST, ASKED_BATCH = 240, 120, 300, 16
 
 
 def write_rows(folder: Path) -> dict[str, str]:
-    """Split -> file of clearly rated sentences of three domains, each once, shuffled with one seed."""
+    """Split -> file of clearly rated sentences of three domains, each once, shuffled with one seed.
+
+    ``more`` are the training rows and all those that are in no split.
+    """
     from lightning_ft.data.vader import ratings
 
     rows: dict[str, dict[str, Any]] = {}
@@ -44,6 +47,7 @@ def write_rows(folder: Path) -> dict[str, str]:
     files, begin = {}, 0
     for split, count in (("train", TRAIN), ("val", VAL), ("test", TEST)):
         files[split], begin = written(folder / f"{split}.jsonl", chosen[begin : begin + count]), begin + count
+    files["more"] = written(folder / "more.jsonl", chosen[:TRAIN] + chosen[begin:])
     return files
 
 

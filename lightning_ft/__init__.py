@@ -57,6 +57,7 @@ if TYPE_CHECKING:
     from lightning_ft.modules.linear_probe import LinearProbe
     from lightning_ft.modules.maml import MAML
     from lightning_ft.modules.multitask import MultiTask
+    from lightning_ft.modules.on_policy_distillation import OnPolicyDistillation
     from lightning_ft.modules.ppo import PPO
     from lightning_ft.modules.protonet import ProtoNet
     from lightning_ft.modules.reptile import Reptile
@@ -98,6 +99,7 @@ _HOMES = {
     "MultiTask": "modules.multitask",
     "MultiTaskData": "data.multitask_data",
     "NEFTune": "callbacks.neftune",
+    "OnPolicyDistillation": "modules.on_policy_distillation",
     "PPO": "modules.ppo",
     "PreferenceData": "data.preference_data",
     "PrefixTuning": "callbacks.prefix_tuning",
@@ -155,6 +157,7 @@ __all__ = [
     "MultiTask",
     "MultiTaskData",
     "NEFTune",
+    "OnPolicyDistillation",
     "PPO",
     "PreferenceData",
     "PrefixTuning",

@@ -1,7 +1,6 @@
 """Distillation: a student learns what a teacher makes of the same rows."""
 
 from collections.abc import Callable
-from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -11,45 +10,37 @@ import lightning.pytorch as pl
 import torch
 from annotated_types import Ge, Gt, Le
 from lightning.pytorch.trainer.states import TrainerFn
-from torch import nn
+from torch import Tensor, nn
 
 from lightning_ft.engine import own_student, teacher_targets
 from lightning_ft.engine.arguments import arguments_of
 from lightning_ft.engine.attachment import Attachment
 from lightning_ft.engine.batch import Batch
 from lightning_ft.engine.frozen import Frozen
+from lightning_ft.engine.inner_layers import InnerLayers
+from lightning_ft.engine.known_teacher import KnownTeacher
 from lightning_ft.engine.module import DtypePolicy
+from lightning_ft.engine.projections import add_projections, check_projections
 from lightning_ft.engine.teacher import (
     SELF,
     Origin,
     Teacher,
-    fingerprint_of,
     load_teacher,
     origin_of,
-    own_head,
+    self_teacher,
     vocabulary_of,
 )
 from lightning_ft.engine.technique import Technique
 from lightning_ft.engine.terms import Term
 from lightning_ft.engine.traits import Cannot, Traits
-from lightning_ft.functional.distillation import Divergence, LayerMap, layer_map
+from lightning_ft.functional.distillation import Divergence, LayerMap
 from lightning_ft.functional.errors import Refusal
-from lightning_ft.models.admission import evaluating
 from lightning_ft.models.classifier import CLASSIFIES
 from lightning_ft.models.observed import Observer, check_maps
 from lightning_ft.models.quantize import Mode, check_mode
 from lightning_ft.models.vocabulary import shared_vocabulary, sliced
-from lightning_ft.nn.seeding import seeded_generator
 from lightning_ft.objectives import distillation as objective
 
-RECIPES: dict[str, dict[str, float]] = {
-    "soft_targets": {"task": 1.0, "soft_targets": 1.0, "temperature": 1.0},
-    # Sanh et al., 2019, and their code: 5 soft targets + 2 task + 1 cosine of the last hidden state, temperature 2.
-    "distilbert": {"task": 2.0, "soft_targets": 5.0, "cosine": 1.0, "temperature": 2.0},
-    # Wang et al., 2020, equation 8: the last layer's maps and value relations, and nothing else.
-    "minilm": {"task": 0.0, "soft_targets": 0.0, "attention": 1.0, "values": 1.0, "temperature": 1.0},
-}
-"""Recipe -> its weights and its temperature; what it does not name is 0."""
 _INNER = ("hidden", "cosine", "attention", "values")
 
 
@@ -76,8 +67,10 @@ class Distillation(Technique):
         attention: weight of the divergence of attention maps; needs eager attention and padded rows. None: the recipe's.
         values: weight of the divergence of how values relate (MiniLM); needs padded rows. None: the recipe's.
         divergence: of soft targets: ``forward_kl`` covers all that the teacher holds possible, ``reverse_kl`` keeps to what it
-            holds likely, ``jensen_shannon`` lies between.
-        beta: of ``jensen_shannon``: towards 0 it becomes the forward KL, towards 1 the reverse.
+            holds likely, ``jensen_shannon`` lies between. ``skewed_kl`` and ``skewed_reverse_kl`` (DistiLLM)
+            and ``total_variation`` are bounded, however far apart the two are.
+        beta: of ``jensen_shannon``: towards 0 it becomes the forward KL, towards 1 the reverse; of the skewed ones how much of a
+            distribution is mixed into the other, 0.1 in their paper.
         temperature: T, above 1 shows more of what the teacher holds unlikely. None: the recipe's.
         scale_t2: whether soft targets are multiplied by T^2, so that T does not change their weight (Hinton et al., 2015).
         layers: which layers are compared: the ``last``; ``uniform``, each of the student's with the teacher's at the same height;
@@ -187,6 +180,7 @@ class Distillation(Technique):
         self.trust_remote_code = trust_remote_code
         self.revision = revision
         self.name = name
+        self._place = f"{name}_projections"
         self.check()
         if teacher_module is not None and not callable(teacher_module):
             raise Refusal(f"Distillation.teacher_module must be a function or a class, got {teacher_module!r}.")
@@ -196,16 +190,15 @@ class Distillation(Technique):
                 "maps; leave targets out, or the rest."
             )
         self._width: int | None = None
-        self._known: str | None = None
-        self._expected: str | None = None
+        self._known = KnownTeacher()
         self._forget()
 
     # -- what is asked for ----------------------------------------------------------------------------------------------
 
     def weight(self, term: str) -> float:
-        """Of one term (``task``, ``soft_targets``, ``hidden``, ...), as it was given or as the recipe has it."""
+        """Of one term (``task``, ``soft_targets``, ...), or the ``temperature``: as it was given or as the recipe has it."""
         given = getattr(self, term)
-        return float(given if given is not None else RECIPES[self.recipe].get(term, 0.0))
+        return float(given if given is not None else objective.RECIPES[self.recipe].get(term, 0.0))
 
     def _asked(self, *terms: str) -> bool:
         return any(self.weight(term) > 0 for term in terms)
@@ -216,10 +209,10 @@ class Distillation(Technique):
 
     def resolved_temperature(self) -> float:
         """As it was given, or as the recipe has it."""
-        return float(self.temperature if self.temperature is not None else RECIPES[self.recipe]["temperature"])
+        return self.weight("temperature")
 
-    def _settings(self) -> objective.Settings:
-        return objective.Settings(
+    def _forget(self) -> None:
+        self._now = objective.Settings(
             divergence=self.divergence,
             beta=self.beta,
             temperature=self.resolved_temperature(),
@@ -228,9 +221,14 @@ class Distillation(Technique):
             relation_heads=self.relation_heads,
             names=self.name,
         )
-
-    def _forget(self) -> None:
-        self._now = self._settings()
+        self._inner = InnerLayers(
+            states=self._asked("hidden", "cosine"),
+            attention=self._asked("attention"),
+            values=self._asked("values"),
+            layers=self.layers,
+            relation_heads=self.relation_heads,
+        )
+        self._known.forget()
         self._students: Observer | None = None
         self._teacher: Teacher | None = None
         self._kept: teacher_targets.TeacherTargets | None = None
@@ -255,16 +253,18 @@ class Distillation(Technique):
             )
         origin = self._origin(ours)
         if ours and self.student is None and self.mask is None and self.teacher_module is None:
-            self._check_ours(module, attachment)
-            if self._asked("hidden", "cosine"):
+            self._inner.check(module, attachment)
+            if self.targets is not None and module.task in CLASSIFIES:
+                raise Refusal(
+                    "Distillation.targets keeps the likeliest tokens of language models, and the task is "
+                    f"{module.task}; leave it out."
+                )
+            if self._inner.states:
                 attachment.edit("inject", f"distillation:{self.name}", lambda m: self._project(m, attachment, origin))
         elif ours and self.teacher_module is not None:
             raise Refusal("Distillation.teacher_module is for modules of your own; SFT's teacher is named by teacher.")
-        if not ours and self._asked(*_INNER):
-            raise Refusal(
-                f"Distillation knows the layers of this library's modules; of {type(module).__name__} only what its part gives "
-                "can be compared: leave hidden, cosine, attention and values out, and recipe with them."
-            )
+        if not ours:
+            self._inner.check_own(module)
         if self.teacher == SELF and self.teacher_module is None and self.targets is None:
             attachment.want_reference()
         attachment.edit(
@@ -289,61 +289,14 @@ class Distillation(Technique):
             )
         return origin_of(self.teacher, trust_remote_code=self.trust_remote_code, revision=self.revision)
 
-    def _check_ours(self, module: Any, attachment: Attachment) -> None:
-        """What can be refused before anything is loaded."""
-        before = next((t for t in attachment.techniques if t.traits.slot in ("prefix", "prompt")), None)
-        if before is not None and self._asked(*_INNER):
-            raise Refusal(
-                f"{type(before).__name__} puts tokens before rows that the teacher lacks, so that layers cannot be compared; "
-                "leave hidden, cosine, attention and values out."
-            )
-        if self._asked("attention") and module.attention != "eager":
-            raise Refusal(
-                f"Distillation.attention compares attention maps, which {module.attention!r} attention does not keep; set "
-                "--model.attention eager (and --data.packing false)."
-            )
-        if self._asked("attention", "values") and getattr(module.datamodule, "packing", None):
-            raise Refusal(
-                "Distillation.attention and values compare the maps of single rows, and the data are packed; set --data.packing "
-                "false."
-            )
-        if self.targets is not None and module.task in CLASSIFIES:
-            raise Refusal(
-                f"Distillation.targets keeps the likeliest tokens of language models, and the task is {module.task}; leave it out."
-            )
-
     # -- edits ----------------------------------------------------------------------------------------------------------
 
     def _project(self, module: Any, attachment: Attachment, origin: Origin | None) -> None:
         """Adds a matrix for each mapped layer where the widths differ: parameters of the module, trained and saved with it."""
-        view = module.view
-        own = int(view.config.hidden_size)
-        width = self.teacher_width or (origin.width() if origin is not None else own)
-        self._width = width
-        if width == own:
-            return
-        mapped = self.layers if isinstance(self.layers, dict) else None
-        student = Observer(view).layers
-        numbers = (
-            sorted(mapped) if mapped is not None else [student] if self.layers == "last" else range(1, student + 1)
-        )
-        matrices = nn.ModuleDict()
-        for number in numbers:
-            path = f"{self._place}.layer_{number}"
-            matrix = nn.Linear(own, width, bias=False, device="cpu", dtype=torch.float32)
-            drawn = torch.randn(
-                width, own, generator=seeded_generator(attachment.seed, path), device="cpu", dtype=torch.float32
-            )
-            matrix.weight = nn.Parameter(drawn * own**-0.5)
-            matrices[f"layer_{number}"] = matrix
-        module.add_module(self._place, matrices)
-        if self.projection_rate != 1.0:
-            names = [f"{self._place}.{key}.weight" for key in matrices]
-            attachment.rate(dict.fromkeys(names, float(self.projection_rate)))
-
-    @property
-    def _place(self) -> str:
-        return f"{self.name}_projections"
+        own = int(module.view.config.hidden_size)
+        self._width = self.teacher_width or (origin.width() if origin is not None else own)
+        layers = self._inner.projected(module.view)
+        add_projections(module, attachment, self._place, layers, own, self._width, self.projection_rate)
 
     def _prepare(self, module: Any, attachment: Attachment, origin: Origin | None, ours: bool) -> None:
         """Finds or loads the teacher, and begins to listen to the student."""
@@ -353,56 +306,25 @@ class Distillation(Technique):
         if not ours:
             teacher = Frozen(self.teacher_module()) if self.teacher_module is not None else None
             self._caught = own_student.catch(module, self.student, attachment, teacher)
-            self._know(teacher.model if teacher is not None else None)
+            self._known.meet(teacher.model if teacher is not None else None)
             return
-        self._students = self._listen(module, attachment)
+        self._students = self._inner.listen_to_student(module)
+        attachment.on_leave(self._students.detach)
         if self.targets is not None:
-            self._open_targets(module)
+            self._kept = teacher_targets.TeacherTargets(Path(self.targets).expanduser())
+            size = self._kept.check(module.tokenizer, self._now.temperature, vocabulary_of(module.view))
+            self._now = replace(self._now, size=size)
+            self._known.meet(self._kept.about.teacher)
         elif origin is None:
-            self._teach_self(module, attachment)
+            self._teacher = self_teacher(self._students, attachment)
+            layers, relation = self._inner.pair(module.view, module.view)
+            self._now = replace(self._now, layers=layers, relation_heads=relation)
+            self._known.meet(None)
         else:
             self._load(module, attachment, origin, device)
-        if module.task not in CLASSIFIES and self._teacher is not None and origin is not None:
-            used = shared_vocabulary(module.tokenizer, origin.tokenizer())
-            size = sliced(vocabulary_of(module.view), self._teacher.vocabulary, used)
-            self._now = replace(self._now, size=size)
-
-    def _listen(self, module: Any, attachment: Attachment) -> Observer:
-        view = module.view
-        layers = Observer(view).layers
-        wanted = self.layers if isinstance(self.layers, dict) else layer_map(self.layers, layers, layers)
-        blocks = [number for number in wanted if number > 0]
-        observer = Observer(
-            view,
-            states=self._asked("hidden", "cosine"),
-            maps=blocks if self._asked("attention") else (),
-            values=blocks if self._asked("values") else (),
-        )
-        observer.attach()
-        observer.watch()
-        attachment.on_leave(observer.detach)
-        if self._asked("attention", "values") and module.admission.packing and module.datamodule.packing is not False:
-            raise Refusal(
-                "Distillation.values compares single rows, and the data would be packed; set --data.packing false."
-            )
-        return observer
-
-    def _teach_self(self, module: Any, attachment: Attachment) -> None:
-        assert self._students is not None
-        view = module.view
-
-        @contextmanager
-        def earlier() -> Any:
-            with attachment.reference(), evaluating(view.model):
-                yield
-
-        head = None if module.task in CLASSIFIES else own_head(view, earlier)
-        self._teacher = Teacher(self._students, earlier, head)
-        self._map(view, view)
-        self._know(None)
 
     def _load(self, module: Any, attachment: Attachment, origin: Origin, device: torch.device) -> None:
-        shared_vocabulary(module.tokenizer, origin.tokenizer())
+        used = shared_vocabulary(module.tokenizer, origin.tokenizer())
         labels = module.view.labels if module.task in CLASSIFIES else None
         view, frozen = load_teacher(
             origin,
@@ -410,84 +332,21 @@ class Distillation(Technique):
             labels=labels,
             multi_label=getattr(module.model.config, "problem_type", None) == "multi_label_classification",
             packing=bool(module.admission.packing) and getattr(module.datamodule, "packing", None) is not False,
-            attention="eager" if self._asked("attention") else "auto",
+            attention="eager" if self._inner.attention else "auto",
             quantize=self.quantize,
             dtype=self.dtype,
             device=device,
         )
-        self._map(module.view, view)
-        blocks = [number for number in self._now.layers.values() if number > 0]
-        observer = Observer(
-            view,
-            states=self._asked("hidden", "cosine"),
-            maps=blocks if self._asked("attention") else (),
-            values=blocks if self._asked("values") else (),
-        )
-        observer.attach()
-        if self._asked("hidden", "cosine"):
-            self._check_projections(module, observer.width)
-        self._teacher = Teacher(observer, partial(frozen.on, device))
-        self._know(frozen.model)
-
-    def _check_projections(self, module: Any, width: int) -> None:
-        matrices = getattr(module, self._place, None)
-        given = {matrix.out_features for matrix in matrices.values()} if matrices is not None else set()
-        named = set(matrices) if matrices is not None else set()
-        fits = given == {width} if given else width == int(module.view.config.hidden_size)
-        if not fits or (given and {f"layer_{n}" for n in self._now.layers} - named):
-            raise Refusal(
-                f"The module's projections do not fit a teacher whose hidden states have {width} numbers; leave teacher_width "
-                "out, or begin with a new module."
-            )
-        self._width = width
-
-    def _map(self, student: Any, teacher: Any) -> None:
-        """Which layers meet, and into how many heads their values are split."""
-        if not self._asked(*_INNER):
-            return
-        sizes = Observer(student).layers, Observer(teacher).layers
-        layers = layer_map(self.layers, *sizes)
-        if self._asked("attention", "values"):
-            layers = {own: other for own, other in layers.items() if own > 0 and other > 0}
-        heads = [int(view.config.num_attention_heads) for view in (student, teacher)]
-        if self._asked("attention") and heads[0] != heads[1]:
-            raise Refusal(
-                f"Distillation.attention compares maps head by head, and the student has {heads[0]} heads where the teacher has "
-                f"{heads[1]}; compare values instead, with relation_heads."
-            )
-        relation = self.relation_heads
-        if self._asked("values") and relation is None:
-            own, other = (
-                int(getattr(view.config, "num_key_value_heads", None) or n)
-                for view, n in zip((student, teacher), heads, strict=True)
-            )
-            if own != other:
-                raise Refusal(
-                    f"Distillation.values: the student has {own} heads of values and the teacher {other}; say by relation_heads "
-                    "into how many both are to be split."
-                )
-            relation = own
+        layers, relation = self._inner.pair(module.view, view)
         self._now = replace(self._now, layers=layers, relation_heads=relation)
-
-    def _open_targets(self, module: Any) -> None:
-        assert self.targets is not None
-        self._kept = teacher_targets.TeacherTargets(Path(self.targets).expanduser())
-        self._kept.check(module.tokenizer, self._now.temperature)
-        width = vocabulary_of(module.view)
-        self._now = replace(self._now, size=sliced(width, self._kept.about.vocabulary, self._kept.about.used))
-        self._known = self._kept.about.teacher
-        self._agree()
-
-    def _know(self, module: nn.Module | None) -> None:
-        self._known = fingerprint_of(module) if module is not None else None
-        self._agree()
-
-    def _agree(self) -> None:
-        if self._expected is not None and self._known != self._expected:
-            raise Refusal(
-                "The run was begun with another teacher: its weights differ from those that the checkpoint knows; give the same, "
-                "or start a new fit."
-            )
+        observer = self._inner.listen(view, self._now.layers.values())
+        if self._inner.states:
+            self._width = observer.width
+            check_projections(module, self._place, layers, int(module.view.config.hidden_size), self._width)
+        self._teacher = Teacher(observer, partial(frozen.on, device))
+        if module.task not in CLASSIFIES:
+            self._now = replace(self._now, size=sliced(vocabulary_of(module.view), self._teacher.vocabulary, used))
+        self._known.meet(frozen.model)
 
     # -- the step -------------------------------------------------------------------------------------------------------
 
@@ -495,41 +354,31 @@ class Distillation(Technique):
         """Everything that was asked for, of a step of our modules."""
         assert self._students is not None
         seen, now, task = self._students.take(), self._now, module.task
-        assert seen.result is not None
         found: list[Term] = []
+        assert seen.result is not None
         if self._kept is not None:
             kept = self._kept.of(batch, module.device)
             term = objective.of_tokens(module.view, seen.result, batch, kept.block, now, kept=True)
             return [replace(term, weight=self.weight("soft_targets"))]
         assert self._teacher is not None
         said = self._teacher.see(batch)
-        assert said.result is not None
         if self._asked("soft_targets"):
             if task in CLASSIFIES:
                 several = getattr(module.model.config, "problem_type", None) == "multi_label_classification"
+                assert said.result is not None
                 term = objective.of_classes(seen.result, said.result, batch, task, several, now)
             else:
-                chosen = said.result.reshape(-1, said.result.shape[-1])[batch.scored]  # (N, D)
-                teacher, size = self._teacher, now.size
-                term = objective.of_tokens(
-                    module.view, seen.result, batch, lambda rows: teacher.logits(chosen[rows])[..., :size], now
-                )
+                other = self._teacher.at_scored(said, batch, now.size)
+                term = objective.of_tokens(module.view, seen.result, batch, other, now)
             found.append(replace(term, weight=self.weight("soft_targets")))
-            module_step = Attachment.of(module).step
-            module_step.observe({f"{self.name}/t2": (torch.tensor(now.factor, device=module.device), 1.0)})
+            self._note_factor(module, seen.result)
         if self._asked("attention") and not self._checked:
             check_maps(seen, list(now.layers), "The student")
             check_maps(said, list(now.layers.values()), "The teacher")
             self._checked = True
-        project = getattr(module, self._place, {})
-        for kind in ("hidden", "cosine"):
-            if self._asked(kind):
-                term = objective.of_states(kind, seen, said, batch, task, dict(project.items()), now)
-                found.append(replace(term, weight=self.weight(kind)))
-        if self._asked("attention"):
-            found.append(replace(objective.of_maps(seen, said, batch, now), weight=self.weight("attention")))
-        if self._asked("values"):
-            found.append(replace(objective.of_values(seen, said, batch, now), weight=self.weight("values")))
+        project = dict(getattr(module, self._place, {}).items())
+        weights = {kind: self.weight(kind) for kind in _INNER}
+        found += objective.of_layers(weights, seen, said, batch, task, project, now)
         return found
 
     def _own_term(self, module: pl.LightningModule, batch: Any, output: Any) -> Term:
@@ -539,20 +388,18 @@ class Distillation(Technique):
         kind = "numbers" if student.shape[-1] == 1 else "one"
         losses = objective.class_losses(student, teacher, kind, self._now)
         term = Term(f"{self.name}/soft_targets", losses.sum(), float(len(losses)), "row", self.weight("soft_targets"))
-        Attachment.of(module).step.observe(
-            {f"{self.name}/t2": (torch.tensor(self._now.factor, device=losses.device), 1.0)}
-        )
+        self._note_factor(module, losses)
         return term
+
+    def _note_factor(self, module: pl.LightningModule, like: Tensor) -> None:
+        Attachment.of(module).step.observe({f"{self.name}/t2": (like.new_tensor(self._now.factor), 1.0)})
 
     # -- state ------------------------------------------------------------------------------------------------------------
 
     def state_dict(self) -> dict[str, Any]:
         """By which a run that resumes knows its teacher; None for the model itself."""
-        return {"teacher": self._known}
+        return {"teacher": self._known.known}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """The teacher of the run that is resumed, which must be this one's."""
-        self._expected = state_dict["teacher"]
-        if self._students is not None or self._caught is not None:
-            self._agree()
-        self._expected = None
+        self._known.expect(state_dict["teacher"])

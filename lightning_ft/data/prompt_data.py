@@ -32,7 +32,7 @@ from lightning_ft.functional.errors import Refusal
 
 
 class PromptData(SharedPrompts):
-    """Prompts that the trained model answers itself, as GRPO and PPO learn from it.
+    """Prompts that the trained model answers itself, as GRPO, PPO and OnPolicyDistillation learn from it.
 
     A row has ``prompt`` (or ``question``, as reasoning-gym says): a string, which is gone on with, or a list of messages, which
     is answered. All other columns are there for rewards. When an epoch begins, the model as it then is writes the answers to the
@@ -169,8 +169,8 @@ class PromptData(SharedPrompts):
         module = self.trainer.lightning_module if self.trainer is not None else None
         if module is not None and not isinstance(module, RolloutModule):
             raise Refusal(
-                f"PromptData has no answers, and {type(module).__name__} writes none that it learns from: take GRPO or PPO, or "
-                "data that have answers, such as SFTData."
+                f"PromptData has no answers, and {type(module).__name__} writes none that it learns from: take GRPO, PPO or "
+                "OnPolicyDistillation, or data that have answers, such as SFTData."
             )
         if stage in ("fit", None):
             self._round = None
@@ -221,7 +221,8 @@ class PromptData(SharedPrompts):
         module = self.trainer.lightning_module if self.trainer is not None else None
         if not isinstance(module, RolloutModule):
             raise Refusal(
-                "PromptData asks the module how many answers it writes: use it with a Trainer and GRPO or PPO."
+                "PromptData asks the module how many answers it writes: use it with a Trainer and GRPO, PPO or "
+                "OnPolicyDistillation."
             )
         return module
 

@@ -43,6 +43,7 @@ def sample(
     temperature: float = 1.0,
     top_k: int = 0,
     top_p: float = 1.0,
+    size: int | None = None,
     end_ids: Collection[int] = (),
     stops: Callable[[list[int]], bool] | None = None,
     go_on: Callable[[bool], bool] = bool,
@@ -57,6 +58,7 @@ def sample(
         temperature: what logits are divided by; 0 takes the most likely token.
         top_k: draw only among so many most likely tokens; 0 among all.
         top_p: draw only among the most likely tokens that together reach this probability.
+        size: draw only among the first so many tokens, where an output layer is padded; None: among all.
         end_ids: tokens that end an answer.
         stops: whether an answer, given its ids so far, is to end here (a stop string); asked once a token.
         go_on: given whether any row is still being written, whether another token is to be computed. Ranks that must run
@@ -84,7 +86,7 @@ def sample(
     alive = list(range(len(answers)))  # the answer that each row of the cache belongs to
     writing = [True] * len(answers)
     for step in range(max_new_tokens):
-        logits = view.logits(hidden).float()
+        logits = view.logits(hidden)[:, :size].float()
         drawn = chances[alive, step] if chances is not None else None
         tokens = choose(logits, drawn, temperature=temperature, top_k=top_k, top_p=top_p)
         for row, token in zip(alive, tokens.tolist(), strict=True):

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -11,6 +11,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from lightning_ft.engine.attachment import Attachment
 from lightning_ft.engine.batch import Batch
 from lightning_ft.engine.checkpoints import record_of
 from lightning_ft.engine.frozen import Frozen
@@ -20,6 +21,7 @@ from lightning_ft.engine.precomputed import digest
 from lightning_ft.formats.peft import load_peft_
 from lightning_ft.formats.peft_reading import read_json, read_peft
 from lightning_ft.functional.errors import Refusal
+from lightning_ft.models.admission import evaluating
 from lightning_ft.models.admission_tasks import admit_task
 from lightning_ft.models.causal import CausalLM
 from lightning_ft.models.classifier import CLASSIFIES, Classifier
@@ -211,6 +213,7 @@ class Teacher:
 
     Attributes:
         observer: of its view.
+        computing: what puts its weights in place for a while.
     """
 
     def __init__(
@@ -227,13 +230,13 @@ class Teacher:
             head: the same for its output layer alone; None: ``computing``.
         """
         self.observer = observer
-        self._computing = computing
+        self.computing = computing
         self._head = head or computing
 
     @torch.no_grad()
     def see(self, batch: Batch) -> Seen:
         """What it computes of a batch."""
-        with self._computing(), self.observer.seeing() as seen:
+        with self.computing(), self.observer.seeing() as seen:
             run(self.observer.view, batch)
         return seen
 
@@ -243,6 +246,12 @@ class Teacher:
         with self._head():
             found: Tensor = self.observer.view.logits(hidden)
         return found
+
+    def at_scored(self, said: Seen, batch: Batch, size: int | None) -> Callable[[slice], Tensor]:
+        """Gives its logits of a slice of a batch's scored tokens, of the first ``size`` tokens of its vocabulary."""
+        assert said.result is not None
+        chosen = said.result.reshape(-1, said.result.shape[-1])[batch.scored]  # (N, D)
+        return lambda rows: self.logits(chosen[rows])[..., :size]
 
     @property
     def vocabulary(self) -> int:
@@ -255,13 +264,22 @@ def vocabulary_of(view: Any) -> int:
     return int(view.config.vocab_size)
 
 
-def own_head(view: Any, computing: Callable[[], AbstractContextManager[Any]]) -> Any:
-    """What the output layer of a model that teaches itself needs: its earlier weights where it is trained, else nothing."""
+def self_teacher(observer: Observer, attachment: Attachment) -> Teacher:
+    """The model as it was when the fit began, seen by an observer of itself.
+
+    Its output layer needs its earlier weights only where it is trained.
+    """
+    view = observer.view
+
+    @contextmanager
+    def earlier() -> Iterator[None]:
+        with attachment.reference(), evaluating(view.model):
+            yield
 
     def head() -> AbstractContextManager[Any]:
-        return computing() if any(p.requires_grad for p in view.head_parameters()) else nullcontext()
+        return earlier() if any(p.requires_grad for p in view.head_parameters()) else nullcontext()
 
-    return head
+    return Teacher(observer, earlier, None if isinstance(view, Classifier) else head)
 
 
 def fingerprint_of(module: nn.Module) -> str:
@@ -276,8 +294,8 @@ __all__ = [
     "fingerprint_of",
     "load_teacher",
     "origin_of",
-    "own_head",
     "run",
+    "self_teacher",
     "view_of",
     "vocabulary_of",
 ]

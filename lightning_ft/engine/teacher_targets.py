@@ -23,6 +23,7 @@ from lightning_ft.engine.precomputed import segment_places
 from lightning_ft.formats.atomic import atomic_folder
 from lightning_ft.functional.errors import Refusal
 from lightning_ft.functional.token_scores import TopK
+from lightning_ft.models.vocabulary import sliced
 
 FORMAT = 1
 MARKER = "teacher_targets.json"
@@ -165,8 +166,16 @@ class TeacherTargets:
         )
         self._rest = np.memmap(folder / _REST, dtype="<f4", mode="r", shape=(n,)) if n else np.empty(0, "<f4")
 
-    def check(self, tokenizer: Any, temperature: float) -> None:
+    def check(self, tokenizer: Any, temperature: float, width: int) -> int | None:
         """Refuses another tokenizer, or another temperature.
+
+        Args:
+            tokenizer: of the student.
+            temperature: of the run.
+            width: how many tokens the student's output layer has.
+
+        Returns:
+            How many tokens to compare; None: all, where both output layers are of one width.
 
         Raises:
             Refusal: naming both.
@@ -181,6 +190,7 @@ class TeacherTargets:
                 f"The targets in {self.folder} were kept at temperature {self.about.temperature:g}, and this run's is "
                 f"{temperature:g}: what was left out cannot be divided anew; set the same, or write them again."
             )
+        return sliced(width, self.about.vocabulary, self.about.used)
 
     def of(self, batch: Batch, device: torch.device) -> TopK:
         """The targets at a batch's scored tokens, in their order.

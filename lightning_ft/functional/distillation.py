@@ -9,6 +9,8 @@ in nats, in float32 or above. The teacher is a constant: callers hand it over wi
 * JSD(b) = b KL(q || m) + (1 - b) KL(p || m), m = b q + (1 - b) p, vanishes at both ends of b; divided by b (1 - b), as here, it
   becomes the forward KL for b -> 0 and the reverse KL for b -> 1 (Agarwal et al., 2024, section 2), so that b does not rescale
   the learning rate;
+* the skewed KLs (DistiLLM, Ko et al., 2024) look at a mixture, KL(q || b q + (1 - b) p) and KL(p || b p + (1 - b) q), so that they
+  are at most -log b however far apart the two are; the total variation, |p - q| / 2 summed, is at most 1;
 * gradients of soft targets shrink like 1 / T^2, so they are multiplied by T^2 (Hinton et al., 2015, section 2): for T -> oo
   T^2 KL becomes half the variance over classes of z_s - z_t.
 """
@@ -25,7 +27,7 @@ from torch import Tensor
 
 from lightning_ft.functional.errors import Refusal
 
-Divergence = Literal["forward_kl", "reverse_kl", "jensen_shannon"]
+Divergence = Literal["forward_kl", "reverse_kl", "jensen_shannon", "skewed_kl", "skewed_reverse_kl", "total_variation"]
 LayerMap = Literal["last", "uniform"]
 
 #: Stands for log 0 where a finite number is needed, see `lightning_ft.functional.token_scores`.
@@ -46,14 +48,39 @@ def jensen_shannon(log_p: Tensor, log_q: Tensor, beta: float = 0.5) -> Tensor:
     """JSD(beta) / (beta (1 - beta)) of log-probabilities (..., C): (...); at 0 and 1 its limits, the two KLs."""
     if beta in (0.0, 1.0):
         return (forward_kl if beta == 0.0 else reverse_kl)(log_p, log_q)
-    log_m = torch.logaddexp(log_q + math.log(beta), log_p + math.log(1 - beta))
+    log_m = _mixed(log_q, log_p, beta)
     return forward_kl(log_m, log_q) / (1 - beta) + forward_kl(log_m, log_p) / beta
+
+
+def skewed_kl(log_p: Tensor, log_q: Tensor, beta: float = 0.1) -> Tensor:
+    """KL(q || beta q + (1 - beta) p) of log-probabilities (..., C): (...); at 0 the forward KL (DistiLLM)."""
+    return forward_kl(_mixed(log_q, log_p, beta), log_q)
+
+
+def skewed_reverse_kl(log_p: Tensor, log_q: Tensor, beta: float = 0.1) -> Tensor:
+    """KL(p || beta p + (1 - beta) q) of log-probabilities (..., C): (...); at 0 the reverse KL (DistiLLM)."""
+    return forward_kl(_mixed(log_p, log_q, beta), log_p)
+
+
+def total_variation(log_p: Tensor, log_q: Tensor, beta: float = 0.5) -> Tensor:
+    """Half the sum of |p - q| of log-probabilities (..., C): (...); ``beta`` has no say."""
+    return (log_p.exp() - log_q.exp()).abs().sum(-1) / 2
+
+
+def _mixed(one: Tensor, other: Tensor, share: float) -> Tensor:
+    """Log of so much of one distribution and the rest of the other."""
+    if share in (0.0, 1.0):
+        return one if share else other
+    return torch.logaddexp(one + math.log(share), other + math.log(1 - share))
 
 
 DIVERGENCES: dict[str, Callable[[Tensor, Tensor, float], Tensor]] = {
     "forward_kl": forward_kl,
     "reverse_kl": reverse_kl,
     "jensen_shannon": jensen_shannon,
+    "skewed_kl": skewed_kl,
+    "skewed_reverse_kl": skewed_reverse_kl,
+    "total_variation": total_variation,
 }
 
 
@@ -244,8 +271,11 @@ __all__ = [
     "relation_kl",
     "relation_log_probs",
     "reverse_kl",
+    "skewed_kl",
+    "skewed_reverse_kl",
     "soft_decisions",
     "soft_targets",
     "soft_values",
+    "total_variation",
     "uniform_layers",
 ]

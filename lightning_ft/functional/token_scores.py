@@ -141,6 +141,48 @@ def jensen_shannon(
     return value, ratio.sub_(student.unsqueeze(-1)).mul_(p.probs).mul_(1.0 - beta)
 
 
+def skewed_kl(
+    p: Distribution, q: Distribution, beta: float = 0.1, *, gradient: bool = True
+) -> tuple[Tensor, Tensor | None]:
+    """KL(q || m), m = beta q + (1 - beta) p: the forward KL, bounded by -log beta (DistiLLM, Ko et al., 2024, equation 2).
+
+    The gradient is p (g - <p, g>) with g = -(1 - beta) q / m.
+    """
+    m = _mixed(q, p, beta)
+    value = (q.probs * (q.log_probs().sub_(m.log().clamp_(min=LOG_ZERO)))).sum(-1)
+    return value, (_through_softmax(p, (q.probs / m).mul_(beta - 1.0)) if gradient else None)
+
+
+def skewed_reverse_kl(
+    p: Distribution, q: Distribution, beta: float = 0.1, *, gradient: bool = True
+) -> tuple[Tensor, Tensor | None]:
+    """KL(p || m), m = beta p + (1 - beta) q: the reverse KL, bounded by -log beta (DistiLLM, Ko et al., 2024).
+
+    The gradient is p (g - <p, g>) with g = log p/m - beta p / m.
+    """
+    m = _mixed(p, q, beta)
+    ratio = p.log_probs().sub_(m.log().clamp_(min=LOG_ZERO))
+    value = (p.probs * ratio).sum(-1)
+    return value, (_through_softmax(p, ratio.sub_((p.probs / m).mul_(beta))) if gradient else None)
+
+
+def total_variation(p: Distribution, q: Distribution, *, gradient: bool = True) -> tuple[Tensor, Tensor | None]:
+    """Half the sum of |p - q|, from 0 to 1 (Wen et al., 2023, equation 9); gradient p (g - <p, g>) with g = sign(p - q) / 2."""
+    apart = p.probs - q.probs
+    value = apart.abs().sum(-1) / 2
+    return value, (_through_softmax(p, apart.sign_().div_(2)) if gradient else None)
+
+
+def _mixed(one: Distribution, other: Distribution, share: float) -> Tensor:
+    """(n, V) probabilities: so much of one, and the rest of the other; never quite zero."""
+    return (one.probs * share).add_(other.probs, alpha=1.0 - share).clamp_(min=torch.finfo(one.probs.dtype).tiny)
+
+
+def _through_softmax(p: Distribution, slope: Tensor) -> Tensor:
+    """The gradient with respect to logits of a value whose gradient with respect to p is ``slope``, which is overwritten."""
+    return slope.sub_((p.probs * slope).sum(-1, keepdim=True)).mul_(p.probs)
+
+
 def top_k_kl(p: Distribution, q: TopK, *, gradient: bool = True) -> tuple[Tensor, Tensor | None]:
     """KL(q || p) over k + 1 events: the tokens that were kept of the teacher q, and any other one.
 

@@ -28,9 +28,17 @@ from lightning_ft.functional.errors import Refusal
 from lightning_ft.functional.token_scores import Distribution, TopK
 
 #: Outputs with a gradient, and those without; "topk" becomes the keys topk_logprob, topk_index and rest_logprob.
-DIFFERENTIABLE = ("logprob", "entropy", "forward_kl", "reverse_kl", "jensen_shannon", "topk_kl")
+NEEDS_OTHER = (
+    "forward_kl",
+    "reverse_kl",
+    "jensen_shannon",
+    "skewed_kl",
+    "skewed_reverse_kl",
+    "total_variation",
+    "topk_kl",
+)
+DIFFERENTIABLE = ("logprob", "entropy", *NEEDS_OTHER)
 PLAIN = ("correct", "argmax", "entropy_value", "topk")
-NEEDS_OTHER = ("forward_kl", "reverse_kl", "jensen_shannon", "topk_kl")
 
 Other = Callable[[slice], Tensor | TopK]
 """Of a slice of the rows the logits (n, V) of a second model, or what was kept of them."""
@@ -66,8 +74,15 @@ class _Scores:
                 value, slope = token_scores.forward_kl(p, q, gradient=gradient)
             elif name == "reverse_kl":
                 value, slope = token_scores.reverse_kl(p, q, gradient=gradient)
+            elif name == "total_variation":
+                value, slope = token_scores.total_variation(p, q, gradient=gradient)
             else:
-                value, slope = token_scores.jensen_shannon(p, q, self.beta, gradient=gradient)
+                of = {
+                    "jensen_shannon": token_scores.jensen_shannon,
+                    "skewed_kl": token_scores.skewed_kl,
+                    "skewed_reverse_kl": token_scores.skewed_reverse_kl,
+                }[name]
+                value, slope = of(p, q, self.beta, gradient=gradient)
         if slope is not None and self.temperature != 1.0:
             slope.div_(self.temperature)
         return value, slope
@@ -112,9 +127,10 @@ def score_tokens(
         parameters: the head's parameters. Only a hint that saves one wasted chunk: trained parameters that are not
             listed are found in the graph of the first chunk.
         outputs: any of "logprob" (log p(label)), "entropy", "forward_kl" (KL(other || p)), "reverse_kl"
-            (KL(p || other)), "jensen_shannon", "topk_kl" (forward, over the tokens kept of ``other`` and the rest), all (N,) with
-            a gradient; "correct" (N,) bool, "argmax" (N,) int64, "entropy_value" (N,), which is "entropy" for those who only look
-            at it, and "topk" (the keys "topk_logprob" (N, k), "topk_index" (N, k) and "rest_logprob" (N,)), without.
+            (KL(p || other)), "jensen_shannon", "skewed_kl", "skewed_reverse_kl", "total_variation", "topk_kl" (forward, over
+            the tokens kept of ``other`` and the rest), all (N,) with a gradient; "correct" (N,) bool, "argmax" (N,) int64,
+            "entropy_value" (N,), which is "entropy" for those who only look at it, and "topk" (the keys "topk_logprob" (N, k),
+            "topk_index" (N, k) and "rest_logprob" (N,)), without.
         chunk_size: tokens whose logits exist at one time. None is 256 on a CPU and 1,024 elsewhere, as measured in bfloat16 with a
             frozen head of V = 49,152, forward and backward. One core with AVX512-BF16, D = 576, 1,024 tokens: 872, 745, 685, 725
             and 745 ms with 64, 128, 256, 512 and 1,024. An H200, D = 768, 8,192 tokens: 20.5, 12.3, 7.2, 6.9 and 6.7 ms with
@@ -123,7 +139,7 @@ def score_tokens(
         other: gives the logits (n, V) of a second model for a slice of the N rows, or for "topk_kl" a `TopK`, kept at
             ``temperature``; called without gradients.
         top_k: how many tokens "topk" keeps.
-        beta: the weight of ``other`` in "jensen_shannon".
+        beta: the weight of ``other`` in "jensen_shannon"; in the skewed ones that of the first distribution in the mixture.
         recompute: whether backward runs the head again instead of keeping (N, D) slopes. None decides: yes when
             something in the head is trained or there are more than two outputs with a gradient. Set it for a head that
             FSDP2 shards as a unit of its own (its hooks expect backward to run in the backward pass).

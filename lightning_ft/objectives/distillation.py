@@ -7,7 +7,7 @@ hidden states, maps and relations are meant over its own tokens first. Padding a
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor, nn
@@ -15,9 +15,19 @@ from torch import Tensor, nn
 from lightning_ft.engine.batch import Batch
 from lightning_ft.engine.terms import Term
 from lightning_ft.functional import distillation as maths
+from lightning_ft.functional.errors import Refusal
 from lightning_ft.functional.token_scores import TopK
 from lightning_ft.models.causal import LanguageHead
 from lightning_ft.models.observed import Seen
+
+RECIPES: dict[str, dict[str, float]] = {
+    "soft_targets": {"task": 1.0, "soft_targets": 1.0, "temperature": 1.0},
+    # Sanh et al., 2019, and their code: 5 soft targets + 2 task + 1 cosine of the last hidden state, temperature 2.
+    "distilbert": {"task": 2.0, "soft_targets": 5.0, "cosine": 1.0, "temperature": 2.0},
+    # Wang et al., 2020, equation 8: the last layer's maps and value relations, and nothing else.
+    "minilm": {"task": 0.0, "soft_targets": 0.0, "attention": 1.0, "values": 1.0, "temperature": 1.0},
+}
+"""Recipe -> its weights and its temperature; what it does not name is 0."""
 
 BY_TOKEN = ("causal_lm", "seq2seq_lm", "token_classification")
 """Tasks whose units are scored tokens."""
@@ -29,7 +39,7 @@ class Settings:
 
     Attributes:
         divergence: of soft targets.
-        beta: weight of the teacher in ``jensen_shannon``.
+        beta: weight of the teacher in ``jensen_shannon``, of the first distribution in the mixture of skewed ones.
         temperature: what logits are divided by.
         scale_t2: whether soft targets are multiplied by the temperature's square.
         chunk_size: tokens whose logits exist at one time.
@@ -48,6 +58,12 @@ class Settings:
     layers: Mapping[int, int] = field(default_factory=dict)
     relation_heads: int | None = None
     names: str = "distillation"
+
+    def __post_init__(self) -> None:
+        if self.divergence.startswith("skewed") and self.beta == 1.0:
+            raise Refusal(
+                f"The divergence {self.divergence} with beta 1 compares a distribution with itself; give less, 0.1 in its paper."
+            )
 
     @property
     def factor(self) -> float:
@@ -123,6 +139,25 @@ def class_losses(student: Tensor, teacher: Tensor, kind: str, settings: Settings
         beta=settings.beta,
         scale_t2=settings.scale_t2,
     )
+
+
+def of_layers(
+    weights: Mapping[str, float],
+    student: Seen,
+    teacher: Seen,
+    batch: Batch,
+    task: str,
+    project: Mapping[str, nn.Module],
+    settings: Settings,
+) -> list[Term]:
+    """Every term of layers that has a weight; names of terms are ``hidden``, ``cosine``, ``attention`` and ``values``."""
+    made: dict[str, Callable[[], Term]] = {
+        "hidden": lambda: of_states("hidden", student, teacher, batch, task, project, settings),
+        "cosine": lambda: of_states("cosine", student, teacher, batch, task, project, settings),
+        "attention": lambda: of_maps(student, teacher, batch, settings),
+        "values": lambda: of_values(student, teacher, batch, settings),
+    }
+    return [replace(make(), weight=weights[kind]) for kind, make in made.items() if weights[kind] > 0]
 
 
 def of_states(
@@ -211,4 +246,14 @@ def _real(losses: Tensor, batch: Batch) -> Tensor:
     return torch.where(batch.rows >= 0, losses, losses.new_zeros(()))
 
 
-__all__ = ["Settings", "class_losses", "of_classes", "of_maps", "of_states", "of_tokens", "of_values", "row_means"]
+__all__ = [
+    "Settings",
+    "class_losses",
+    "of_classes",
+    "of_layers",
+    "of_maps",
+    "of_states",
+    "of_tokens",
+    "of_values",
+    "row_means",
+]

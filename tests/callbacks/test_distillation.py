@@ -11,6 +11,7 @@ import transformers as hf
 import lightning_ft
 from lightning_ft import Distillation, LoRA, Refusal
 from lightning_ft.functional import distillation as maths
+from tests.callbacks.distillation_jobs import on_ranks
 from tests.contract import Case, checks_for
 from tests.contract.subjects import PlainNet, Steps, chat_job, fit, rows, state, trainer
 from tests.modules.tasks import SIZE, job, write_base
@@ -186,6 +187,11 @@ def dense(module, teacher, batch, divergence, temperature, beta):
             m = (beta * logq.exp() + (1 - beta) * logp.exp()).log()
             value = beta * (logq.exp() * (logq - m)).sum(-1) + (1 - beta) * (logp.exp() * (logp - m)).sum(-1)
             found.append(value / (beta * (1 - beta)))
+        elif divergence == "total_variation":
+            found.append((logp.exp() - logq.exp()).abs().sum(-1) / 2)
+        elif divergence.startswith("skewed"):
+            a, b = (logp, logq) if "reverse" in divergence else (logq, logp)
+            found.append((a.exp() * (a - (beta * a.exp() + (1 - beta) * b.exp()).log())).sum(-1))
         else:
             a, b = (logq, logp) if divergence == "forward_kl" else (logp, logq)
             found.append((a.exp() * (a - b)).sum(-1))
@@ -401,6 +407,35 @@ def test_a_window_of_two_halves_is_one_batch(task, bases, tmp_path):
         torch.testing.assert_close(value, ends[1][name], rtol=1e-4, atol=1e-5)
 
 
+# Everything that works packed, and what wants padded rows; "self" asks the reference.
+RANKS = {
+    "ddp, predictions and layers": ("ddp", False, True, {"hidden": 0.3, "cosine": 0.2, "layers": "uniform"}),
+    "ddp, LoRA, value relations": ("ddp", True, False, {"values": 1.0, "relation_heads": 4}),
+    "fsdp2, predictions and layers": ("fsdp2", False, True, {"hidden": 0.3, "cosine": 0.2, "layers": "uniform"}),
+    "fsdp2, LoRA": ("fsdp2", True, True, {"divergence": "reverse_kl", "hidden": 0.3}),
+    "fsdp2, itself": ("fsdp2", False, True, {"divergence": "jensen_shannon"}),
+}
+
+
+@pytest.mark.parametrize("case", RANKS)
+def test_two_ranks_learn_what_one_does(case, chat, larger, tmp_path, two_ranks):
+    """Uneven counts of tokens; the teacher is whole on each rank, and the student split under FSDP2."""
+    strategy, lora, packing, arguments = RANKS[case]
+    teacher = "self" if "itself" in case else str(larger)
+    asked = {"chat": str(chat), "teacher": teacher, "folder": str(tmp_path), "lora": lora, "packing": packing}
+    one = on_ranks(devices=1, strategy="auto", **asked, **arguments)
+    assert all(abs(value) > 1e-5 for value in one["metrics"].values())
+    for rank in two_ranks.run(
+        "tests.callbacks.distillation_jobs:on_ranks", devices=2, strategy=strategy, **asked, **arguments
+    ):
+        assert rank["metrics"].keys() == one["metrics"].keys()
+        for name, value in one["metrics"].items():
+            assert rank["metrics"][name] == pytest.approx(value, rel=1e-3, abs=1e-5), name
+        torch.testing.assert_close(rank["losses"], one["losses"], rtol=1e-4, atol=1e-5)
+        for name, value in one["weights"].items():
+            torch.testing.assert_close(rank["weights"][name], value, rtol=1e-3, atol=1e-5, msg=name)
+
+
 # -- a user's own module ------------------------------------------------------------------------------------------------
 
 
@@ -439,6 +474,8 @@ def test_what_cannot_be_compared_is_refused(chat, larger, bases, tmp_path):
         module, data = chat_job(chat, tmp_path, **settings)
         trainer(tmp_path, technique, max_steps=1).fit(module, data)
 
+    with pytest.raises(Refusal, match="with beta 1 compares a distribution with itself"):
+        Distillation(divergence="skewed_kl", beta=1.0)
     with pytest.raises(Refusal, match="different vocabularies"):
         run(Distillation(str(bases / "llama")))
     with pytest.raises(Refusal, match="set --model.attention eager"):

@@ -143,6 +143,8 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> Callable[[Path], tuple[str
             data.write_text("".join(json.dumps(line) + "\n" for line in lines))
         rows_at = "data.source" if "source" in given_data(path).get("init_args", {}) else "data"
         taught = (f"--distillation.teacher={teacher_of(base, task)}",) if has_teacher(path) else ()
+        if path.stem == "gkd":
+            taught = (f"--model.teacher={base}",)
         return (
             f"--model.base={base}",
             f"--{rows_at}.path={data}",

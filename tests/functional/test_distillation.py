@@ -35,6 +35,12 @@ def by_loops(student, teacher, kind, t, beta, scale):
             value = kl(q, p)
         elif kind == "reverse_kl":
             value = kl(p, q)
+        elif kind == "skewed_kl":
+            value = kl(q, [beta * b + (1 - beta) * a for a, b in zip(p, q, strict=True)])
+        elif kind == "skewed_reverse_kl":
+            value = kl(p, [beta * a + (1 - beta) * b for a, b in zip(p, q, strict=True)])
+        elif kind == "total_variation":
+            value = sum(abs(a - b) for a, b in zip(p, q, strict=True)) / 2
         else:
             m = [beta * b + (1 - beta) * a for a, b in zip(p, q, strict=True)]
             value = (beta * kl(q, m) + (1 - beta) * kl(p, m)) / (beta * (1 - beta))
@@ -101,6 +107,20 @@ def test_ends_of_jensen_shannon_meet_the_kls():
     both = [d.soft_targets(a, b, "jensen_shannon") for a, b in ((student, teacher), (teacher, student))]
     torch.testing.assert_close(*both)  # symmetric in the middle
     assert (both[0] / 4 <= math.log(2)).all()  # without the factor it is bounded by ln 2
+
+
+def test_skewed_kls_and_total_variation_are_bounded():
+    """By -log beta and 1 also where the two have nothing in common; at beta 0 the skewed are the KLs; Pinsker's inequality."""
+    student, teacher = logits(6, 8), logits(6, 8, seed=1)
+    apart = torch.tensor([[900.0, 0.0]], dtype=torch.float64), torch.tensor([[0.0, 900.0]], dtype=torch.float64)
+    for skewed, plain in (("skewed_kl", "forward_kl"), ("skewed_reverse_kl", "reverse_kl")):
+        torch.testing.assert_close(
+            d.soft_targets(student, teacher, skewed, beta=0.0), d.soft_targets(student, teacher, plain)
+        )
+        assert d.soft_targets(*apart, skewed, beta=0.1).item() == pytest.approx(-math.log(0.1))
+    assert d.soft_targets(*apart, "total_variation").item() == pytest.approx(1.0)
+    distance, divergence = (d.soft_targets(student, teacher, kind) for kind in ("total_variation", "forward_kl"))
+    assert (distance <= (divergence / 2).sqrt()).all() and distance.min() > 0.05
 
 
 def test_the_chunked_output_has_the_same_factor():

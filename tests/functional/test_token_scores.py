@@ -13,6 +13,9 @@ from torch.nn.functional import kl_div
 from lightning_ft.functional import token_scores as ts
 from tests.tolerances import TOL
 
+MIXED = ("jensen_shannon", "skewed_kl", "skewed_reverse_kl")
+DIVERGENCES = ("forward_kl", "reverse_kl", "total_variation", *MIXED)
+
 
 def reference(name: str, z: Tensor, labels: Tensor, q: Tensor, beta: float) -> Tensor:
     """The same quantity, written with torch's own log_softmax and kl_div."""
@@ -25,12 +28,18 @@ def reference(name: str, z: Tensor, labels: Tensor, q: Tensor, beta: float) -> T
         return kl_div(logp, logq, reduction="none", log_target=True).sum(-1)
     if name == "reverse_kl":
         return kl_div(logq, logp, reduction="none", log_target=True).sum(-1)
+    if name == "total_variation":
+        return (logp.exp() - logq.exp()).abs().sum(-1) / 2
+    if name == "skewed_reverse_kl":
+        logp, logq = logq, logp  # the same of the two in each other's place
     logm = torch.logaddexp(logq + math.log(beta), logp + math.log(1 - beta))
     to_m: Callable[[Tensor], Tensor] = lambda a: kl_div(logm, a, reduction="none", log_target=True).sum(-1)  # noqa: E731
+    if name.startswith("skewed"):
+        return to_m(logq)
     return beta * to_m(logq) + (1 - beta) * to_m(logp)
 
 
-@pytest.mark.parametrize("name", ["log_prob", "entropy", "forward_kl", "reverse_kl", "jensen_shannon"])
+@pytest.mark.parametrize("name", ["log_prob", "entropy", *DIVERGENCES])
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
 def test_value_and_gradient_equal_autograd(name: str, dtype: torch.dtype) -> None:
     """Value and slope agree with float64 autograd of an independent formula, at a temperature."""
@@ -43,7 +52,7 @@ def test_value_and_gradient_equal_autograd(name: str, dtype: torch.dtype) -> Non
     (slope,) = torch.autograd.grad(expected.sum(), exact)
 
     p, other = ts.distribution(z, 0.7), ts.distribution(q, 0.7)
-    extra = {"log_prob": (labels,), "entropy": (), "jensen_shannon": (other, 0.3)}.get(name, (other,))
+    extra = {"log_prob": (labels,), "entropy": (), **dict.fromkeys(MIXED, (other, 0.3))}.get(name, (other,))
     value, gradient = getattr(ts, name)(p, *extra)
     torch.testing.assert_close(value.double(), expected.detach(), atol=TOL[dtype] * 3, rtol=TOL[dtype])
     torch.testing.assert_close(gradient.double(), slope, atol=TOL[dtype], rtol=TOL[dtype])
@@ -68,7 +77,7 @@ def test_improbable_label_is_finite() -> None:
     assert slope[0, 0].item() == pytest.approx(1.0) and slope[0, 3].item() == pytest.approx(-1.0)
 
 
-@pytest.mark.parametrize("name", ["entropy", "forward_kl", "reverse_kl", "jensen_shannon"])
+@pytest.mark.parametrize("name", ["entropy", *DIVERGENCES])
 def test_forbidden_tokens_do_not_make_nan(name: str) -> None:
     """Logits of -inf (a masked class, a padded vocabulary) are tokens of probability zero in both distributions."""
     torch.manual_seed(1)

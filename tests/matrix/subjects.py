@@ -182,6 +182,7 @@ NOT_YET = {
     "KTO": "it estimates a KL term in each micro-batch, so that its layouts differ by design; tests/modules/test_kto compares them",
     "LinearProbe": "it learns from episodes, and trains nothing; tests/modules/test_protonet",
     "MultiTask": "its rows are several kinds in one file each; tests/modules/test_multitask runs it beside LoRA and on two ranks",
+    "OnPolicyDistillation": "its rows are written while it trains; tests/modules/test_on_policy_distillation has all placements",
 }
 
 

@@ -16,7 +16,7 @@ from lightning_ft.nn.head import score_tokens
 from tests.tolerances import TOL
 
 N, D, V = 21, 8, 53
-DIVERGENCES = ("forward_kl", "reverse_kl", "jensen_shannon")
+DIVERGENCES = ("forward_kl", "reverse_kl", "jensen_shannon", "skewed_kl", "skewed_reverse_kl", "total_variation")
 
 
 class Head(nn.Module):
@@ -58,13 +58,16 @@ def dense(hidden: Tensor, labels: Tensor, head: Callable[[Tensor], Tensor], q: T
         "forward_kl": kl(logq, logp),
         "reverse_kl": kl(logp, logq),
         "jensen_shannon": (kl(logq, logm) + kl(logp, logm)) / 2,
+        "skewed_kl": kl(logq, logm),
+        "skewed_reverse_kl": kl(logp, logm),
+        "total_variation": (logp.exp() - logq.exp()).abs().sum(-1) / 2,
     }
 
 
 def problem(dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     torch.manual_seed(0)
     hidden = torch.randn(N, D, dtype=dtype, requires_grad=True)
-    return hidden, torch.randint(V, (N,)), torch.randn(N, V, dtype=dtype), torch.randn(5, N, dtype=dtype)
+    return hidden, torch.randint(V, (N,)), torch.randn(N, V, dtype=dtype), torch.randn(8, N, dtype=dtype)
 
 
 @pytest.mark.parametrize("kind", HEADS)

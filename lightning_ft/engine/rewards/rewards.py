@@ -31,13 +31,19 @@ class Scores:
 class Rewards:
     """Named rewards with weights; models among them are loaded when they are first asked."""
 
-    def __init__(self, given: Mapping[str, Reward | Mapping[str, Any] | Callable[..., Any]]) -> None:
-        """Args: given: by name: a `Reward`, its fields, or a function.
+    def __init__(
+        self, given: Mapping[str, Reward | Mapping[str, Any] | Callable[..., Any]], *, optional: bool = False
+    ) -> None:
+        """Set them up.
+
+        Args:
+            given: by name: a `Reward`, its fields, or a function.
+            optional: whether there may be none, so that no answer is judged.
 
         Raises:
             Refusal: none at all, a name that a logged metric cannot have, or one that is no reward.
         """
-        if not isinstance(given, Mapping) or not given:
+        if not isinstance(given, Mapping) or not (given or optional):
             raise Refusal(
                 "rewards must name at least one reward, as {short: {length: 40}}; see docs/guides/rewards.md for the kinds."
             )
@@ -85,6 +91,8 @@ class Rewards:
         problem = _first(problem)
         if problem is not None:
             raise Refusal(problem)
+        if not each:
+            return Scores(torch.full((len(answers),), torch.nan, dtype=torch.float64), each)
         weighted = torch.stack([self.given[name].weight * value for name, value in each.items()])  # (K, S)
         nobody = weighted.isnan().all(0)
         return Scores(weighted.nansum(0).masked_fill(nobody, torch.nan), each)

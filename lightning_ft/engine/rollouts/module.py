@@ -25,6 +25,7 @@ from lightning_ft.engine.scoring import scores
 from lightning_ft.functional.errors import Refusal
 from lightning_ft.functional.kl_estimators import kl_estimate
 from lightning_ft.models.admission import evaluating
+from lightning_ft.models.causal import CausalLM
 
 _FILLER = [0, 0]
 """What a rank reads that has no prompt left while others still write."""
@@ -38,7 +39,9 @@ class RolloutModule(PolicyModule):
     with ``self.check()``, and defines `appraise` and the training step.
     """
 
-    rewards: Mapping[str, Any]
+    rewards: Mapping[str, Any] | None
+    rewarded = True
+    """Whether there must be rewards; without them answers may still have some, to look at."""
     samples: int
     max_new_tokens: int
     temperature: float
@@ -47,6 +50,8 @@ class RolloutModule(PolicyModule):
     stop_strings: list[str] | None
     eval_temperature: float
     dropout = False
+    drawn_vocabulary: int | None = None
+    """Only the first so many tokens are drawn; None: any that the output layer has."""
 
     def check(self) -> None:
         """Refuses arguments out of bounds, and rewards that cannot be."""
@@ -55,9 +60,9 @@ class RolloutModule(PolicyModule):
             raise Refusal(
                 f"{type(self).__name__}.stop_strings holds an empty text, which would end every answer at once."
             )
-        self._rewards = Rewards(self.rewards)
+        self._rewards = Rewards(self.rewards or {}, optional=not self.rewarded)
         names = [f"rewards/{name}" for name in self._rewards.sources]
-        self.evaluation = NamedMeans(["reward", *names, "length", "truncated"])
+        self.evaluation = NamedMeans(["reward", *names, "length", "truncated", *self.also_evaluated])
 
     def resolved_arguments(self) -> dict[str, Any]:
         """The arguments with the rewards in plain types, as a checkpoint holds them."""
@@ -81,6 +86,27 @@ class RolloutModule(PolicyModule):
         self._rewards.check(getattr(self.datamodule, "columns", None))
 
     # -- what a subclass may say ------------------------------------------------------------------------------------------
+
+    also_evaluated: tuple[str, ...] = ()
+    """Names of what `evaluated` gives."""
+
+    def evaluated(self, prompts: Sequence[Prompt], answers: Sequence[Answer]) -> dict[str, tuple[Tensor, float]]:
+        """What else is measured of answers in validation: name -> (sum, how many it was summed over); all ranks ask."""
+        return {}
+
+    def write(
+        self, prompts: Sequence[Prompt], seeds: Sequence[Sequence[int]], number: int, *, batches: int, batch_size: int
+    ) -> list[list[Answer]]:
+        """Answers to this rank's prompts of a round, by the model as it is.
+
+        Args:
+            prompts: this rank's share; none where there are fewer prompts than ranks.
+            seeds: of each answer to each prompt.
+            number: of the round.
+            batches: how many every rank draws.
+            batch_size: prompts each.
+        """
+        return self._draw_all(self.draw, prompts, seeds, batches, batch_size, self.temperature)
 
     def keep(self, round: Round) -> Tensor:
         """(S,) bool: which answers are trained on; those that some reward has judged."""
@@ -150,7 +176,7 @@ class RolloutModule(PolicyModule):
         mine = parts[self.trainer.global_rank]
         own, batches = [prompts[i] for i in mine], -(-len(parts[0]) // batch_size)
         own_seeds = [seeds[i] for i in mine]
-        groups = self._draw_all(self.draw, own, own_seeds, batches, batch_size, self.temperature)
+        groups = self.write(own, own_seeds, number, batches=batches, batch_size=batch_size)
         answers, texts, found = self._judged(own, groups)
         names = list(found.each)
         numbers = torch.stack([found.total, *found.each.values()], 1).tolist()
@@ -206,21 +232,27 @@ class RolloutModule(PolicyModule):
         return self._sample(prompts, seeds, temperature)
 
     def _sample(
-        self, prompts: Sequence[Sequence[int]], seeds: Sequence[Sequence[int]], temperature: float
+        self,
+        prompts: Sequence[Sequence[int]],
+        seeds: Sequence[Sequence[int]],
+        temperature: float,
+        view: CausalLM | None = None,
     ) -> list[list[Answer]]:
+        """The same by another model where ``view`` is given; its answers end where this one's do."""
         asks: Callable[[bool], bool] = bool
         if isinstance(self.trainer.strategy, ModelParallelStrategy):
             asks = lambda writing: any_rank(writing, self.device)  # noqa: E731
         idle = not prompts
         stop = StopStrings(self.tokenizer, self.stop_strings or ())
         found = sample(
-            self.view,
+            view or self.view,
             prompts or [_FILLER],
             seeds=seeds or [[0]],
             max_new_tokens=self.max_new_tokens,
             temperature=temperature,
             top_k=self.top_k,
             top_p=self.top_p,
+            size=self.drawn_vocabulary,
             end_ids=end_ids(self.model, self.tokenizer),
             stops=(lambda ids: True) if idle else stop if stop.strings else None,
             go_on=asks,
@@ -327,7 +359,7 @@ class RolloutModule(PolicyModule):
         values = {name: (each.nansum(), float((~each.isnan()).sum())) for name, each in measured.items()}
         values["length"] = (torch.tensor(float(sum(len(a.ids) for a in answers))), count)
         values["truncated"] = (torch.tensor(float(sum(not a.ended for a in answers))), count)
-        self.evaluation.update(values)
+        self.evaluation.update({**values, **self.evaluated(prompts, answers)})
 
     def _finished(self, means: dict[str, Any]) -> dict[str, Any]:
         return means

@@ -1,0 +1,437 @@
+"""What `benchmarks.distillation_runs` runs: teachers, students of some of their layers, and their scores; on a CPU or a GPU."""
+
+from __future__ import annotations
+
+import gc
+import random
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+from benchmarks import vader_cells
+from benchmarks.vader_cells import trainer, written
+
+TEMPERATURE = 2.0
+"""Of classes, DistilBERT's; of tokens 1, as their distributions are broad already."""
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """How much of everything.
+
+    Attributes:
+        encoder: the teacher of classes.
+        decoder: the teacher of chats.
+        encoder_layers: blocks that the student of classes keeps.
+        decoder_layers: those of the student of chats.
+        teacher_steps: of the encoder.
+        steps: of its students.
+        worked: chats of worked word problems to train on.
+        rated: chats about rated sentences to train on.
+        held: chats of each kind to choose by, and to test on.
+        epochs: of the students of chats.
+        batch: chats a step.
+        digit_epochs: of the teacher of digits and of its students, in passes over 1,400 images.
+    """
+
+    encoder: str = "starter:minilm-l6"
+    decoder: str = "starter:smollm2-135m"
+    encoder_layers: int = 3
+    decoder_layers: int = 10
+    teacher_steps: int = 189
+    steps: int = 630
+    worked: int = 1600
+    rated: int = 400
+    held: tuple[int, int] = (60, 100)
+    epochs: int = 2
+    batch: int = 16
+    digit_epochs: tuple[int, int] = (20, 60)
+
+
+def accelerator() -> dict[str, Any]:
+    """Of a Trainer: the GPU in bfloat16 where there is one."""
+    import torch
+
+    return {"accelerator": "gpu", "devices": 1, "precision": "bf16-mixed"} if torch.cuda.is_available() else {}
+
+
+def device() -> Any:
+    """Where what is measured outside of a Trainer runs."""
+    import torch
+
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def cut(folder: Path, keep: int, output: Path, cls: Any) -> None:
+    """Writes a student of a teacher's blocks at even distances."""
+    from lightning_ft.engine.layer_selection import with_layers
+    from lightning_ft.formats.merged import export_merged
+    from lightning_ft.functional.distillation import uniform_layers
+    from lightning_ft.models.load import load_tokenizer
+
+    model = cls.from_pretrained(folder)
+    student = with_layers(model, uniform_layers(keep, model.config.num_hidden_layers))
+    export_merged(student, load_tokenizer(str(folder)), output)
+
+
+def fitted(module: Any, data: Any, callbacks: list[Any], folder: Path, **options: Any) -> float:
+    """Seconds of a fit."""
+    begun = time.perf_counter()
+    trainer(folder, callbacks, **{**accelerator(), **options}).fit(module, data)
+    return time.perf_counter() - begun
+
+
+def let_go() -> None:
+    """Gives memory back between cells."""
+    import torch
+
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+
+
+# -- sentences ----------------------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class Sentences:
+    """Teachers of clearly rated sentences, one a seed, and students of half their layers."""
+
+    sizes: Sizes
+    work: Path
+    _files: dict[str, str] = field(default_factory=dict)
+
+    @property
+    def files(self) -> dict[str, str]:
+        """Split -> file."""
+        if not self._files:
+            self._files = vader_cells.write_rows(self.work)
+        return self._files
+
+    def _job(self, base: str, train: str, rate: float) -> tuple[Any, Any]:
+        module, data = vader_cells.encoder_job("classification", rate, {**self.files, "train": self.files[train]}, base)
+        data.truncation = "keep_start"  # nothing that a real tokenizer makes of these sentences is so long
+        return module, data
+
+    def _scored(self, module: Any, data: Any, seconds: float) -> dict[str, Any]:
+        judge = trainer(self.work, [], **{**accelerator(), "limit_val_batches": None})
+        (val,) = judge.validate(module, data, verbose=False)
+        (test,) = judge.test(module, data, verbose=False)
+        parameters = sum(p.numel() for p in module.parameters())
+        return {
+            "seconds": seconds,
+            "parameters": parameters,
+            "scores": {k: float(v) for k, v in {**val, **test}.items()},
+        }
+
+    def teacher(self, seed: int) -> dict[str, Any]:
+        """Tunes the whole encoder, and keeps it and its student's beginning."""
+        import lightning.pytorch as pl
+        from transformers import AutoModelForSequenceClassification
+
+        from lightning_ft.formats.merged import export_merged
+
+        pl.seed_everything(seed, verbose=False)
+        module, data = self._job(self.sizes.encoder, "train", 1e-4)
+        seconds = fitted(module, data, [], self.work, max_steps=self.sizes.teacher_steps, max_epochs=-1)
+        found = self._scored(module, data, seconds)
+        export_merged(module.model.cpu(), module.tokenizer, self.teacher_folder(seed))
+        cut(
+            self.teacher_folder(seed),
+            self.sizes.encoder_layers,
+            self.student_folder(seed),
+            AutoModelForSequenceClassification,
+        )
+        return found
+
+    def teacher_folder(self, seed: int) -> Path:
+        """Where the tuned teacher of a seed is kept."""
+        return self.work / f"sentences-teacher-{seed}"
+
+    def student_folder(self, seed: int) -> Path:
+        """Where its student begins."""
+        return self.work / f"sentences-student-{seed}"
+
+    def student(self, method: str, rate: float, seed: int) -> dict[str, Any]:
+        """One student: the same blocks of the same teacher, the same steps, with or without what the teacher says."""
+        import lightning.pytorch as pl
+
+        if not (self.student_folder(seed) / "config.json").exists():
+            self.teacher(seed)
+        pl.seed_everything(seed, verbose=False)
+        callbacks, train = SENTENCE_METHODS[method]
+        module, data = self._job(str(self.student_folder(seed)), train, rate)
+        made = callbacks(str(self.teacher_folder(seed)))
+        seconds = fitted(module, data, made, self.work, max_steps=self.sizes.steps, max_epochs=-1)
+        found = self._scored(module, data, seconds)
+        let_go()
+        return found
+
+    def speed(self, turns: int = 5) -> dict[str, Any]:
+        """Sentences a second of teacher and student, in turn; the median of a few."""
+        seconds: dict[str, list[float]] = {"teacher": [], "student": []}
+        sizes = {}
+        judges = {}
+        for who, folder in (("teacher", self.teacher_folder(0)), ("student", self.student_folder(0))):
+            module, data = self._job(str(folder), "train", 1e-4)
+            data.predict_path = self.files["test"]
+            judges[who] = (trainer(self.work, [], **accelerator()), module, data)
+        for turn in range(turns + 1):
+            for who, (judge, module, data) in judges.items():
+                begun = time.perf_counter()
+                judge.predict(module, data)
+                if turn:  # the first loads
+                    seconds[who].append(time.perf_counter() - begun)
+                sizes[who] = sum(p.numel() for p in module.parameters())
+        rates = {f"{who}/rows_per_second": vader_cells.TEST / median(each) for who, each in seconds.items()}
+        ratio = rates["student/rows_per_second"] / rates["teacher/rows_per_second"]
+        return {"seconds": sum(map(sum, seconds.values())), "sizes": sizes, "scores": {**rates, "speed_up": ratio}}
+
+
+def _taught(**settings: Any) -> Callable[[str], list[Any]]:
+    def made(teacher: str) -> list[Any]:
+        from lightning_ft import Distillation
+
+        return [Distillation(teacher, **settings)]
+
+    return made
+
+
+SENTENCE_METHODS: dict[str, tuple[Callable[[str], list[Any]], str]] = {
+    "alone": (lambda teacher: [], "train"),
+    "soft targets": (_taught(temperature=TEMPERATURE), "train"),
+    "distilbert": (_taught(recipe="distilbert"), "train"),
+    "teacher alone": (_taught(temperature=TEMPERATURE, task=0.0), "train"),
+    "unlabelled too": (_taught(temperature=TEMPERATURE, task=0.0), "more"),
+}
+"""Method -> its callbacks and the rows it is given. ``unlabelled too`` never looks at a label, so it may have all rows."""
+
+
+# -- chats ----------------------------------------------------------------------------------------------------------------------
+
+
+def write_chats(folder: Path, sizes: Sizes) -> dict[str, str]:
+    """Split -> file of worked word problems and of one-word answers about rated sentences, shuffled with one seed."""
+    import reasoning_gym
+
+    from lightning_ft.data.vader import vader_rows
+
+    val, test = sizes.held
+    counts = {"train": (sizes.worked, sizes.rated), "val": (val, val), "test": (test, test)}
+    total = sum(worked for worked, _ in counts.values())
+    items = iter(reasoning_gym.create_dataset("gsm_symbolic", size=total, seed=0))
+    worked = [_chat(item["question"], item["metadata"]["answer_cot"]) for item in items]
+    rated = {split: vader_rows("train" if split == "train" else "test") for split in counts}
+    rated["val"], rated["test"] = rated["val"][:val], rated["test"][val:]
+    files, begin = {}, 0
+    for split, (some, others) in counts.items():
+        rows = worked[begin : begin + some] + [
+            {k: r[k] for k in ("prompt", "completion")} for r in rated[split][:others]
+        ]
+        random.Random(0).shuffle(rows)
+        files[split], begin = written(folder / f"chats-{split}.jsonl", rows), begin + some
+    return files
+
+
+def _chat(question: str, answer: str) -> dict[str, Any]:
+    return {"prompt": [{"role": "user", "content": question}], "completion": [{"role": "assistant", "content": answer}]}
+
+
+CHAT_METHODS: dict[str, Callable[[str], list[Any]]] = {
+    "alone": lambda teacher: [],
+    "forward KL": _taught(divergence="forward_kl"),
+    "reverse KL": _taught(divergence="reverse_kl"),
+    "Jensen-Shannon": _taught(divergence="jensen_shannon"),
+}
+"""Each beside the answers themselves, at the same weight."""
+
+
+@dataclass
+class Chats:
+    """A tuned decoder and students of a third of its layers."""
+
+    sizes: Sizes
+    work: Path
+    _files: dict[str, str] = field(default_factory=dict)
+
+    @property
+    def files(self) -> dict[str, str]:
+        """Split -> file."""
+        if not self._files:
+            self._files = write_chats(self.work, self.sizes)
+        return self._files
+
+    @property
+    def teacher_folder(self) -> Path:
+        """Where the tuned teacher is kept."""
+        return self.work / "chats-teacher"
+
+    @property
+    def student_folder(self) -> Path:
+        """Where its students begin."""
+        return self.work / "chats-student"
+
+    def _job(self, base: str, rate: float) -> tuple[Any, Any]:
+        from lightning_ft import SFT, SFTData
+
+        files = self.files
+        data = SFTData(
+            files["train"],
+            val_path=files["val"],
+            test_path=files["test"],
+            batch_size=self.sizes.batch,
+            loss_on="completion",
+            seed=0,
+        )
+        return SFT(base, lr=rate), data
+
+    def teacher(self) -> dict[str, Any]:
+        """Tunes the decoder by LoRA for one epoch, and keeps it merged, with its students' beginning."""
+        import lightning.pytorch as pl
+        from transformers import AutoModelForCausalLM
+
+        from lightning_ft import LoRA
+        from lightning_ft.formats.merged import export_merged
+
+        pl.seed_everything(0, verbose=False)
+        module, data = self._job(self.sizes.decoder, 2e-4)
+        seconds = fitted(module, data, [LoRA(r=16, alpha=32.0)], self.work, max_epochs=1)
+        export_merged(module.model.cpu(), module.tokenizer, self.teacher_folder)
+        cut(self.teacher_folder, self.sizes.decoder_layers, self.student_folder, AutoModelForCausalLM)
+        return self._scored(module, data, seconds)
+
+    def student(self, method: str, rate: float, seed: int) -> dict[str, Any]:
+        """One student, trained whole."""
+        import lightning.pytorch as pl
+
+        if not (self.student_folder / "config.json").exists():
+            self.teacher()
+        pl.seed_everything(seed, verbose=False)
+        module, data = self._job(str(self.student_folder), rate)
+        data.seed = seed
+        callbacks = CHAT_METHODS[method](str(self.teacher_folder))
+        seconds = fitted(module, data, callbacks, self.work, max_epochs=self.sizes.epochs)
+        found = self._scored(module, data, seconds)
+        let_go()
+        return found
+
+    def untrained(self) -> dict[str, Any]:
+        """The student as it begins."""
+        if not (self.student_folder / "config.json").exists():
+            self.teacher()
+        return self._scored(*self._job(str(self.student_folder), 1e-4), 0.0)
+
+    def _scored(self, module: Any, data: Any, seconds: float) -> dict[str, Any]:
+        judge = trainer(self.work, [], **{**accelerator(), "limit_val_batches": None})
+        (val,) = judge.validate(module, data, verbose=False)
+        (test,) = judge.test(module, data, verbose=False)
+        scores = {k: float(v) for k, v in {**val, **test}.items()}
+        parameters = sum(p.numel() for p in module.parameters())
+        return {"seconds": seconds, "parameters": parameters, "scores": {**scores, **self._agreement(module, data)}}
+
+    def _agreement(self, module: Any, data: Any) -> dict[str, float]:
+        """Share of the test rows' answer tokens where student and teacher hold the same token likeliest, and KL(q || p)."""
+        import torch
+
+        from lightning_ft.engine.scoring import scored_hidden
+        from lightning_ft.engine.teacher import load_teacher, origin_of
+
+        at = device()
+        view, frozen = load_teacher(origin_of(str(self.teacher_folder)), "causal_lm", packing=True, device=at)
+        module.to(at).eval()
+        same = count = 0
+        divergence = 0.0
+        with torch.no_grad(), frozen.on(at):
+            for batch in data.test_dataloader():
+                batch = batch.to(at)
+                theirs = scored_hidden(view, batch)
+                own = module.view.score(
+                    scored_hidden(module.view, batch),
+                    batch.labels,
+                    outputs=("argmax", "forward_kl"),
+                    other=lambda rows, theirs=theirs: view.logits(theirs[rows]),
+                )
+                other = view.score(theirs, batch.labels, outputs=("argmax", "logprob"))
+                same += int((own["argmax"] == other["argmax"]).sum())
+                divergence += float(own["forward_kl"].double().sum())
+                count += len(batch.labels)
+        return {"test/agreement": same / count, "test/kl": divergence / count, "test/tokens": float(count)}
+
+
+# -- digits ---------------------------------------------------------------------------------------------------------------------
+
+LABELLED, TRAINED = 100, 1400
+
+
+def digits(seed: int, sizes: Sizes) -> dict[str, Any]:
+    """A teacher 64-512-512-10 of 1,400 labelled images, students 64-32-10 of 100 labelled and 1,300 unlabelled ones."""
+    import lightning.pytorch as pl
+    import torch
+    from sklearn.datasets import load_digits
+    from torch import Tensor, nn
+    from torch.utils.data import DataLoader, RandomSampler, TensorDataset
+
+    from lightning_ft import Distillation
+
+    pixels, classes = (torch.tensor(each) for each in load_digits(return_X_y=True))
+    order = torch.randperm(len(pixels), generator=torch.Generator().manual_seed(seed))
+    images, classes = pixels[order].float() / 16, classes[order]
+
+    class Digits(pl.LightningModule):
+        """A user's own module; a class of -1 is not known."""
+
+        def __init__(self, *widths: int) -> None:
+            super().__init__()
+            layers: list[nn.Module] = []
+            for before, after in zip((64, *widths), (*widths, 10), strict=True):
+                layers += [nn.Linear(before, after), nn.ReLU()]
+            self.net = nn.Sequential(*layers[:-1])
+
+        def training_step(self, batch: list[Tensor], batch_idx: int) -> Tensor:
+            logits, known = self.net(batch[0]), batch[1] >= 0
+            if not known.any():
+                return logits.sum() * 0.0
+            return nn.functional.cross_entropy(logits[known], batch[1][known])
+
+        def configure_optimizers(self) -> torch.optim.Optimizer:
+            return torch.optim.Adam(self.parameters(), lr=1e-3)
+
+    def accuracy(module: Digits, known: int, rows: int, epochs: int, *callbacks: Any) -> float:
+        told = classes[:rows].clone()
+        told[known:] = -1
+        seen = TensorDataset(images[:rows], told)
+        # As many steps for all: a hundred rows are gone through fourteen times an epoch.
+        loader = DataLoader(seen, batch_size=100, sampler=RandomSampler(seen, num_samples=TRAINED))
+        run = pl.Trainer(
+            max_epochs=epochs,
+            accelerator="cpu",
+            logger=False,
+            enable_checkpointing=False,
+            enable_progress_bar=False,
+            enable_model_summary=False,
+            callbacks=list(callbacks),
+        )
+        run.fit(module, loader)
+        with torch.no_grad():
+            return float((module.net(images[TRAINED:]).argmax(1) == classes[TRAINED:]).double().mean())
+
+    begun, long = time.perf_counter(), sizes.digit_epochs[1]
+    pl.seed_everything(seed, verbose=False)
+    teacher = Digits(512, 512)
+    scores = {"teacher": accuracy(teacher, TRAINED, TRAINED, sizes.digit_epochs[0])}
+    for name, known, rows, task in (
+        ("alone", LABELLED, LABELLED, None),
+        ("teacher alone", 0, TRAINED, 0.0),
+        ("labels and teacher", LABELLED, TRAINED, 1.0),
+    ):
+        pl.seed_everything(seed, verbose=False)
+        taught = [] if task is None else [_digit_teacher(Distillation, teacher.net, task)]
+        scores[name] = accuracy(Digits(32), known, rows, long, *taught)
+    return {"seconds": time.perf_counter() - begun, "scores": scores}
+
+
+def _digit_teacher(cls: Any, net: Any, task: float) -> Any:
+    return cls(teacher_module=lambda: net, student="net", temperature=4.0, task=task)
