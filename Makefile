@@ -15,6 +15,7 @@ ONE_THREAD := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false
 .DEFAULT_GOAL := help
 .PHONY: help install fetch quickstart test lint format matrix bench gpu clean
 .PHONY: reproduce-supervised reproduce-methods reproduce-preferences reproduce-continual reproduce-meta reproduce-distillation
+.PHONY: reproduce-multitask
 
 help:  ## list the targets
 	@awk -F':.*## ' '/^[a-z-]+:.*## / { printf "  make %-20s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -75,6 +76,9 @@ reproduce-continual: install fetch  ## what continual learning keeps, on digits 
 reproduce-distillation: install fetch  ## students with and without a teacher (half a day on one core, minutes on a GPU; goes on), then the cost
 	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.distillation_runs
 	$(BIN)/python -m benchmarks.distillation
+
+reproduce-multitask: install fetch  ## samplers, balancers and surgery against single tasks (60 minutes at most; goes on where it stopped)
+	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.multitask --minutes 60
 
 gpu: install  ## one offline script with random weights for a machine with a GPU
 	$(BIN)/python -m benchmarks.gpu

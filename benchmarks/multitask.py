@@ -1,202 +1,96 @@
-"""Samplers, balancers and surgery against single tasks and plain mixing: eight tasks on one encoder, one budget.
+"""Samplers, balancers and surgery against single tasks and plain mixing: eight tasks on one model, one budget.
 
-    python -m benchmarks.multitask                     # all cells that are missing; about an hour on two cores
-    python -m benchmarks.multitask --only pcgrad       # cells whose key contains this
-    python -m benchmarks.multitask --render            # the table alone, from the kept results
+    python -m benchmarks.multitask                         # all cells that are missing; hours on two cores, seed 0 first
+    python -m benchmarks.multitask --only vader            # cells whose key contains one of these, separated by commas
+    python -m benchmarks.multitask --seeds 0 --minutes 60  # these seeds; begins no cell after so long
+    python -m benchmarks.multitask --render                # the tables alone, from the kept results
 
-Each of the four VADER domains gives two tasks: a class (is the mean rating above 0?) and the rating itself, scaled to -1 to 1.
-Domains differ in size, so that samplers have something to do. A cell is (method, seed); single tasks get one cell each and share
-the budget: each trains for the steps that it would get under plain mixing. Each cell is kept when done and skipped the next time.
-Test rows, rate and trunk are the same for all; the seed draws heads, the choice of training rows and their order.
+``vader``: each of the four VADER domains gives two tasks: a class (is the mean rating above 0?) and the rating itself, scaled to
+-1 to 1; all weights of an encoder are trained. ``reasoning``: eight tasks of reasoning-gym, by LoRA on a language model. Tasks
+differ in size, so that samplers have something to do.
+
+A cell is ``suite|method|seed``; of single tasks ``suite|single|seed|task``, and these share the budget: each trains for the steps
+that it would get under plain mixing. Each cell is kept when done and skipped the next time. Several processes may run at once,
+on CPUs or on one GPU, with one results file: each takes a cell that no other is at. Test rows, rate and base are the same for all
+cells of a suite; the seed draws heads and factors, VADER's training rows and the order of rows.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
 import tempfile
-import zlib
-from collections.abc import Callable
+import time
+from collections.abc import Iterable
 from pathlib import Path
-from statistics import mean, stdev
 from typing import Any
 
-OUTPUT = Path(__file__).resolve().parent / "results" / "multitask.json"
-SIZES = {"tweets": 800, "amazonReviewSnippets": 400, "movieReviewSnippets": 200, "nytEditorialSnippets": 100}
-TEST, STEPS, BATCH, LR, HEAD_LR, SEEDS = 300, 240, 32, 1e-4, 1e-3, (0, 1, 2)
-SETTING = {"train": SIZES, "test": TEST, "steps": STEPS, "batch": BATCH, "lr": LR, "head_lr": HEAD_LR}
-TASKS = [f"{domain}_{kind}" for domain in SIZES for kind in ("tone", "rating")]
+from benchmarks import multitask_cells as cells
+from benchmarks import multitask_report
+from benchmarks.vader_cells import Kept, quiet
+
+RESULTS = Path(__file__).resolve().parent / "results"
+PAGE = RESULTS.parents[1] / "docs" / "techniques" / "multitask.md"
+TASKS = {"vader": cells.VADER, "reasoning": list(cells.QUESTIONS)}
 
 
-def methods() -> dict[str, tuple[str, Callable[[], list[Any]]]]:
-    """Name -> (what a task weighs, its callbacks, made anew for each run)."""
-    from lightning_ft import GradientSurgery, LossBalancing, TaskSampling
-
-    made: dict[str, tuple[str, Callable[[], list[Any]]]] = {
-        "plain": ("rows", lambda: []),
-        "equal weights": ("tasks", lambda: []),
-        "temperature": ("rows", lambda: [TaskSampling("temperature", temperature=2.0)]),
-        "uniform": ("rows", lambda: [TaskSampling("uniform")]),
-        "annealed": ("rows", lambda: [TaskSampling("annealed")]),
-        "loss_driven": ("rows", lambda: [TaskSampling("loss_driven", temperature=2.0)]),
-        "uncertainty": ("tasks", lambda: [LossBalancing("uncertainty", lr=2.5)]),
-        "dwa": ("tasks", lambda: [LossBalancing("dwa", every_steps=20)]),
-        "gradnorm": ("tasks", lambda: [LossBalancing("gradnorm", alpha=0.12)]),
-        "famo": ("tasks", lambda: [LossBalancing("famo")]),
-    }
-    for name in ("pcgrad", "cagrad", "mgda", "nash", "upgrad"):
-        made[name] = ("tasks", lambda name=name: [GradientSurgery(name)])  # type: ignore[misc]
-    return made
+def methods(suite: str) -> cells.Methods:
+    """Those that a suite compares."""
+    return cells.vader_methods() if suite == "vader" else cells.reasoning_methods()
 
 
-def write_rows(folder: Path, seed: int) -> dict[str, tuple[Path, Path]]:
-    """Domain -> its training and test file; test rows do not depend on the seed, and no sentence is in both."""
-    import numpy as np
-
-    from lightning_ft.data.vader import ratings
-
-    files = {}
-    for domain, size in SIZES.items():
-        rows = list(dict(reversed([(text, rating) for rating, text in ratings(domain)])).items())
-        order = np.random.default_rng(zlib.crc32(domain.encode())).permutation(len(rows))
-        train = np.random.default_rng(seed).permutation(order[TEST:])[:size]
-        pair = []
-        for part, chosen in (("train", train), ("test", order[:TEST])):
-            path = folder / f"{domain}-{part}-{seed}.jsonl"
-            told = [
-                {"text": rows[n][0], "tone": "good" if rows[n][1] > 0 else "bad", "rating": rows[n][1] / 4}
-                for n in chosen
-            ]
-            path.write_text("".join(json.dumps(row) + "\n" for row in told))
-            pair.append(path)
-        files[domain] = (pair[0], pair[1])
-    return files
+def keys(seeds: Iterable[int] = cells.SEEDS) -> list[str]:
+    """All cells in order: seed after seed, in each the single tasks first, which the others are compared with."""
+    found = []
+    for seed in seeds:
+        for suite, tasks in TASKS.items():
+            found += [f"{suite}|single|{seed}|{task}" for task in tasks]
+            found += [f"{suite}|{method}|{seed}" for method in methods(suite)]
+    return found
 
 
-def run(weigh: str, callbacks: list[Any], seed: int, only: str | None, base: str, steps: int) -> dict[str, float]:
-    """Task -> its measure on test rows: accuracy, or Pearson's correlation."""
-    import lightning.pytorch as pl
+def measure(key: str, folder: Path, **options: Any) -> dict[str, Any]:
+    """One cell.
 
-    from lightning_ft import ClassificationData, MultiTask, MultiTaskData
-    from lightning_ft.modules.multitask import MAIN
-
-    pl.seed_everything(seed, verbose=False)
-    with tempfile.TemporaryDirectory() as place:
-        folder = Path(place)
-        tasks: dict[str, Any] = {}
-        for domain, (train, test) in write_rows(folder, seed).items():
-            for kind in ("tone", "rating"):
-                tasks[f"{domain}_{kind}"] = ClassificationData(
-                    str(train),
-                    val_path=str(test),
-                    label_column=kind,
-                    labels=["bad", "good"] if kind == "tone" else None,
-                    task="regression" if kind == "rating" else "sequence_classification",
-                    truncation="keep_start",
-                    max_length=64,
-                    cache_dir=str(folder / "cache"),
-                )
-        data = MultiTaskData(
-            tasks, batch_size=BATCH, val_batch_size=64, epoch_rows=BATCH * max(1, steps // 6), only=only
-        )
-        module = MultiTask(base, pool="mean", weigh=weigh, lr=LR, head_lr=HEAD_LR)  # type: ignore[arg-type]
-        trainer = pl.Trainer(
-            accelerator="cpu",
-            max_steps=steps,
-            max_epochs=6 if steps >= 6 else 1,
-            gradient_clip_val=1.0,
-            logger=False,
-            limit_val_batches=0,
-            enable_checkpointing=False,
-            enable_progress_bar=False,
-            enable_model_summary=False,
-            use_distributed_sampler=False,
-            default_root_dir=place,
-            callbacks=callbacks,
-        )
-        trainer.fit(module, data)
-        judge = pl.Trainer(
-            accelerator="cpu",
-            logger=False,
-            enable_checkpointing=False,
-            enable_progress_bar=False,
-            default_root_dir=place,
-        )
-        (found, *_) = judge.validate(module, data, verbose=False)
-    names = [only] if only else TASKS
-    kinds = {"tone": "sequence_classification", "rating": "regression"}
-    return {
-        name: float(judge.callback_metrics[f"val/{name}/{MAIN[kinds[name.rpartition('_')[2]]]}"])
-        for name in names
-        if found
-    }
+    Args:
+        key: which.
+        folder: for its rows, and what is made of them.
+        **options: ``base``, ``steps`` and ``accelerator`` in the place of the benchmark's own.
+    """
+    suite, method, seed, *task = key.split("|")
+    make = cells.vader_cell if suite == "vader" else cells.reasoning_cell
+    only = task[0] if task else None
+    return make("plain" if method == "single" else method, int(seed), only, folder, **options)
 
 
-def cells() -> list[str]:
-    """Keys: method, seed, and of single tasks the task."""
-    single = [f"single/{seed}/{task}" for seed in SEEDS for task in TASKS]
-    return [*single, *(f"{name}/{seed}" for seed in SEEDS for name in methods())]
+def main(argv: list[str] | None = None) -> None:
+    """The command line."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.multitask", description=(__doc__ or "").split("\n")[0])
+    parser.add_argument("--only", default="", help="only cells whose key contains one of these, separated by commas")
+    parser.add_argument("--seeds", default=",".join(map(str, cells.SEEDS)), help="which, separated by commas")
+    parser.add_argument("--minutes", type=float, default=float("inf"), help="begin no cell after so long")
+    parser.add_argument("--accelerator", default="auto", choices=("auto", "cpu", "gpu"), help="where it runs")
+    parser.add_argument("--render", action="store_true", help="write the tables from the kept results and run nothing")
+    parser.add_argument("--output", type=Path, default=RESULTS / "multitask.json")
+    given = parser.parse_args(argv)
+    kept = Kept(given.output, cells.SETTING, given.only)
+    if kept.content.get("setting", cells.SETTING) != cells.SETTING:
+        raise SystemExit(f"{given.output} was measured with {kept.content['setting']}; move it away.")
+    if not given.render:
+        quiet()
+        end = time.monotonic() + 60 * given.minutes
+        with tempfile.TemporaryDirectory() as place:
+            for key in keys(int(seed) for seed in given.seeds.split(",")):
 
+                def cell(key: str = key) -> dict[str, Any]:
+                    return measure(key, Path(place), accelerator=given.accelerator)
 
-def measure(key: str, base: str = "starter:minilm-l6", steps: int = STEPS) -> dict[str, float]:
-    """One cell."""
-    name, seed, *task = key.split("/")
-    if name != "single":
-        weigh, callbacks = methods()[name]
-        return run(weigh, callbacks(), int(seed), None, base, steps)
-    share = SIZES[task[0].rpartition("_")[0]] / (2 * sum(SIZES.values()))
-    return run("rows", [], int(seed), task[0], base, max(1, round(steps * share)))
-
-
-def render(kept: dict[str, dict[str, float]]) -> str:
-    """A table: mean over tasks of each kind, and the relative improvement over single tasks, over seeds."""
-    from lightning_ft.functional.relative_improvement import relative_improvement
-
-    lines = ["| method | accuracy | Pearson | relative improvement | seeds |", "| --- | --- | --- | --- | --- |"]
-    whole: dict[str, dict[int, dict[str, float]]] = {}
-    for key, found in kept.items():
-        name, seed, *_ = key.split("/")
-        whole.setdefault(name, {}).setdefault(int(seed), {}).update(found)
-    single = whole.get("single", {})
-    for name, seeds in whole.items():
-        done = {seed: found for seed, found in seeds.items() if set(found) == set(TASKS)}
-        if not done:
-            continue
-        columns = [
-            [mean(v for k, v in found.items() if k.endswith(kind)) for found in done.values()]
-            for kind in ("tone", "rating")
-        ]
-        gains = [relative_improvement(done[s], single[s]) for s in done if set(single.get(s, {})) == set(TASKS)]
-        shown = [_shown(values) for values in (*columns, gains)]
-        lines.append(f"| {name} | {' | '.join(shown)} | {len(done)} |")
-    return "\n".join(lines) + "\n"
-
-
-def _shown(values: list[float]) -> str:
-    if not values:
-        return ""
-    return f"{mean(values):.3f}" + (f" ± {stdev(values):.3f}" if len(values) > 1 else "")
-
-
-def main() -> None:
-    """Runs the cells that are missing."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--only", default="")
-    parser.add_argument("--render", action="store_true")
-    parser.add_argument("--output", type=Path, default=OUTPUT)
-    given = parser.parse_args()
-    kept: dict[str, Any] = (
-        json.loads(given.output.read_text()) if given.output.exists() else {"setting": SETTING, "cells": {}}
-    )
-    if kept["setting"] != SETTING:
-        raise SystemExit(f"{given.output} was measured with {kept['setting']}; move it away.")
-    for key in cells():
-        if given.render or given.only not in key or key in kept["cells"]:
-            continue
-        kept["cells"][key] = measure(key)
-        print(key, {name: round(value, 3) for name, value in kept["cells"][key].items()}, flush=True)
-        given.output.write_text(json.dumps(kept, indent=1) + "\n")
-    print(render(kept["cells"]))
+                if time.monotonic() < end:
+                    kept.ensure(key, cell, "mean")
+    table = given.output.with_suffix(".md")
+    table.write_text(multitask_report.render(kept.content), encoding="utf-8")
+    print(f"Written to {given.output} and {table}.")
+    if given.output == RESULTS / "multitask.json" and PAGE.exists():
+        PAGE.write_text(multitask_report.filled(PAGE.read_text(encoding="utf-8"), kept.content), encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -6,12 +6,16 @@ The encoder learns the sentiment (or the rating) of single sentences through a n
 
 from __future__ import annotations
 
+import fcntl
+import hashlib
 import json
 import logging
 import random
+import tempfile
 import time
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -179,6 +183,8 @@ def _fitted(module: Any, data: Any, fitter: Any) -> dict[str, Any]:
 class Kept:
     """Cells in a JSON file, by key; written after each, so that a stopped run goes on where it was.
 
+    Several processes may share the file: a cell that another one is at is left out, and a write keeps what others have written.
+
     Args:
         file: where they lie.
         setting: what all of them have in common.
@@ -199,21 +205,45 @@ class Kept:
         """Makes a cell that is missing, or has failed before; one that fails is kept with its reason, and the next may run."""
         if "scores" in self.cells.get(key, {}) or not chosen(key, self.only):
             return
-        try:
-            self.cells[key] = found = make()
-            told = f"{found['scores'][score]:.4f} {score}, {found['seconds']:.0f} s"
-        except Exception as error:  # one method that fails must not end a run of hours
-            self.cells[key] = {"failed": f"{type(error).__name__}: {error}"[:1000]}
-            told = self.cells[key]["failed"]
-        self.save()
+        with self._alone(f"cell {key}", wait=False) as mine:
+            self._take_others()
+            if not mine or "scores" in self.cells.get(key, {}):
+                return
+            try:
+                self.cells[key] = found = make()
+                told = f"{found['scores'][score]:.4f} {score}, {found['seconds']:.0f} s"
+            except Exception as error:  # one method that fails must not end a run of hours
+                self.cells[key] = {"failed": f"{type(error).__name__}: {error}"[:1000]}
+                told = self.cells[key]["failed"]
+            self.save()
         print(f"{key}: {told}", flush=True)
 
     def save(self) -> None:
-        """Write the file, whole or not at all."""
-        self.content |= {"machine": measure.machine(), "setting": self.setting}
-        part = self.file.with_suffix(".part")
-        part.write_text(json.dumps(self.content, indent=1) + "\n", encoding="utf-8")
-        part.replace(self.file)
+        """Write the file, whole or not at all, with the cells that others have made meanwhile."""
+        with self._alone("file", wait=True):
+            self._take_others()
+            self.content |= {"machine": measure.machine(), "setting": self.setting}
+            part = self.file.with_suffix(".part")
+            part.write_text(json.dumps(self.content, indent=1) + "\n", encoding="utf-8")
+            part.replace(self.file)
+
+    def _take_others(self) -> None:
+        theirs = json.loads(self.file.read_text())["cells"] if self.file.exists() else {}
+        for key, cell in theirs.items():
+            if key not in self.cells or ("scores" in cell and "scores" not in self.cells[key]):
+                self.cells[key] = cell
+
+    @contextmanager
+    def _alone(self, what: str, *, wait: bool) -> Iterator[bool]:
+        """Inside, no other process is here; False where one is and nobody waits. The lock goes with the process that has it."""
+        name = hashlib.sha256(f"{self.file.resolve()} {what}".encode()).hexdigest()[:32]
+        with (Path(tempfile.gettempdir()) / f"lightning_ft-{name}.lock").open("a") as opened:
+            try:
+                fcntl.flock(opened, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+            except BlockingIOError:
+                yield False
+                return
+            yield True
 
 
 def chosen(key: str, only: str) -> bool:
