@@ -6,8 +6,10 @@ The encoder learns the sentiment (or the rating) of single sentences through a n
 
 from __future__ import annotations
 
+import fcntl
 import json
 import logging
+import os
 import random
 import time
 import warnings
@@ -184,6 +186,7 @@ class Kept:
         self.file, self.only = file, only
         self.content: dict[str, Any] = json.loads(file.read_text()) if file.exists() else {"cells": {}}
         self.setting = setting
+        self._made: set[str] = set()
 
     @property
     def cells(self) -> dict[str, Any]:
@@ -194,6 +197,7 @@ class Kept:
         """Makes a cell that is missing, or has failed before; one that fails is kept with its reason, and the next may run."""
         if "scores" in self.cells.get(key, {}) or not chosen(key, self.only):
             return
+        self._made.add(key)
         try:
             self.cells[key] = found = make()
             told = f"{found['scores'][score]:.4f} {score} on validation rows, {found['seconds']:.0f} s"
@@ -204,11 +208,19 @@ class Kept:
         print(f"{key}: {told}", flush=True)
 
     def save(self) -> None:
-        """Write the file, whole or not at all."""
+        """Write the file, whole or not at all, with the cells that other processes have put there meanwhile."""
         self.content |= {"machine": measure.machine(), "setting": self.setting}
-        part = self.file.with_suffix(".part")
-        part.write_text(json.dumps(self.content, indent=1) + "\n", encoding="utf-8")
-        part.replace(self.file)
+        self.file.parent.mkdir(parents=True, exist_ok=True)
+        folder = os.open(self.file.parent, os.O_RDONLY)
+        try:
+            fcntl.flock(folder, fcntl.LOCK_EX)
+            theirs = json.loads(self.file.read_text())["cells"] if self.file.exists() else {}
+            self.content["cells"] = {**self.cells, **theirs, **{key: self.cells[key] for key in self._made}}
+            part = self.file.with_suffix(".part")
+            part.write_text(json.dumps(self.content, indent=1) + "\n", encoding="utf-8")
+            part.replace(self.file)
+        finally:
+            os.close(folder)  # and with it the lock
 
 
 def chosen(key: str, only: str) -> bool:

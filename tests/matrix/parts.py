@@ -22,6 +22,7 @@ from lightning_ft import (
     LoRA,
     LwF,
     NEFTune,
+    OrthogonalLoRA,
     PrefixTuning,
     PromptTuning,
     Replay,
@@ -89,6 +90,7 @@ PARTS = {
         Part("dora", ((LoRA, {"r": 2, "dora": True}),)),
         Part("rslora", ((LoRA, {"r": 4, "rslora": True}),)),
         Part("pissa", ((LoRA, {"r": 2, "init": "pissa"}),)),
+        Part("orthogonal-lora", ((OrthogonalLoRA, {"r": 2}),)),
         Part("adapter-houlsby", ((BottleneckAdapter, {"style": "houlsby", "reduction_factor": 8}),), headless=True),
         Part("adapter-pfeiffer", ((BottleneckAdapter, {"style": "pfeiffer", "reduction_factor": 8}),), headless=True),
         Part(
@@ -144,6 +146,7 @@ EXTRAS = {
         Extra("lwf", (LwF, {})),
         Extra("replay", (Replay, {"size": 4}), alike=False),
         Extra("ewc", (EWC, {"lam": 1.0, "importance": "uniform"}), alike=False),
+        Extra("fisher", (EWC, {"lam": 1.0})),
         Extra("mas", (MAS, {"lam": 1.0})),
         Extra("si", (SynapticIntelligence, {"lam": 1.0})),
         Extra("distillation", (Distillation, {"soft_targets": 0.5}), alike=False),
