@@ -315,14 +315,21 @@ def test_all_labels_of_a_sequence_are_refused(chat, tmp_path):
         chat_fisher(str(chat), str(tmp_path), labels="all")
 
 
+@pytest.mark.parametrize(("adapter", "packing"), [("adapter", True), ("adapter", False), ("prefix", True)])
+def test_adapters_and_prefixes_are_a_loop_over_sequences(adapter, packing, chat, tmp_path):
+    job = chat_fisher(str(chat), str(tmp_path), adapter, packing=packing, batch_size=6)
+    close(job["diagonal"], loop(job["module"], language_losses(job, "sample")))
+
+
 @pytest.mark.parametrize("strategy", ["ddp", "fsdp2"])
-@pytest.mark.parametrize("adapter", ["lora", "full"])
+@pytest.mark.parametrize("adapter", ["lora", "full", "adapter", "prefix"])
 def test_two_ranks_find_the_same(strategy, adapter, chat, tmp_path, two_ranks):
     job = {"chat": str(chat), "folder": str(tmp_path), "adapter": adapter, "double": False}
     both = two_ranks.run("tests.engine.importances:chat_fisher", **job, strategy=strategy, batch_size=3)
     alone = chat_fisher(**job, batch_size=6)
     for rank in both:
-        assert rank["examples"] == 16 and not rank["slow"]
+        assert rank["examples"] == 16 and rank["slow"] == alone["slow"]
+        assert bool(rank["slow"]) == (adapter in ("adapter", "prefix"))
         assert rank["kinds"] == {"DTensor" if strategy == "fsdp2" else "Tensor"}
         assert rank["trace"] == pytest.approx(alone["trace"], rel=1e-4)
         close(rank["diagonal"], alone["diagonal"], torch.float32)
