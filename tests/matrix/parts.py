@@ -124,6 +124,7 @@ class Extra:
         written: a file that the run has to leave in its folder.
         logged: a metric that it has to log.
         alike: whether the trained weights are those of a run without it.
+        packs: whether it is tried with packed rows as well.
     """
 
     name: str
@@ -131,6 +132,7 @@ class Extra:
     written: str | None = None
     logged: str | None = None
     alike: bool = True
+    packs: bool = False
 
     def build(self) -> list[Technique]:
         """A fresh technique."""
@@ -144,9 +146,9 @@ EXTRAS = {
         Extra("neftune", (NEFTune, {"alpha": 5.0}), alike=False),
         Extra("agem", (AGEM, {"size": 4}), alike=False),
         Extra("lwf", (LwF, {})),
-        Extra("replay", (Replay, {"size": 4}), alike=False),
+        Extra("replay", (Replay, {"size": 4}), alike=False, packs=True),
         Extra("ewc", (EWC, {"lam": 1.0, "importance": "uniform"}), alike=False),
-        Extra("fisher", (EWC, {"lam": 1.0})),
+        Extra("fisher", (EWC, {"lam": 1.0}), packs=True),
         Extra("mas", (MAS, {"lam": 1.0})),
         Extra("si", (SynapticIntelligence, {"lam": 1.0})),
         Extra("distillation", (Distillation, {"soft_targets": 0.5}), alike=False),
