@@ -1,11 +1,13 @@
 """What continual learning keeps, cell by cell: every method between nothing (naive) and everything at once (joint).
 
-    python -m benchmarks.continual [--suites digits_permuted,digits_split,vader_minilm,vader_minilm_lora,vader_smollm]
-                                   [--methods naive,joint,ewc,...] [--seeds 3] [--minutes 75]
+    python -m benchmarks.continual                                # all cells that are missing
+    python -m benchmarks.continual --only "vader_minilm|ewc|"     # cells whose key contains this
+    python -m benchmarks.continual --minutes 75                   # begins none after that time
+    python -m benchmarks.continual --render                       # the tables alone, from the kept results
 
-A cell is one run of one method with one seed. Finished cells are in results/continual.json and are not run again, so that the
-program may be stopped at any time and started anew; ``--minutes`` begins no cell after that time. Where a method has a strength to
-choose, three values are tried first on rows and a seed of their own (cells ``choose``), and the best average is taken.
+A cell is one run: ``suite|method|strength|seed``. Finished ones are in results/continual.json and are not run again; several
+processes may work at once, each on its own methods. Where a method has a strength to choose, three values are tried first on rows
+and a seed of their own (``choose`` in place of the seed), and the one with the best average is taken. Digits always run on the CPU.
 
 The digits are scikit-learn's (1,797 of 8 x 8 pixels): five permutations of the pixels, or five tasks of two digits whose classes
 all compete. The sentences are VADER's, sign of the rating, in the order tweets, amazon, nyt, movie.
@@ -15,12 +17,9 @@ from __future__ import annotations
 
 import argparse
 import csv
-import json
-import logging
 import random
 import tempfile
 import time
-import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -31,6 +30,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
+from benchmarks import continual_report
+from benchmarks.vader_cells import Kept, quiet
 from lightning_ft import (
     AGEM,
     EWC,
@@ -39,6 +40,7 @@ from lightning_ft import (
     ClassificationData,
     LoRA,
     LwF,
+    OrthogonalLoRA,
     Replay,
     SFTData,
     SynapticIntelligence,
@@ -47,6 +49,7 @@ from lightning_ft import (
 from lightning_ft.data.vader import LABELS, QUESTION, ratings
 
 RESULTS = Path(__file__).parent / "results" / "continual.json"
+PAGE = Path(__file__).parents[1] / "docs" / "guides" / "continual.md"
 CHOOSE = 99
 """Seed, and rows, of the cells that choose a strength."""
 DOMAINS = {
@@ -65,14 +68,17 @@ METHODS: dict[str, tuple[tuple[float, ...], Maker]] = {
     "mas": ((0.1, 1.0, 10.0), lambda lam: [MAS(lam)]),
     "lwf": ((0.3, 1.0, 3.0), lambda weight: [LwF(weight)]),
     "er": ((), lambda _: [Replay(200, balance="task")]),
+    "der": ((0.01, 0.03, 0.1), lambda alpha: [Replay(200, mode="der", alpha=alpha, balance="task")]),
     "der++": ((0.01, 0.03, 0.1), lambda alpha: [Replay(200, mode="der++", alpha=alpha, balance="task")]),
     "agem": ((), lambda _: [AGEM(200)]),
+    "orthogonal_lora": ((0.05, 0.5, 5.0), lambda lam: [OrthogonalLoRA(8, lam=lam)]),
 }
+FULL = tuple(name for name in METHODS if name != "orthogonal_lora")
 SUITES: dict[str, tuple[str, ...]] = {
-    "digits_permuted": tuple(METHODS),
-    "digits_split": tuple(METHODS),
-    "vader_minilm": tuple(METHODS),
-    "vader_minilm_lora": ("naive", "joint", "ewc", "er"),
+    "digits_permuted": FULL,
+    "digits_split": FULL,
+    "vader_minilm": FULL,
+    "vader_minilm_lora": ("naive", "joint", "ewc", "er", "orthogonal_lora"),
     "vader_smollm": ("naive", "joint", "ewc", "er", "lwf"),
 }
 
@@ -182,15 +188,28 @@ def vader(
     return module, TaskStream(source=source, **options), [LoRA(r=8)] if lora else []
 
 
-def run(suite: str, method: str, strength: float, seed: int) -> dict[str, Any]:
+def seeds_of(suite: str) -> range:
+    """The seeds that are scored."""
+    return range(1 if suite == "vader_smollm" else 3)
+
+
+def key_of(suite: str, method: str, strength: float, seed: int) -> str:
+    """The key of a cell."""
+    return f"{suite}|{method}|{strength:g}|{'choose' if seed == CHOOSE else seed}"
+
+
+def run(suite: str, method: str, strength: float, seed: int, accelerator: str = "auto") -> dict[str, Any]:
     """One cell."""
     pl.seed_everything(seed, verbose=False)
     with tempfile.TemporaryDirectory() as place:
         baseline = "joint" if method == "joint" else None
         make = digits if suite.startswith("digits") else vader
         module, stream, parts = make(suite, seed, baseline, Path(place))
+        if method == "orthogonal_lora":
+            parts = []  # it brings factors of its own
         trainer = pl.Trainer(
-            accelerator="cpu",
+            accelerator="cpu" if suite.startswith("digits") else accelerator,
+            devices=1,
             callbacks=[*parts, *METHODS[method][1](strength)],
             max_epochs=-1,
             logger=False,
@@ -210,53 +229,50 @@ def run(suite: str, method: str, strength: float, seed: int) -> dict[str, Any]:
         "matrix": matrix,
         "scores": stream.scores.metrics(method == "joint"),
         "seconds": round(time.monotonic() - begin, 1),
+        "device": trainer.strategy.root_device.type,
     }
 
 
-def main() -> None:
-    """Runs what is asked for and not there yet; prints mean and deviation of what is."""
-    parser = argparse.ArgumentParser()
+def fill(kept: Kept, suites: list[str], methods: list[str], end: float, accelerator: str) -> None:
+    """Runs what is missing of some suites and methods, none after ``end``."""
+
+    def cell(suite: str, method: str, strength: float, seed: int) -> None:
+        if time.monotonic() < end:
+            key = key_of(suite, method, strength, seed)
+            kept.ensure(key, lambda: run(suite, method, strength, seed, accelerator), "average")
+
+    for suite in suites:
+        for method in (m for m in SUITES[suite] if m in methods):
+            for value in METHODS[method][0]:
+                cell(suite, method, value, CHOOSE)
+            best = continual_report.strength(kept.cells, suite, method, METHODS[method][0])
+            for seed in seeds_of(suite) if best is not None else ():
+                cell(suite, method, best, seed)
+
+
+def main(argv: list[str] | None = None) -> None:
+    """The command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--suites", default=",".join(SUITES))
     parser.add_argument("--methods", default=",".join(METHODS))
-    parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--minutes", type=float, default=75)
-    given = parser.parse_args()
-    warnings.filterwarnings("ignore")
-    logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
-    cells: dict[str, Any] = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
-    end = time.monotonic() + 60 * given.minutes
-
-    def cell(suite: str, method: str, strength: float, seed: int) -> dict[str, Any] | None:
-        key = f"{suite} {method} {strength:g} {'choose' if seed == CHOOSE else seed}"
-        if key not in cells:
-            if time.monotonic() > end:
-                return None
-            cells[key] = run(suite, method, strength, seed)
-            RESULTS.parent.mkdir(exist_ok=True)
-            RESULTS.write_text(json.dumps(cells, indent=1) + "\n")
-        found: dict[str, Any] = cells[key]
-        return found
-
-    for suite in given.suites.split(","):
-        seeds = 1 if suite == "vader_smollm" else given.seeds
-        for method in (m for m in SUITES[suite] if m in given.methods.split(",")):
-            strengths = METHODS[method][0]
-            tried = {value: cell(suite, method, value, CHOOSE) for value in strengths}
-            if None in tried.values():
-                continue
-            best = max(strengths, key=lambda value: tried[value]["scores"]["average"], default=0.0)  # type: ignore[index]
-            found = [one for seed in range(seeds) if (one := cell(suite, method, best, seed)) is not None]
-            if found:
-                shown = [f"{suite} {method} {best:g}".ljust(34)]
-                for name in ("average", "backward_transfer", "forward_transfer", "forgetting_max"):
-                    values = [one["scores"][name] for one in found if name in one["scores"]]
-                    if values:
-                        shown.append(f"{name} {np.mean(values):.3f} +- {np.std(values):.3f}")
-                print(
-                    "  ".join(shown),
-                    f"({len(found)} seeds, {np.mean([one['seconds'] for one in found]):.1f} s)",
-                    flush=True,
-                )
+    parser.add_argument("--only", default="", help="only cells whose key contains one of these, separated by commas")
+    parser.add_argument("--minutes", type=float, default=float("inf"))
+    parser.add_argument("--accelerator", default="auto", help="of the sentences")
+    parser.add_argument("--output", type=Path, default=RESULTS)
+    parser.add_argument("--render", action="store_true", help="write the tables from the kept results and run nothing")
+    given = parser.parse_args(argv)
+    setting = {"buffer": 200, "digits_epochs": {"digits_permuted": 6, "digits_split": 10}, "sentences_epochs": 1}
+    kept = Kept(given.output, setting, given.only)
+    if not given.render:
+        quiet()
+        end = time.monotonic() + 60 * given.minutes
+        fill(kept, given.suites.split(","), given.methods.split(","), end, given.accelerator)
+    grid = {suite: {method: METHODS[method][0] for method in found} for suite, found in SUITES.items()}
+    table = given.output.with_suffix(".md")
+    table.write_text(continual_report.render(kept.content, grid), encoding="utf-8")
+    print(f"Written to {given.output} and {table}.")
+    if given.output == RESULTS:
+        PAGE.write_text(continual_report.filled(PAGE.read_text(encoding="utf-8"), kept.content, grid), encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -223,6 +223,7 @@ class Kept:
         with self._alone("file", wait=True):
             self._take_others()
             self.content |= {"machine": measure.machine(), "setting": self.setting}
+            self.file.parent.mkdir(parents=True, exist_ok=True)
             part = self.file.with_suffix(".part")
             part.write_text(json.dumps(self.content, indent=1) + "\n", encoding="utf-8")
             part.replace(self.file)

@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from lightning_ft.callbacks.lwf import LwF
     from lightning_ft.callbacks.mas import MAS
     from lightning_ft.callbacks.neftune import NEFTune
+    from lightning_ft.callbacks.orthogonal_lora import OrthogonalLoRA
     from lightning_ft.callbacks.prefix_tuning import PrefixTuning
     from lightning_ft.callbacks.prompt_tuning import PromptTuning
     from lightning_ft.callbacks.replay import Replay
@@ -100,6 +101,7 @@ _HOMES = {
     "MultiTaskData": "data.multitask_data",
     "NEFTune": "callbacks.neftune",
     "OnPolicyDistillation": "modules.on_policy_distillation",
+    "OrthogonalLoRA": "callbacks.orthogonal_lora",
     "PPO": "modules.ppo",
     "PreferenceData": "data.preference_data",
     "PrefixTuning": "callbacks.prefix_tuning",
@@ -158,6 +160,7 @@ __all__ = [
     "MultiTaskData",
     "NEFTune",
     "OnPolicyDistillation",
+    "OrthogonalLoRA",
     "PPO",
     "PreferenceData",
     "PrefixTuning",

@@ -10,7 +10,14 @@ import torch
 from lightning.pytorch import Callback
 
 from lightning_ft.engine.attachment import Attachment
-from lightning_ft.engine.checkpoints import KEY, difference, kept_keys, record_of, restore_adapters
+from lightning_ft.engine.checkpoints import (
+    KEY,
+    difference,
+    injected_names,
+    kept_keys,
+    record_of,
+    restore_adapters,
+)
 from lightning_ft.functional.errors import Refusal
 
 STREAM = "TaskStream"
@@ -67,7 +74,10 @@ def go_on_from(given: str, trainer: pl.Trainer, module: pl.LightningModule) -> N
     attachment = Attachment.of(module)
     if KEY in checkpoint and attachment.installed:
         record = record_of(checkpoint)
-        if problem := difference(set(record["keys"]), kept_keys(module)):
+        listed = set(record["keys"])
+        # An adapter whose task is still to come begins as it was made.
+        fresh = {n for n in attachment.late if n not in listed} & injected_names(module)
+        if problem := difference(listed, kept_keys(module) - fresh):
             raise Refusal(
                 f"TaskStream.continue_from: {given} does not fit this model: {problem}; use the same base, techniques and targets."
             )

@@ -47,8 +47,13 @@ class TaskDispatch(Callback):
         callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]
         for other in [c for c in callbacks if isinstance(c, TaskDispatch)]:  # left by a run that failed in its setup
             other.leave(trainer)
-        callbacks.insert(0, self)
-        self._undo.append(lambda: callbacks.remove(self))
+        trainer.callbacks = [self, *(c for c in callbacks if not isinstance(c, TaskDispatch))]  # type: ignore[attr-defined]
+
+        def take_out() -> None:
+            # Another list: Lightning goes through this one meanwhile, and would pass over the next callback's teardown.
+            trainer.callbacks = [c for c in trainer.callbacks if c is not self]  # type: ignore[attr-defined]
+
+        self._undo.append(take_out)
         if stage != "fit":
             return
         loop = trainer.fit_loop

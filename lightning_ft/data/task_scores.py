@@ -84,7 +84,8 @@ class TaskScores:
             )
             for name, row in zip(names, rows, strict=True):
                 table.writerow([name, *("" if value is None else repr(value) for value in row)])
-        picture = heat_map(rows, names, self.columns(), higher_is_better=self.higher_is_better())
+        better = self.higher_is_better()
+        picture = heat_map(rows, names, self.columns(), higher_is_better=better, corner="after \\ on")
         (folder / PICTURE).write_text(picture, encoding="utf-8")
 
     def state(self) -> dict[str, Any]:

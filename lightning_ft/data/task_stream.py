@@ -3,38 +3,34 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import replace
 from functools import partial
-from typing import Annotated, Any, Literal
+from typing import Any, Literal
 
 import lightning.pytorch as pl
 import numpy as np
-from annotated_types import Ge
 from lightning.pytorch.trainer.states import TrainerFn
-from transformers import PreTrainedTokenizerBase
 
+from lightning_ft.data.made_of_modules import MadeOfModules
 from lightning_ft.data.named_files import Split
-from lightning_ft.data.planned import PlannedData
-from lightning_ft.data.preview import Preview
+from lightning_ft.data.task_arguments import Amount, check_given
 from lightning_ft.data.task_continue import read, stream_state
-from lightning_ft.data.task_course import Course, Stage, begun, limited, next_epoch
-from lightning_ft.data.task_cut import Cut, cut_source, cut_tasks, joined
+from lightning_ft.data.task_course import Course, Stage, begun, next_epoch
+from lightning_ft.data.task_cut import Cut, cut_source, cut_tasks
 from lightning_ft.data.task_dispatch import TaskDispatch
 from lightning_ft.data.task_parts import PlainTask, PlannedTask, class_mask
 from lightning_ft.data.task_scores import TaskScores
 from lightning_ft.data.task_split import Groups
+from lightning_ft.data.task_stages import Given, stages_of
+from lightning_ft.data.task_state import check_tasks, go_to, place_of
 from lightning_ft.data.token_rows import Report
-from lightning_ft.engine.arguments import check_arguments, describe
+from lightning_ft.engine.arguments import describe
 from lightning_ft.engine.batch import Batch
 from lightning_ft.engine.scoring import CLASS_MASK
 from lightning_ft.engine.tasks import Task
 from lightning_ft.functional.errors import Refusal
 
-Amount = Annotated[int, Ge(1)] | list[int] | dict[str, int]
-"""One for all tasks, one a task in their order, or by name."""
 
-
-class TaskStream(pl.LightningDataModule):
+class TaskStream(MadeOfModules):
     """Tasks that are learned one after the other, each without the rows of the others, and measured all the time.
 
     The tasks are data modules of their own, or one data set cut by class or by a column. One fit trains them in order, for
@@ -122,30 +118,7 @@ class TaskStream(pl.LightningDataModule):
         self._classes: dict[str, tuple[int, ...] | None] = {}
         self._course: Course | None = None
         self._dispatch: TaskDispatch | None = None
-        self._check()
-
-    def _check(self) -> None:
-        check_arguments(self)
-        if (self.tasks is None) == (self.source is None):
-            raise Refusal(
-                "TaskStream takes either tasks (data modules) or source (one, cut by `by`): give exactly one of them."
-            )
-        if (self.source is None) != (self.by is None):
-            raise Refusal("TaskStream.source is cut by TaskStream.by (class, or a column): give both or neither.")
-        if self.groups is not None and self.source is None:
-            raise Refusal("TaskStream.groups says how source is cut, and there is none; order the tasks themselves.")
-        if self.tasks is not None and not len(self.tasks):
-            raise Refusal("TaskStream.tasks is empty: give one data module or more.")
-        if self.steps is not None and self.epochs != 1:
-            raise Refusal("TaskStream.epochs and TaskStream.steps both say how long a task lasts: give one of them.")
-        if self.baseline == "joint" and self.continue_from is not None:
-            raise Refusal("TaskStream.baseline joint trains on all tasks from the start; leave continue_from out.")
-        for data in self._modules().values():
-            if getattr(data, "streaming", False):
-                raise Refusal(
-                    f"TaskStream needs to know how many rows a task has, and {type(data).__name__} streams them; set streaming "
-                    "false."
-                )
+        check_given(self)
 
     def _modules(self) -> dict[str, pl.LightningDataModule]:
         """The data modules that were given, by name."""
@@ -172,6 +145,11 @@ class TaskStream(pl.LightningDataModule):
     def task(self) -> Task | None:
         """The task that is trained; None before the first, and where tasks are not told."""
         return self.task_at(self.begun - 1) if self.begun and self.tells_tasks else None
+
+    @property
+    def task_count(self) -> int:
+        """How many tasks will have been trained when this run is over, those of earlier runs counted."""
+        return len(self.learned) + sum(name not in self.learned for name in self._parts)
 
     @property
     def course(self) -> Course:
@@ -202,53 +180,12 @@ class TaskStream(pl.LightningDataModule):
         steps = self.course.steps(self.trainer.accumulate_grad_batches)
         return steps if self.optimizer == "restart" else [sum(steps)]
 
-    def resolved_task(self) -> str | None:
-        """What the rows are for, where the data modules say so."""
-        asked = [getattr(data, "resolved_task", None) for data in self._modules().values()]
-        found = {ask() for ask in asked if callable(ask)}
-        if len(found) > 1:
-            raise Refusal(
-                f"TaskStream's tasks are of several kinds, {', '.join(sorted(found))}; one module learns one."
-            )
-        return found.pop() if found else None
-
-    def label_names(self) -> list[str] | None:
-        """Names of the classes of all tasks, those of the first task first; None where there are none."""
-        names: dict[str, None] = {}
-        for data in self._modules().values():
-            asked = getattr(data, "label_names", None)
-            if callable(asked) and (given := asked()) is not None:
-                names |= dict.fromkeys(given)
-        return list(names) or None
-
-    def multi_label(self) -> bool:
-        """Whether a row may have several classes."""
-        return any(data.multi_label() for data in self._modules().values() if hasattr(data, "multi_label"))
-
     def class_counts(self) -> list[int]:
         """Training rows of each class, over all tasks."""
         counts = [task.data.class_counts() for task in self._ours()]  # type: ignore[attr-defined]
         return [int(count) for count in np.sum(counts, axis=0)]
 
-    @property
-    def packing(self) -> bool | None:
-        """As the data modules have it: one that packs is enough to need a model that can."""
-        return any(getattr(data, "packing", False) for data in self._modules().values())
-
     # -- Lightning's hooks -----------------------------------------------------------------------------------------
-
-    def check_files(self, stage: str | None = None) -> None:
-        """Reads every file that the stage needs, and refuses what is wrong with it; needs neither model nor tokenizer."""
-        for data in self._modules().values():
-            if hasattr(data, "check_files"):
-                data.check_files(stage)
-        _ = self.resolved_task()
-
-    def prepare_data(self) -> None:
-        """Each data module's own."""
-        for data in self._modules().values():
-            data.trainer = self.trainer
-            data.prepare_data()
 
     def setup(self, stage: str | None = None) -> None:
         """Sets the data modules up, cuts them into tasks, and puts what calls the hooks into the Trainer."""
@@ -266,7 +203,7 @@ class TaskStream(pl.LightningDataModule):
         if self.trainer is not None:
             if stage == "fit":
                 self.begun, self.ended, self.measured_at = 0, 0, -1
-                self.learned, self._at = [], None
+                self.learned, self._at, self._resumed = [], None, None
                 self.scores = TaskScores(self.metric, self.mode)
                 if self.continue_from is not None:
                     before = stream_state(read(self.continue_from, mapped=True), self.continue_from)
@@ -301,11 +238,6 @@ class TaskStream(pl.LightningDataModule):
         """Rows of earlier tasks that are trained again compete with the classes that do now."""
         if self.scenario == "class" and isinstance(batch, Batch) and (now := self._competing()) is not None:
             batch.columns[CLASS_MASK] = class_mask(len(self.label_names() or ()), now, len(batch.rows))
-
-    def teardown(self, stage: str) -> None:
-        """The data modules' own; what calls the hooks leaves the Trainer in its own teardown."""
-        for data in self._modules().values():
-            data.teardown(stage)
 
     def on_exception(self, exception: BaseException) -> None:
         """Lightning calls no teardown after one."""
@@ -368,19 +300,6 @@ class TaskStream(pl.LightningDataModule):
         rows = {f"{name}/{split}": r for name, part in self._named() for split, r in part.data._rows.items()}
         return {name: one.report for name, one in rows.items()}
 
-    def preview(self, n: int = 3, split: Split = "train") -> list[Preview]:
-        """The first rows of the first data module as the model will see them."""
-        for data in self._modules().values():
-            if isinstance(data, PlannedData):
-                return data.preview(n, split)
-        return []
-
-    def use_tokenizer(self, tokenizer: PreTrainedTokenizerBase) -> None:
-        """Takes this tokenizer where none was given by name and no trainer leads to a module."""
-        for data in self._modules().values():
-            if isinstance(data, PlannedData):
-                data.use_tokenizer(tokenizer)
-
     # -- what a checkpoint holds ------------------------------------------------------------------------------------
 
     def state_dict(self) -> dict[str, Any]:
@@ -388,15 +307,11 @@ class TaskStream(pl.LightningDataModule):
         if self.trainer is None or self.trainer.state.fn != TrainerFn.FITTING:
             return {}
         return {
-            "format": 1,
-            "names": [stage.name for stage in self.course.stages],
-            "learned": list(self.learned),
+            **place_of(self.course, self.learned),
             "begun": self.begun,
             "ended": self.ended,
             "measured_at": self.measured_at,
-            "sizes": list(self.course.sizes),
             "scores": self.scores.state(),
-            "deals": {stage.name: stage.rows.deal() for stage in self.course.stages},
         }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -411,43 +326,22 @@ class TaskStream(pl.LightningDataModule):
             self.learned = list(state_dict["learned"])
             self._at = list(state_dict["names"])[: int(state_dict["begun"])]
             return
-        names = [stage.name for stage in self.course.stages]
-        if state_dict["names"] != names:
-            raise Refusal(
-                f"The checkpoint's run learns the tasks {', '.join(state_dict['names'])}, and this one {', '.join(names)}; resume "
-                "with the same, or begin a new fit that goes on from it (TaskStream.continue_from)."
-            )
+        check_tasks(state_dict, self.course)
         self.begun, self.ended = int(state_dict["begun"]), int(state_dict["ended"])
         self.measured_at, self.learned = int(state_dict["measured_at"]), list(state_dict["learned"])
         self.scores.load(state_dict["scores"])
-        done = self.trainer.fit_loop.epoch_loop.batch_progress.total.ready
-        self._check_deals(state_dict, int(done))
-
-    def _check_deals(self, state: dict[str, Any], done: int) -> None:
+        self._resumed = state_dict
         # Lightning restores its counters later than ours; `TaskDispatch.on_train_start` comes back with them.
-        if not done:
-            self._resumed = state
-            return
-        course = self.course
-        epoch = course.epoch_at(done)
-        if state["sizes"][: epoch + 1] != course.sizes[: epoch + 1]:
-            raise Refusal(
-                f"The checkpoint's run had {state['sizes'][: epoch + 1]} micro-batches in its epochs so far, and this one has "
-                f"{course.sizes[: epoch + 1]}; resume with the same rows, batch size, devices and epochs a task."
-            )
-        if epoch < course.epochs and done > course.begins[epoch]:
-            stage = course.stages[course.stage_of_epoch[epoch]]
-            stage.rows.resume(state["deals"][stage.name], done - course.begins[epoch])
+        self.check_resumed()
 
     _resumed: dict[str, Any] | None = None
 
     def check_resumed(self) -> None:
-        """Refuses a resumed run whose remaining batches would be others; called when the counters are restored."""
-        state, self._resumed = self._resumed, None
-        if state is not None and self.trainer is not None:
-            done = int(self.trainer.fit_loop.epoch_loop.batch_progress.total.ready)
-            if done:
-                self._check_deals(state, done)
+        """Refuses a resumed run whose remaining batches would be others; waits until the counters are restored."""
+        done = self.trainer.fit_loop.epoch_loop.batch_progress.total.ready if self.trainer is not None else 0
+        if self._resumed is not None and done:
+            go_to(self._resumed, self.course, int(done))
+            self._resumed = None
 
     # -- cutting ------------------------------------------------------------------------------------------------------
 
@@ -468,53 +362,12 @@ class TaskStream(pl.LightningDataModule):
 
     def _stages(self) -> list[Stage]:
         """Of this fit: tasks that earlier runs have learned are left out."""
-        names = [name for name in self._parts if name not in self.learned]
-        if not names:
-            raise Refusal(
-                f"TaskStream.continue_from: its run has learned all of {', '.join(self._parts)}; add a task, or only validate."
-            )
-        epochs, steps = self._amounts("epochs"), self._amounts("steps")
-        if self.baseline == "joint":
-            return [self._joint(epochs, steps)]
-        stages, seen = [], set(self._seen_before())
-        for name in names:
-            part, classes = self._parts[name], self._classes[name]
-            seen |= set(classes or ())
-            one = Stage(
-                name, part, epochs[name] or 1, steps[name], 0, classes, tuple(sorted(seen)) if classes else None
-            )
-            stages.append(self._measured(one))
-        return stages
-
-    def _seen_before(self) -> set[int]:
-        return {number for name in self.learned for number in self._classes.get(name) or ()}
-
-    def _joint(self, epochs: dict[str, int | None], steps: dict[str, int | None]) -> Stage:
-        sizes = {name: part.deal()["rows"] for name, part in self._parts.items()}
-        passes = max(1, round(sum(sizes[n] * (epochs[n] or 1) for n in sizes) / sum(sizes.values())))
-        total = sum(step for step in steps.values() if step is not None) if self.steps is not None else None
-        classes = tuple(sorted({number for found in self._classes.values() for number in found or ()})) or None
-        rows = joined(list(self._parts.values()), self._running)
-        return self._measured(Stage("joint", rows, 1 if total else passes, total, 0, classes, classes))
-
-    def _measured(self, stage: Stage) -> Stage:
-        batches = len(stage.rows.train_loader(lambda: 0, stage.steps))
-        batches = batches if self.trainer is None else limited(batches, self.trainer)
-        return replace(stage, batches=batches)
-
-    def _amounts(self, argument: str) -> dict[str, int | None]:
-        given, names = getattr(self, argument), list(self._parts)
-        if given is None or isinstance(given, int):
-            return dict.fromkeys(names, given)
-        if isinstance(given, dict) and set(given) != set(names) or len(given) != len(names):
-            raise Refusal(
-                f"TaskStream.{argument} has {len(given)} entries ({given}) for the tasks {', '.join(names)}; give one number, or "
-                "one a task."
-            )
-        amounts = [given[name] for name in names] if isinstance(given, dict) else list(given)
-        if any(isinstance(amount, bool) or not isinstance(amount, int) or amount < 1 for amount in amounts):
-            raise Refusal(f"TaskStream.{argument} must be at least 1 for each task, got {given}.")
-        return dict(zip(names, amounts, strict=True))
+        return stages_of(
+            Given(self._parts, self._classes, self.epochs, self.steps),
+            self.learned,
+            self._running,
+            joint=self.baseline == "joint",
+        )
 
 
 __all__ = ["TaskStream"]

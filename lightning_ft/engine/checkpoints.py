@@ -41,11 +41,7 @@ FORMAT = 1
 
 def kept_keys(module: nn.Module) -> set[str]:
     """Names that a checkpoint of ``module`` holds: injected parameters, those that train now or later, persistent buffers."""
-    injected = {
-        f"{path}.{name}" if path else name
-        for path, layer in injected_layers(module).items()
-        for name in layer.injected_parameters()
-    }
+    injected = injected_names(module)
     attachment = module.__dict__.get(ATTACHMENT)
     late: set[str] = attachment.late if attachment is not None else set()
     keys = {name for name, p in module.named_parameters() if p.requires_grad or name in injected or name in late}
@@ -54,6 +50,15 @@ def kept_keys(module: nn.Module) -> set[str]:
             if buffer is not None and name not in child._non_persistent_buffers_set:
                 keys.add(f"{prefix}.{name}" if prefix else name)
     return keys
+
+
+def injected_names(module: nn.Module) -> set[str]:
+    """Names of the parameters that were injected."""
+    return {
+        f"{path}.{name}" if path else name
+        for path, layer in injected_layers(module).items()
+        for name in layer.injected_parameters()
+    }
 
 
 def fingerprint(module: nn.Module) -> str:

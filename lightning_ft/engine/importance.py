@@ -3,7 +3,7 @@
 The model is in eval mode meanwhile; its modes, gradients and random generators are put back. What is found is laid out like the
 parameters, in fp32. At the first batch it is proven that the gradients which the layers give example by example add up to the
 ordinary ones, with another weight for each example; a parameter that fails (one that another module reads, say) gets a
-backward pass for each example instead.
+backward pass for each example instead; under FSDP2, which knows gradients of all ranks together only, a whole pass for each.
 """
 
 from __future__ import annotations
@@ -65,7 +65,7 @@ def importance(
         power: 2 for the Fisher information, 1 for MAS.
 
     Raises:
-        Refusal: a module that cannot answer; no examples; under FSDP2 a parameter whose use cannot be told apart by examples.
+        Refusal: a module that cannot answer; no examples.
     """
     with _undisturbed(module):
         estimate = _Estimate(trainer, module, ask, power)
@@ -149,10 +149,11 @@ class _Estimate:
             if not self.proven:
                 self.slow |= self._disagree(batch, keys, weights, weighted)
                 self.proven = True
+        if self.sharded:
+            self.slow = self._anywhere(self.slow)
         if self.slow:
-            self._refuse_sharded()
             found = {name: value for name, value in found.items() if name not in self.slow}
-            found |= self._one_by_one(batch, keys)
+            found |= self._in_turn(batch, keys) if self.sharded else self._one_by_one(batch, keys)
         self._sum(found)
 
     def _uncalled(self, called: set[str]) -> set[str]:
@@ -200,12 +201,29 @@ class _Estimate:
                     found[name] += powered(grad.to(_kept(grad.dtype)), self.power)
         return found
 
-    def _refuse_sharded(self) -> None:
-        if self.sharded:
-            raise Refusal(
-                f"{sorted(self.slow)[0]} is used in a way that does not tell examples apart, which needs a backward pass for each "
-                "example, and FSDP2 has no such pass; use ddp, or freeze it."
-            )
+    def _in_turn(self, batch: Any, keys: list[int]) -> dict[str, Tensor]:
+        """The same under FSDP2, which reduces all ranks' gradients: a forward and backward pass for each example of each rank."""
+        found = {name: torch.zeros_like(self.parameters[name], dtype=torch.float32) for name in sorted(self.slow)}
+        world, most = self.trainer.world_size, torch.tensor(len(self.ask.keys), device=self.module.device)
+        dist.all_reduce(most, op=dist.ReduceOp.MAX)
+        for rank in range(world):
+            for s in range(int(most)):
+                losses = self._losses(batch, keys)
+                mine = rank == self.trainer.global_rank and s < len(losses)
+                (losses[s] if mine else losses.sum() * 0.0).backward()
+                for name, value in found.items():
+                    grad = self.parameters[name].grad
+                    if grad is not None:  # the mean over ranks, of which one has a loss
+                        found[name] = value + powered(grad.float() * world, self.power)
+                self._clear()
+        return found
+
+    def _anywhere(self, names: set[str]) -> set[str]:
+        """Those that are in the set of any rank."""
+        known = sorted(self.parameters)
+        flags = torch.tensor([float(name in names) for name in known], device=self.module.device)
+        dist.all_reduce(flags, op=dist.ReduceOp.MAX)
+        return {name for name, flag in zip(known, flags.tolist(), strict=True) if flag}
 
     def _clear(self) -> None:
         for parameter in self.module.parameters():
@@ -214,7 +232,7 @@ class _Estimate:
     def _sum(self, found: dict[str, Tensor]) -> None:
         for name, parameter in self.parameters.items():
             value = found.get(name)
-            if isinstance(parameter, DTensor):
+            if isinstance(parameter, DTensor) and not isinstance(value, DTensor):
                 whole = torch.zeros(parameter.shape, device=parameter.device) if value is None else value
                 partial = [Partial() for _ in parameter.placements]
                 value = DTensor.from_local(whole, parameter.device_mesh, partial).redistribute(

@@ -34,6 +34,11 @@ CANNOT = (
         "what it has measured belongs to parts that were trained from the start",
         "choose what is trained once, by freeze",
     ),
+    Cannot(
+        "orthogonal_lora",
+        "each task trains factors of its own, and those of earlier tasks are frozen anyway",
+        "use lora, or leave the penalty out",
+    ),
 )
 """What no penalty of this kind can meet."""
 

@@ -70,6 +70,12 @@ def baseline_of(trainer: pl.Trainer) -> str | None:
     return found
 
 
+def task_count(trainer: pl.Trainer) -> int:
+    """How many tasks will have been trained when the run is over, those of earlier runs counted; without a stream it is one."""
+    count = getattr(getattr(trainer, "datamodule", None), "task_count", None)
+    return count if isinstance(count, int) else 1
+
+
 def require_tasks(trainer: pl.Trainer, name: str) -> None:
     """Refuses a run whose data tell no tasks; for techniques that act between two of them.
 
@@ -96,4 +102,4 @@ def require_tasks(trainer: pl.Trainer, name: str) -> None:
         )
 
 
-__all__ = ["Task", "TaskHooks", "baseline_of", "require_tasks", "task_of"]
+__all__ = ["Task", "TaskHooks", "baseline_of", "require_tasks", "task_count", "task_of"]

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from html import escape
 
-_CELL, _LINE, _SIGN = 58, 34, 6.6  # pixels: width and height of a cell, width of a letter at 12 px
+_CELL, _LINE, _SIGN = 58, 34, 7.6  # pixels: width and height of a cell, width of a letter at 12 px in a wide font
 _WORST, _BEST = (247, 251, 255), (8, 81, 156)  # a scale of one colour, as ColorBrewer's Blues: readable in grey too
 
 
@@ -15,6 +15,7 @@ def heat_map(
     column_names: Sequence[str],
     *,
     higher_is_better: bool = True,
+    corner: str = "",
 ) -> str:
     """The matrix with each number in a cell, the darker the better.
 
@@ -23,17 +24,20 @@ def heat_map(
         row_names: (n,).
         column_names: (K,).
         higher_is_better: which end of the scale is dark.
+        corner: what rows and columns are, in a few letters.
     """
     known = [value for row in rows for value in row if value is not None]
     low, high = (min(known), max(known)) if known else (0.0, 0.0)
-    left = round(12 + _SIGN * max((len(name) for name in row_names), default=0))
-    widths = [max(_CELL, round(10 + _SIGN * len(name))) for name in column_names]
+    left = round(14 + _SIGN * max((len(name) for name in (*row_names, corner)), default=0))
+    widths = [max(_CELL, round(14 + _SIGN * len(name))) for name in column_names]
     begins = [left + sum(widths[:j]) for j in range(len(widths) + 1)]
     width, height = begins[-1] + 8, _LINE * (len(rows) + 1)
     parts = [
         f'<svg xmlns="http://www.w3.org/2000/svg" width="{width}" height="{height}" viewBox="0 0 {width} {height}" '
         'font-family="sans-serif" font-size="12">'
     ]
+    if corner:
+        parts.append(f'<text x="{left - 8}" y="22" text-anchor="end" fill="#667">{escape(corner)}</text>')
     for j, name in enumerate(column_names):
         parts.append(f'<text x="{begins[j] + widths[j] / 2}" y="22" text-anchor="middle">{escape(name)}</text>')
     for i, (name, row) in enumerate(zip(row_names, rows, strict=True)):

@@ -102,3 +102,27 @@ def test_a_stream_that_does_not_tell_where_tasks_end_is_refused(tmp_path):
         Refusal, match="EWC acts between tasks, and a stream with scenario free does not tell where one ends"
     ):
         trainer(tmp_path, EWC()).fit(Layer(), stream(scenario="free"))
+
+
+def test_what_is_held_is_told_by_name_and_not_by_order(tmp_path):
+    """Trap 8: the same parts, made in another order, are held to their own values."""
+
+    class Turned(Layer):
+        def __init__(self):
+            super().__init__()
+            bias, weight = self.net.bias, self.net.weight
+            del self.net.weight, self.net.bias
+            self.net.bias, self.net.weight = bias, weight
+
+    technique = EWC(20.0, labels="all")
+    trainer(tmp_path, technique).fit(Layer(), stream())
+    state = technique.state_dict()
+    turned, again = Turned(), EWC(20.0, labels="all")
+    assert [n for n, _ in turned.named_parameters()] == ["net.bias", "net.weight"]
+    again.load_state_dict(state)
+    again.on_train_start = lambda run, module: (EWC.on_train_start(again, run, module), held.append(again._held.copy()))
+    held = []
+    trainer(tmp_path, again).fit(turned, TaskStream({"d": Points(1, 10)}))
+    for name, value in state["held"]["center"].items():
+        assert torch.equal(held[0].center[name], value) and held[0].center[name].shape == value.shape
+    assert held[0].tasks == 3

@@ -124,3 +124,29 @@ def test_a_resumed_run_goes_on_along_the_path(tmp_path):
     (whole, kept), (resumed, kept_again) = states
     assert all(torch.equal(v, resumed[n]) for n, v in whole.items())
     assert all(torch.equal(v, kept_again[part][n]) for part in kept for n, v in kept[part].items())
+
+
+def test_a_part_that_most_steps_do_not_use_is_no_reason_to_stop(tmp_path):
+    """Trap 5: a head without a gradient has no share in a step's path, and nothing frozen has a place in the state."""
+
+    class TwoHeads(PlainNet):
+        def __init__(self):
+            super().__init__()
+            self.other = torch.nn.Linear(4, 3)
+            self.frozen = torch.nn.Linear(4, 3).requires_grad_(False)
+
+        def training_step(self, batch, batch_idx):
+            logits = self(batch[0]) + (self.other(batch[0]) if batch_idx == 0 else 0.0) + self.frozen(batch[0])
+            return torch.nn.functional.cross_entropy(logits, batch[1])
+
+        def configure_optimizers(self):
+            return torch.optim.SGD([p for p in self.parameters() if p.requires_grad], 0.5)
+
+    technique, net = SynapticIntelligence(xi=0.01), TwoHeads()
+    start = net.other.weight.detach().clone()
+    run = trainer(tmp_path, technique, max_steps=3)
+    run.fit(net, loader(), loader())
+    held = technique.state_dict()["next"]["importance"]
+    assert set(held) == {n for n, p in net.named_parameters() if p.requires_grad}
+    move = net.other.weight.detach() - start  # of the first step alone: omega = move^2 / rate
+    torch.testing.assert_close(held["other.weight"], (move**2 / 0.5) / (move**2 + 0.01))

@@ -321,5 +321,11 @@ def test_names_of_quantities() -> None:
     assert {name: quantity_of(name) for name in names} == names
 
 
+def test_the_tasks_of_a_stream_share_a_chart() -> None:
+    names = ["val/loss", "val/loss/films", "val/loss/books", "continual/average", "val/rewards/margins", "train/loss"]
+    found = [quantity_of(name, names) for name in names]
+    assert found == ["loss", "loss by task", "loss by task", "continual learning", "rewards/margins", "loss"]
+
+
 def test_a_cut_line_is_left_out() -> None:
     assert read_metrics("step,a\n0,1.25\n1,1.5") == {"a": [(1, 1.25)]}

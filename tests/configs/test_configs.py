@@ -246,7 +246,7 @@ def test_two_steps_change_what_is_trained(path: Path, run: Run, tiny: Flags, tmp
     # Only what a technique of this file trains is stored.
     keys = [key for key in checkpoint["state_dict"] if key.startswith("model.")]
     given = {**yaml.safe_load((CONFIGS / "sft_full.yaml").read_text()), **yaml.safe_load(path.read_text())}
-    if "lora" in given:
+    if "lora" in given or "orthogonal_lora" in given:
         assert all(".lora_" in key or task_of(path) != "causal_lm" and key.startswith(HEAD) for key in keys)
     elif "ia3" in given:
         assert all(key.endswith(".ia3_scale") for key in keys)

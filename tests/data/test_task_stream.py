@@ -253,3 +253,17 @@ def test_a_free_stream_tells_no_tasks(tmp_path) -> None:
     hooks, data = Hooks(), stream(scenario="free")
     trainer(tmp_path, hooks).fit(Layer(), data)
     assert hooks.calls == [] and data.task is None and len(data.scores.rows) == 3
+
+
+def test_the_first_callback_has_its_teardown_too(tmp_path):
+    """The stream leaves the list of callbacks in its own, while Lightning goes through that list."""
+    called = []
+
+    class One(Callback):
+        def teardown(self, trainer, pl_module, stage):
+            called.append(self)
+
+    both = [One(), One()]
+    run = trainer(tmp_path, *both)
+    run.fit(Layer(), stream(epochs=1))
+    assert called == both and [c for c in run.callbacks if isinstance(c, One)] == both

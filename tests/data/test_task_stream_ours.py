@@ -11,7 +11,7 @@ import torch
 from lightning.pytorch import Callback
 from torch.distributed.tensor import DTensor
 
-from lightning_ft import SFT, ClassificationData, LoRA, LwF, Refusal, Replay, SFTData, TaskStream
+from lightning_ft import EWC, SFT, ClassificationData, LoRA, LwF, Refusal, Replay, SFTData, TaskStream
 from lightning_ft.cli.report_parts.run_files import RunFiles
 from lightning_ft.cli.report_parts.task_matrix import task_matrix
 from lightning_ft.data.task_scores import MATRIX, read_matrix
@@ -147,6 +147,22 @@ def test_classes_that_do_not_compete_are_masked(place, tmp_path, scenario):
     batch = next(iter(stream._parts["fair"].loader("train")))
     logits = row_logits(module.view, batch)
     assert bool((logits[~batch.columns["class_mask"]] == MASKED).all())
+
+
+def test_the_head_s_rows_of_classes_not_yet_seen_are_free(place, tmp_path):
+    """Trap 8: a head that grows has its full size, and what no task has used has no importance."""
+    technique = EWC(1.0, labels="sample")
+    found = []
+
+    class Look(Callback):
+        def on_task_end(self, run, module, task) -> None:
+            found.append({n: v for n, v in technique._held.importance.items() if "classifier" in n})
+
+    stream = TaskStream(source=data(place), by="class", groups=[["bad", "good"], ["fair"]], scenario="class")
+    fit(place, tmp_path, stream, technique, Look())
+    for name, value in found[0].items():
+        assert not bool(value[1].any()) and all(bool(value[n].any()) for n in (0, 2)), name
+    assert all(bool(value[1].any()) for value in found[1].values()) and len(found[0]) == 2
 
 
 def test_replayed_rows_compete_with_the_classes_that_do_now(place, tmp_path):

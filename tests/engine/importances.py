@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from lightning_ft import LoRA
+from lightning_ft import BottleneckAdapter, LoRA, PrefixTuning
 from lightning_ft.engine.importance import Importance, importance
 from lightning_ft.engine.likelihood import LogLikelihood, SquaredNorm
 from lightning_ft.engine.strategies import FSDP2Strategy
@@ -102,6 +102,8 @@ ADAPTERS: dict[str, Callable[[], list[Any]]] = {
     "full": list,
     "lora": lambda: [LoRA(2)],
     "everywhere": lambda: [LoRA(2, target=["embed_tokens", "q_proj", "down_proj"], modules_to_save=["norm"])],
+    "adapter": lambda: [BottleneckAdapter(reduction_factor=8)],
+    "prefix": lambda: [PrefixTuning(3)],
     "dora": lambda: [LoRA(2, dora=True)],
 }
 

@@ -254,9 +254,43 @@ def test_drawn_labels_follow_the_model(tmp_path):
 
 
 def test_the_size_of_a_batch_changes_nothing(tmp_path):
+    """Traps 1 and 3: also where the last batch is short."""
     one = measured(tmp_path, PlainNet(), batch_size=16)
     for size in (1, 5, 7):
         close(measured(tmp_path, PlainNet(), batch_size=size).diagonal, one.diagonal)
+
+
+@pytest.mark.parametrize("reduction", ["mean", "sum"])
+def test_neither_the_number_of_rows_nor_the_reduction_of_the_loss_changes_anything(reduction, tmp_path):
+    """Trap 2: a strength means the same for twice the rows, and whatever the module's own loss is divided by."""
+
+    class Reduced(PlainNet):
+        def training_step(self, batch, batch_idx):
+            return F.cross_entropy(self(batch[0]), batch[1], reduction=reduction) * 1e-3
+
+    x, y = rows()
+    once = measured(tmp_path, Reduced(), "empirical")
+    twice = measured(
+        tmp_path, Reduced(), "empirical", DataLoader(TensorDataset(x.double().repeat(2, 1), y.repeat(2)), 4)
+    )
+    assert twice.examples == 2 * once.examples and twice.trace == pytest.approx(once.trace, rel=1e-9)
+    close(twice.diagonal, once.diagonal)
+    net = Reduced()
+    measured(tmp_path, net, "empirical")
+    close(once.diagonal, by_loop(net, "empirical"))
+
+
+def test_the_information_of_labels_in_the_data_is_not_weighed_by_their_probability(tmp_path):
+    """Trap 3: g^2 p(y | x) is neither the true information nor the empirical one."""
+    net = PlainNet()
+    found = measured(tmp_path, net, "empirical")
+    net.eval()
+    weighed = {}
+    for x, y in zip(*rows(), strict=True):
+        logp = net(x[None].double())[0].log_softmax(-1)[y]
+        for name, value in loop(net, [logp]).items():
+            weighed[name] = weighed.get(name, 0) + logp.exp().detach() * value / 16
+    assert found.trace > 1.5 * sum(float(v.sum()) for v in weighed.values())
 
 
 def test_a_module_that_cannot_answer_is_refused(tmp_path):
@@ -315,14 +349,21 @@ def test_all_labels_of_a_sequence_are_refused(chat, tmp_path):
         chat_fisher(str(chat), str(tmp_path), labels="all")
 
 
+@pytest.mark.parametrize(("adapter", "packing"), [("adapter", True), ("adapter", False), ("prefix", True)])
+def test_adapters_and_prefixes_are_a_loop_over_sequences(adapter, packing, chat, tmp_path):
+    job = chat_fisher(str(chat), str(tmp_path), adapter, packing=packing, batch_size=6)
+    close(job["diagonal"], loop(job["module"], language_losses(job, "sample")))
+
+
 @pytest.mark.parametrize("strategy", ["ddp", "fsdp2"])
-@pytest.mark.parametrize("adapter", ["lora", "full"])
+@pytest.mark.parametrize("adapter", ["lora", "full", "adapter", "prefix"])
 def test_two_ranks_find_the_same(strategy, adapter, chat, tmp_path, two_ranks):
     job = {"chat": str(chat), "folder": str(tmp_path), "adapter": adapter, "double": False}
     both = two_ranks.run("tests.engine.importances:chat_fisher", **job, strategy=strategy, batch_size=3)
     alone = chat_fisher(**job, batch_size=6)
     for rank in both:
-        assert rank["examples"] == 16 and not rank["slow"]
+        assert rank["examples"] == 16 and rank["slow"] == alone["slow"]
+        assert bool(rank["slow"]) == (adapter in ("adapter", "prefix"))
         assert rank["kinds"] == {"DTensor" if strategy == "fsdp2" else "Tensor"}
         assert rank["trace"] == pytest.approx(alone["trace"], rel=1e-4)
         close(rank["diagonal"], alone["diagonal"], torch.float32)

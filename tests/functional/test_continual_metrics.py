@@ -1,5 +1,7 @@
 """The numbers read off a matrix of scores, by hand and by the formulas written out with NumPy."""
 
+import re
+
 import numpy as np
 import pytest
 
@@ -65,3 +67,14 @@ def test_the_picture_has_a_cell_for_each_score_and_the_best_is_darkest() -> None
     assert 'fill="rgb(8,81,156)"' in picture.split("0.900")[0].rsplit("<rect", 1)[1]
     other = heat_map([[0.9, None], [0.6, 0.8]], ["one", "<two>"], ["a", "b"], higher_is_better=False)
     assert 'fill="rgb(8,81,156)"' in other.split("0.600")[0].rsplit("<rect", 1)[1]
+
+
+def test_long_names_have_room_in_the_picture() -> None:
+    """Eight pixels a letter, which the widest of the usual fonts need, between the edges and from name to name."""
+    names = ["amazonReviewSnippets", "movieReviewSnippets"]
+    svg = heat_map([[0.5, 0.25], [1.0, 0.75]], names, names, corner="after \\ on")
+    assert svg.count("after \\ on") == 1
+    ends = [float(x) for x in re.findall(r'<text x="([\d.]+)" y="\d+" text-anchor="end"', svg)]
+    assert min(ends) > 7.5 * len(names[0])
+    widths = [float(w) for w in re.findall(r'<rect x="[\d.]+" y="\d+" width="([\d.]+)"', svg)]
+    assert all(width > 7.5 * len(name) for width, name in zip(widths, names, strict=False))

@@ -72,8 +72,9 @@ def cells() -> list[Cell]:
         if (not packing or SUBJECTS[subject].packs) and (not checkpointing or SUBJECTS[subject].recomputes)
     ]
     found += [
-        Cell(part, subject, placement, extra=extra)
+        Cell(part, subject, placement, packing=packing, extra=extra)
         for extra, part, subject, placement in product(EXTRAS, EXTRA_PARTS, SUBJECTS, PLACEMENTS)
+        for packing in ((False, True) if EXTRAS[extra].packs and SUBJECTS[subject].packs else (False,))
     ]
     return found
 

@@ -6,15 +6,7 @@ from collections.abc import Callable
 
 from tests.matrix.cells import Cell
 
-KNOWN: list[tuple[Callable[[Cell], bool], str]] = [
-    (
-        lambda cell: (
-            cell.extra == "mas" and cell.part in ("adapter-pfeiffer", "prefix") and cell.placement.startswith("fsdp2")
-        ),
-        "importances of bottleneck adapters and prefixes need a backward pass for each example, which FSDP2 has not; refused only "
-        "where a task ends, no rule says so at setup",
-    ),
-]
+KNOWN: list[tuple[Callable[[Cell], bool], str]] = []
 
 
 def reason_of(cell: Cell) -> str | None:

@@ -22,6 +22,7 @@ from lightning_ft import (
     LoRA,
     LwF,
     NEFTune,
+    OrthogonalLoRA,
     PrefixTuning,
     PromptTuning,
     Replay,
@@ -89,6 +90,7 @@ PARTS = {
         Part("dora", ((LoRA, {"r": 2, "dora": True}),)),
         Part("rslora", ((LoRA, {"r": 4, "rslora": True}),)),
         Part("pissa", ((LoRA, {"r": 2, "init": "pissa"}),)),
+        Part("orthogonal-lora", ((OrthogonalLoRA, {"r": 2}),)),
         Part("adapter-houlsby", ((BottleneckAdapter, {"style": "houlsby", "reduction_factor": 8}),), headless=True),
         Part("adapter-pfeiffer", ((BottleneckAdapter, {"style": "pfeiffer", "reduction_factor": 8}),), headless=True),
         Part(
@@ -123,6 +125,7 @@ class Extra:
         written: a file that the run has to leave in its folder.
         logged: a metric that it has to log.
         alike: whether the trained weights are those of a run without it.
+        packs: whether it is tried with packed rows as well.
     """
 
     name: str
@@ -130,6 +133,7 @@ class Extra:
     written: str | None = None
     logged: str | None = None
     alike: bool = True
+    packs: bool = False
 
     def build(self) -> list[Technique]:
         """A fresh technique."""
@@ -143,8 +147,9 @@ EXTRAS = {
         Extra("neftune", (NEFTune, {"alpha": 5.0}), alike=False),
         Extra("agem", (AGEM, {"size": 4}), alike=False),
         Extra("lwf", (LwF, {})),
-        Extra("replay", (Replay, {"size": 4}), alike=False),
+        Extra("replay", (Replay, {"size": 4}), alike=False, packs=True),
         Extra("ewc", (EWC, {"lam": 1.0, "importance": "uniform"}), alike=False),
+        Extra("fisher", (EWC, {"lam": 1.0}), packs=True),
         Extra("mas", (MAS, {"lam": 1.0})),
         Extra("si", (SynapticIntelligence, {"lam": 1.0})),
         Extra("distillation", (Distillation, {"soft_targets": 0.5}), alike=False),

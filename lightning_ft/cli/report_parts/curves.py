@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 
 from lightning_ft.cli.report_parts.adapting import is_of_adapting
 from lightning_ft.cli.report_parts.chart import Line, chart
@@ -10,7 +10,9 @@ from lightning_ft.cli.report_parts.run_files import RunFiles
 
 SPEED = "tokens_per_second"
 FIRST = ("loss", "learning rate", "gradient norm")
+TASKS = "continual learning"
 CAPTIONS = {
+    TASKS: "Over the tasks so far, at the end of each.",
     "loss": "Mean over what is scored, in nats where it is a log-likelihood.",
     "learning rate": "The largest of all parameter groups.",
     "gradient norm": "Before clipping.",
@@ -22,7 +24,7 @@ def curves(runs: Sequence[RunFiles]) -> str | None:
     grouped: dict[str, list[tuple[RunFiles, int, str]]] = {}
     for number, run in enumerate(runs):
         for name in run.metrics:
-            quantity = quantity_of(name)
+            quantity = quantity_of(name, run.metrics)
             if quantity != SPEED and not is_of_adapting(name):
                 grouped.setdefault(quantity, []).append((run, number, name))
     if not grouped:
@@ -47,11 +49,21 @@ def speed(runs: Sequence[RunFiles]) -> str | None:
     return f'<div class="charts">{drawn}</div>'
 
 
-def quantity_of(name: str) -> str:
+def quantity_of(name: str, others: Collection[str] = ()) -> str:
     """What a metric measures, by its name: ``train/loss`` and ``val/loss`` are one chart.
 
-    Names of Lightning's own LearningRateMonitor (``lr-AdamW``) and gradient norms (``grad_2.0_norm_total``) are known too.
+    Names of Lightning's own LearningRateMonitor (``lr-AdamW``) and gradient norms (``grad_2.0_norm_total``) are known too. So
+    are the tasks of a stream, which share a chart: ``val/loss/films`` is one where there is a ``val/loss``.
+
+    Args:
+        name: of the metric.
+        others: names of all metrics of the run.
     """
+    if name.startswith("continual/"):
+        return TASKS
+    whole, _, task = name.rpartition("/")
+    if task and "/" in whole and whole in others:
+        return f"{quantity_of(whole)} by task"
     prefix, slash, rest = name.partition("/")
     if not slash or prefix not in ("train", "val", "test"):
         rest = name

@@ -24,6 +24,6 @@ def task_matrix(runs: Sequence[RunFiles]) -> str | None:
             continue
         better = "less is better" not in what
         caption = f"{run.name}: {what}; a row after each task, a column for each."
-        picture = heat_map(values, rows, columns, higher_is_better=better)
+        picture = heat_map(values, rows, columns, higher_is_better=better, corner="after \\ on")
         pictures.append(f"<figure>{picture}<figcaption>{escape(caption)}</figcaption></figure>")
     return f'<div class="charts">{"".join(pictures)}</div>' if pictures else None
