@@ -78,7 +78,7 @@ def run(weigh: str, callbacks: list[Any], seed: int, only: str | None, base: str
     import lightning.pytorch as pl
 
     from lightning_ft import ClassificationData, MultiTask, MultiTaskData
-    from lightning_ft.modules.multitask import MAIN
+    from lightning_ft.engine.task_measures import MAIN
 
     pl.seed_everything(seed, verbose=False)
     with tempfile.TemporaryDirectory() as place:
