@@ -9,19 +9,18 @@ from torch import Tensor, nn
 from lightning_ft.engine.answers import no_dropout, refuse_dropout
 from lightning_ft.engine.attachment import Attachment
 from lightning_ft.engine.batch import Batch
-from lightning_ft.engine.batch_part import part_of
+from lightning_ft.engine.likelihood import Ask
 from lightning_ft.engine.module import DtypePolicy, OptimizerFactory
 from lightning_ft.engine.optimizer import Schedule
-from lightning_ft.engine.scoring import segment_logps
 from lightning_ft.engine.task_adapters import TaskAdapters
 from lightning_ft.engine.task_list import OF_PAIRS, SPEAKING, Objective
 from lightning_ft.engine.task_measures import TaskMeasures
 from lightning_ft.engine.task_module import TaskModule
+from lightning_ft.engine.task_reference import reference_logps
 from lightning_ft.formats.heads import kind_of
 from lightning_ft.functional.errors import Refusal
 from lightning_ft.functional.preference import LOSSES, Settings, parts
 from lightning_ft.functional.preference import check as check_losses
-from lightning_ft.models.admission import evaluating
 from lightning_ft.models.admission_tasks import admit_task
 from lightning_ft.models.causal import CausalLM
 from lightning_ft.models.load_task import load_for_task
@@ -29,7 +28,8 @@ from lightning_ft.models.quantize import Mode
 from lightning_ft.models.trunk import Trunk, take_off_head
 from lightning_ft.nn.task_head import Pool, TaskHead, pool_rows
 from lightning_ft.objectives import multitask
-from lightning_ft.objectives.multitask import Comparison, Outcome, Task
+from lightning_ft.objectives.multitask import Comparison, Outcome, Task, present
+from lightning_ft.objectives.multitask_likelihood import likelihood
 
 
 class MultiTask(TaskModule):
@@ -291,16 +291,10 @@ class MultiTask(TaskModule):
         return [Task(names.index(t.name), t.name, t.objective, t.own) for t in tasks if t.name in names]
 
     def _outcomes(self, batch: Batch, tasks: list[Task], *, accuracy: bool = False) -> dict[str, Outcome | None]:
-        self._adapters.choose([task.name for task in tasks if f"rows/{task.number}" in batch.columns])
-        reference = self._reference(batch, tasks)
-        extra = (
-            {"token_type_ids": batch.types}
-            if batch.types is not None and "token_type_ids" in self.view._accepted
-            else {}
-        )
-        hidden = self.view.hidden(batch.ids, batch.positions, bounds=batch.bounds, mask=batch.mask, **extra)
-        rows = pool_rows(hidden, bounds=batch.bounds, mask=batch.mask, how=self._pool)  # (S, D)
-        flat = hidden.reshape(-1, hidden.shape[-1])  # (T, D)
+        self._adapters.choose(present(batch, tasks))
+        compared = [task.number for task in tasks if task.objective == "dpo" and self._comparison.refers]
+        reference = reference_logps(self, batch, compared) if compared else None
+        rows, flat = self._trunk(batch)
 
         def score(chosen: Tensor, labels: Tensor, outputs: tuple[str, ...]) -> dict[str, Tensor]:
             scored: dict[str, Tensor] = self.view.score(chosen, labels, outputs=outputs)
@@ -327,22 +321,22 @@ class MultiTask(TaskModule):
             )
         return found
 
-    def _reference(self, batch: Batch, tasks: list[Task]) -> Tensor | None:
-        """(S,) log-probability of each row of pairs by the reference, 0 of others; None where no task compares with one.
+    def _trunk(self, batch: Batch) -> tuple[Tensor, Tensor]:
+        """(S, D) a vector for each row, and (T, D) all hidden states end to end."""
+        typed = batch.types is not None and "token_type_ids" in self.view._accepted
+        extra = {"token_type_ids": batch.types} if typed else {}
+        hidden = self.view.hidden(batch.ids, batch.positions, bounds=batch.bounds, mask=batch.mask, **extra)
+        rows = pool_rows(hidden, bounds=batch.bounds, mask=batch.mask, how=self._pool)
+        return rows, hidden.reshape(-1, hidden.shape[-1])
 
-        Asked before the policy's own pass, whose activations should see no weights change.
-        """
-        numbers = [task.number for task in tasks if task.objective == "dpo"]
-        if not numbers or not self._comparison.refers:
-            return None
-        mine = sorted(row for k in numbers for row in batch.columns.get(f"rows/{k}", batch.rows[:0]).tolist())
-        found = torch.zeros(len(batch.rows), device=batch.ids.device)
-        if not mine and (self._trainer is None or self.trainer.world_size == 1):
-            return found
-        with Attachment.of(self).reference("start"), evaluating(self.model):
-            # Sharded blocks are gathered by all ranks together, so that one without pairs reads a row, too.
-            logps, _ = segment_logps(self.view, part_of(batch, mine or [0]))
-        return found.index_copy(0, torch.tensor(mine, device=found.device), logps) if mine else found
+    def likelihood(self, batch: Batch, ask: Ask) -> Tensor:
+        """What continual learning asks of each row or pair, (E,), see `lightning_ft.engine.likelihood`."""
+        tasks = self._numbered(batch, self._tasks())
+        self._adapters.choose(present(batch, tasks))
+        try:
+            return likelihood(batch, ask, tasks, self.heads, self.view, lambda: self._trunk(batch))
+        finally:
+            self._adapters.all_on()
 
     @property
     def _pool(self) -> Pool:

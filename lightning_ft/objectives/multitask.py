@@ -183,6 +183,11 @@ def terms(
     return made
 
 
+def present(batch: Batch, tasks: Iterable[Task]) -> list[str]:
+    """Names of the tasks that have rows in a batch."""
+    return [task.name for task in tasks if f"rows/{task.number}" in batch.columns]
+
+
 def touched(parameters: Iterable[nn.Parameter], device: torch.device) -> Tensor:
     """Zero, with a gradient of zero in each parameter."""
     total = torch.zeros((), device=device)
@@ -192,4 +197,4 @@ def touched(parameters: Iterable[nn.Parameter], device: torch.device) -> Tensor:
     return total
 
 
-__all__ = ["BY_TOKEN", "Comparison", "Objective", "Outcome", "Task", "outcome", "terms", "touched"]
+__all__ = ["BY_TOKEN", "Comparison", "Objective", "Outcome", "Task", "outcome", "present", "terms", "touched"]
