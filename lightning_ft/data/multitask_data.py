@@ -1,7 +1,7 @@
 """Data of several tasks: each a data module of its own, dealt together."""
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from functools import cached_property
 from typing import Annotated, Any, Literal, Protocol, cast
@@ -211,8 +211,9 @@ class MultiTaskData(PlannedData):
         return self._in_turn_loaders("predict")
 
     def in_order(self) -> dict[Split, PlannedLoader]:
-        """Nothing that one loader could give: each task's data module has its own."""
-        return {}
+        """The rows of every split that is set up, each once, task after task: to measure them."""
+        splits = {split for data in self._used.values() for split in data._rows}
+        return {split: cast("PlannedLoader", _InTurn(self._in_turn_loaders(split))) for split in sorted(splits)}
 
     def reports(self) -> dict[str, Report]:
         """What became of the rows of each task and split."""
@@ -292,6 +293,20 @@ class MultiTaskData(PlannedData):
             "accumulate_grad_batches": place.accumulate,
             "devices": place.world_size,
         }
+
+
+class _InTurn:
+    """Loaders one after the other."""
+
+    def __init__(self, loaders: Sequence[PlannedLoader]) -> None:
+        self.loaders = loaders
+
+    def __len__(self) -> int:
+        return sum(map(len, self.loaders))
+
+    def __iter__(self) -> Iterator[Any]:
+        for loader in self.loaders:
+            yield from loader
 
 
 class _Nobody:

@@ -36,12 +36,12 @@ class TaskModule(FineTuningModule):
     @property
     def task_names(self) -> list[str]:
         """Names of the tasks, in their order; of a run the data's."""
-        return list(self._asked())
+        return list(self.asked())
 
     @property
     def squared_tasks(self) -> list[str]:
         """Tasks whose loss is a squared error."""
-        return [name for name, task in self._asked().items() if task.objective == "regression"]
+        return [name for name, task in self.asked().items() if task.objective == "regression"]
 
     def add_task(
         self, name: str, objective: Objective, labels: list[str] | None = None, *, several: bool = False
@@ -54,18 +54,18 @@ class TaskModule(FineTuningModule):
             labels: names of its classes.
             several: whether a row may have several.
         """
-        if name in self._asked():
+        if name in self.asked():
             raise Refusal(f"The module has a task {name!r} already; give the new one another name.")
-        self._known = {**self._asked(), name: KnownTask(objective, labels, several)}
+        self._known = {**self.asked(), name: KnownTask(objective, labels, several)}
 
-    def _asked(self) -> dict[str, KnownTask]:
+    def asked(self) -> dict[str, KnownTask]:
         """Those known, given, or told by the data."""
         given: Any = self.labels
         return self._known or known_tasks(self.datamodule, self.objectives, given, self.several)
 
     def setup(self, stage: str) -> None:
         """Compares the tasks with the data's, before any weight is loaded."""
-        known = self._asked() if hasattr(self.datamodule, "task_objectives") else {}
+        known = self.asked() if hasattr(self.datamodule, "task_objectives") else {}
         compare_tasks(self.datamodule, known, fits=stage == "fit")
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:

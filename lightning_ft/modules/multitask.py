@@ -168,12 +168,14 @@ class MultiTask(TaskModule):
         self._adapters = TaskAdapters()
         self._present: dict[str, bool] = {}
         self._totals: dict[str, float] = {}
+        self.weighed: list[tuple[Task, float]] = []
+        self.computed: tuple[Tensor, dict[str, Outcome | None]] | None = None
 
     # -- loading ------------------------------------------------------------------------------------------------------
 
     def configure_model(self) -> None:
         """Loads the trunk, once, and makes the heads that are missing."""
-        self._known = self._asked()
+        self._known = self.asked()
         seed = Attachment.of(self).seed
         if self.model is None:
             kind = "causal_lm" if self._speaks else "token_classification"
@@ -218,11 +220,9 @@ class MultiTask(TaskModule):
         """The base's own edits, a look at whose adapters there are once all are injected, and what pairs need."""
         super().register(attachment)
         attachment.edit("hooks", "adapters of tasks", self._find_adapters, again=True)
-        if self.datamodule is not None and not hasattr(self.datamodule, "task_objectives"):
-            return  # setup refuses them
-        if not (self._known or self.objectives or self.datamodule is not None):
-            return
-        learned = {task.objective for task in self._asked().values()}
+        if not (hasattr(self.datamodule, "task_objectives") or (self.datamodule is None and self.objectives)):
+            return  # setup refuses such data
+        learned = {task.objective for task in self.asked().values()}
         if learned.intersection(OF_PAIRS):
             attachment.edit("freeze", "no dropout", lambda module: no_dropout(self.model))
         if "dpo" in learned:
@@ -236,7 +236,7 @@ class MultiTask(TaskModule):
 
     @property
     def _speaks(self) -> bool:
-        return any(task.objective in SPEAKING for task in self._known.values())
+        return any(task.objective in SPEAKING for task in self.asked().values())
 
     @property
     def writes(self) -> bool:
@@ -279,6 +279,7 @@ class MultiTask(TaskModule):
         for task in tasks:
             share = totals.get(f"row:{task.name}", 0.0) / max(totals["row"], 1.0) if self.weigh == "rows" else 1.0
             weights[task.name] = (self.weights or {}).get(task.name, 1.0) * share
+        self.weighed = [(task, weights[task.name]) for task in numbered]
         terms = multitask.terms(batch, tasks, found, weights)
         Attachment.of(self).terms(terms)
         return terms[0].sum
@@ -286,14 +287,14 @@ class MultiTask(TaskModule):
     def _numbered(self, batch: Batch, tasks: list[Task]) -> list[Task]:
         """The tasks with the numbers that the data give them, where those are fewer."""
         names = list(getattr(self.datamodule, "task_names", self._known))
-        if names == list(self._known):
-            return tasks
         return [Task(names.index(t.name), t.name, t.objective, t.own) for t in tasks if t.name in names]
 
-    def _outcomes(self, batch: Batch, tasks: list[Task], *, accuracy: bool = False) -> dict[str, Outcome | None]:
+    def _outcomes(
+        self, batch: Batch, tasks: list[Task], *, accuracy: bool = False, compares: bool = True
+    ) -> dict[str, Outcome | None]:
         self._adapters.choose(present(batch, tasks))
         compared = [task.number for task in tasks if task.objective == "dpo" and self._comparison.refers]
-        reference = reference_logps(self, batch, compared) if compared else None
+        told = reference_logps(self, batch, compared) if compared and compares else None
         rows, flat = self._trunk(batch)
 
         def score(chosen: Tensor, labels: Tensor, outputs: tuple[str, ...]) -> dict[str, Tensor]:
@@ -304,21 +305,14 @@ class MultiTask(TaskModule):
         for task in tasks:
             head = self.heads[task.name] if task.name in self.heads else None  # noqa: SIM401 (a ModuleDict has no get)
             found[task.name] = multitask.outcome(
-                task,
-                batch,
-                rows,
-                flat,
-                head,
-                score,
-                accuracy=accuracy,
-                comparison=self._comparison,
-                reference=reference,
+                task, batch, rows, flat, head, score, accuracy=accuracy, comparison=self._comparison, reference=told
             )
         if all(one is None for one in found.values()) and torch.is_grad_enabled():
             first = next(iter(self._known))  # a filler: the trunk takes part in the step, with a gradient of zero
             found[first] = Outcome(
                 rows.float().sum()[None] * 0.0 + multitask.touched(tasks[0].own, rows.device), None, rows
             )
+        self.computed = (flat, found) if torch.is_grad_enabled() else None
         return found
 
     def _trunk(self, batch: Batch) -> tuple[Tensor, Tensor]:
@@ -345,7 +339,8 @@ class MultiTask(TaskModule):
         return "first" if kind_of(self.view.config) == "encoder" else "last"
 
     def on_after_backward(self) -> None:
-        """All adapters are on between steps, as checkpoints and exports are to find them."""
+        """All adapters are on between steps, as checkpoints and exports are to find them; the graph is let go."""
+        self.computed = None
         self._adapters.all_on()
 
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
@@ -368,14 +363,14 @@ class MultiTask(TaskModule):
         self._evaluate(batch)
 
     def predict_step(self, batch: Batch, batch_idx: int, dataloader_idx: int = 0) -> dict[str, Any]:
-        """``task``, ``rows`` (S,), and ``logits`` (N, C), ``logprob`` (N,) of tokens or ``reward`` (S,) of answers."""
-        found = self._outcomes(batch, self._numbered(batch, self._tasks()))
+        """``task``, ``rows`` (S,), and ``logits`` (N, C), ``logprob`` (N,) of tokens or answers, or ``reward`` (S,)."""
+        found = self._outcomes(batch, self._numbered(batch, self._tasks()), compares=False)
         self._adapters.all_on()
         name, seen = next((name, one) for name, one in found.items() if one is not None)
         what = {"logprob": -seen.losses} if seen.logits is None else {"logits": seen.logits}
-        if self._known[name].objective in OF_PAIRS:
+        if self._known[name].objective in OF_PAIRS:  # of each row: the better answer of a pair, then the worse one
             assert seen.logits is not None
-            what = {"reward": seen.logits.reshape(-1)}  # of each row: the better answer of a pair, then the worse one
+            what = {"reward" if self._known[name].objective == "reward" else "logprob": seen.logits.reshape(-1)}
         return {"task": name, "rows": batch.rows, **what}
 
     def _evaluate(self, batch: Batch) -> None:

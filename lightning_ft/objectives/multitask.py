@@ -106,7 +106,8 @@ def outcome(
         score: of a language model.
         accuracy: whether ``correct`` is wanted.
         comparison: of a task that is dpo.
-        reference: (S,) log-probability of each row of the batch by the reference, looked at where the comparison refers to it.
+        reference: (S,) log-probability of each row of the batch by the reference, where the comparison refers to it; without
+            it the logits of dpo are log-probabilities, and its losses 0.
     """
     if task.objective in BY_TOKEN:
         places = batch.columns.get(f"scored/{task.number}")
@@ -156,6 +157,8 @@ def _compared(
     pairs = Pairs(*split(logps), *split(tokens), *before)
     loss, beta = LOSSES[comparison.name], comparison.settings.beta
     rewards = (pairs.chosen, pairs.rejected)
+    if loss.reference and reference is None:  # a prediction, which compares with nothing
+        return Outcome(logps.new_zeros(len(pairs.chosen)), torch.stack(rewards, 1), mine.new_zeros(len(pairs.chosen)))
     if loss.reference:
         rewards = (pairs.chosen_ratio, pairs.rejected_ratio)
     elif loss.means:

@@ -68,7 +68,7 @@ def _intended(cell: Cell, ranks: list[dict[str, Any]]) -> None:
     part, subject, first = PARTS[cell.part], SUBJECTS[cell.subject], ranks[0]
     injected = set(first["injected"]) - set(first["frozen"])  # a start that is kept beside what trains stays as it is
     require(bool(injected) == part.injects, f"{cell.part} injected {sorted(injected) or 'nothing'}.")
-    patterns = [part.pattern(subject)] + ([subject.head] if subject.new_head else [])
+    patterns = [part.pattern(subject)] + ([subject.head] if subject.new_head else []) + [subject.always]
     own = (set(first["frozen"]) | set(first["trained"])) - set(first["injected"])
     meant = {n for n in own if any(p is not None and re.search(p, base_name(n)) for p in patterns)}
     trained = set(first["trained"])

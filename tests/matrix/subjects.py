@@ -13,7 +13,17 @@ from typing import Any
 import torch
 import transformers as hf
 
-from lightning_ft import DPO, SFT, ClassificationData, PreferenceData, RewardModel, Seq2SeqData, SFTData
+from lightning_ft import (
+    DPO,
+    SFT,
+    ClassificationData,
+    MultiTask,
+    MultiTaskData,
+    PreferenceData,
+    RewardModel,
+    Seq2SeqData,
+    SFTData,
+)
 from tests.data.tiny_tokenizers import tiny_tokenizer
 from tests.modules.tasks import SIZE, rows_of
 from tests.modules.tasks import write_base as write_other_base
@@ -36,6 +46,7 @@ class Subject:
         module: what makes the LightningModule of a base; further options are added.
         data: the data module's class.
         kind: which rows there are: None for those of the task, or ``pairs``.
+        always: what trains with any part beside the head of a new task, as a regular expression; None: nothing.
     """
 
     name: str
@@ -47,6 +58,7 @@ class Subject:
     module: Callable[..., Any]
     data: Callable[..., Any]
     kind: str | None = None
+    always: str | None = None
 
     @property
     def rows(self) -> str:
@@ -56,7 +68,7 @@ class Subject:
     @property
     def packs(self) -> bool:
         """Whether its rows can be asked to be packed."""
-        return "packing" in signature(self.data).parameters
+        return self.data is several_tasks or "packing" in signature(self.data).parameters
 
     @property
     def generates(self) -> bool:
@@ -94,6 +106,26 @@ def _of_pairs(cls: type[Any], base: str, task: str, head: str) -> Subject:
     return Subject(name, base, task, head, BLOCKS[base], new, partial(cls), PreferenceData, "pairs")
 
 
+def several_tasks(path: str, *, cache_dir: str, val_path: str, **options: Any) -> MultiTaskData:
+    """Texts, numbers and pairs of answers beside one another."""
+    beside, own = Path(path).parent, {"cache_dir": cache_dir}
+    files = {name: str(beside / f"{name}.jsonl") for name in ("causal_lm", "regression", "pairs")}
+    tasks = {
+        "texts": SFTData(files["causal_lm"], val_path=val_path, **own),
+        "numbers": ClassificationData(files["regression"], val_path=files["regression"], task="regression", **own),
+        "policy": PreferenceData(files["pairs"], val_path=files["pairs"], **own),
+    }
+    return MultiTaskData(tasks, **options)
+
+
+def _several() -> Subject:
+    module = partial(MultiTask, objectives={"policy": "dpo"})
+    head = r"^model\.lm_head\."
+    return Subject(
+        "MultiTask-llama", "llama", "causal_lm", head, BLOCKS["llama"], False, module, several_tasks, always=r"^heads\."
+    )
+
+
 SUBJECTS = {
     subject.name: subject
     for subject in (
@@ -105,6 +137,7 @@ SUBJECTS = {
         _sft("token_classification", "bert", r"^model\.classifier\."),
         _sft("regression", "gpt2", r"^model\.score\."),
         _of_pairs(DPO, "llama", "causal_lm", r"^model\.lm_head\."),
+        _several(),
         _of_pairs(RewardModel, "bert", "regression", r"^model\.(classifier|bert\.pooler)\."),
     )
 }
@@ -116,7 +149,6 @@ NOT_YET = {
     "KTO": "it estimates a KL term in each micro-batch, so that its layouts differ by design; tests/modules/test_kto compares them",
     "LinearProbe": "it learns from episodes, and trains nothing; tests/modules/test_protonet",
     "MAML": "it learns from episodes; tests/modules/test_maml runs it beside LoRA, prefixes, gradient edits and on two ranks",
-    "MultiTask": "its rows are several kinds in one file each; tests/modules/test_multitask runs it beside LoRA and on two ranks",
     "PPO": "each of its rows is written while it trains; tests/modules/test_ppo runs it with every placement",
     "ProtoNet": "it learns from episodes; tests/modules/test_protonet",
     "Reptile": "it learns from episodes; tests/modules/test_reptile",
