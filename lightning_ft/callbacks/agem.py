@@ -59,6 +59,11 @@ class AGEM(Technique):
         cannot=(
             Cannot("fsdp2", "its second gradient is taken outside FSDP2's passes", "use ddp"),
             Cannot(
+                "several_tasks",
+                "a batch says of its rows together whose they are, so that none can be kept alone",
+                "use a technique that keeps no rows (ewc, lwf)",
+            ),
+            Cannot(
                 "mismatched_answers",
                 "a row is compared with others of its batch, and cannot be kept alone",
                 "use loss apo_zero_unpaired, or a technique that keeps no rows (ewc, lwf)",

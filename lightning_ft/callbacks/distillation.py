@@ -21,6 +21,7 @@ from lightning_ft.engine.inner_layers import InnerLayers
 from lightning_ft.engine.known_teacher import KnownTeacher
 from lightning_ft.engine.module import DtypePolicy
 from lightning_ft.engine.projections import add_projections, check_projections
+from lightning_ft.engine.task_teacher import TaskTeacher
 from lightning_ft.engine.teacher import (
     SELF,
     Origin,
@@ -51,7 +52,8 @@ class Distillation(Technique):
     minimises: L the module's own loss, p and q softmax of the student's and the teacher's logits over the temperature T. Each
     term is a mean over scored tokens (language models, words) or rows, exact for any batch size, accumulation, packing and
     number of ranks.
-    With `SFT` of any task, and with a LightningModule of your own, whose outputs are caught in its own step.
+    With `MultiTask` one that has the name of a task teaches that task, by soft targets: one callback a teacher. With `SFT` of any
+    task, and with a LightningModule of your own, whose outputs are caught in its own step.
 
     Args:
         teacher: a folder, ``starter:NAME`` or hub id; a checkpoint of this library; a LoRA adapter's folder; or ``self``: the model
@@ -87,7 +89,7 @@ class Distillation(Technique):
         chunk_size: tokens whose logits exist at one time.
         trust_remote_code: run Python code that the teacher's repository brings; only for authors you trust.
         revision: branch, tag or commit of the teacher's Hugging Face id; None is its main branch.
-        name: tells two of them apart.
+        name: tells two of them apart; in `MultiTask` the task that is taught.
 
     The teacher is in eval mode, without gradients, outside the module: no checkpoint, optimizer or DDP bucket holds it. Labels and
     vocabularies are compared by name before anything is trained.
@@ -246,6 +248,9 @@ class Distillation(Technique):
             return
         module = attachment.module
         ours = hasattr(module, "lightning_ft_module")
+        if hasattr(module, "rows_seen"):
+            self._teach_task(module, attachment)
+            return
         if ours and not getattr(module, "imitates", False):
             raise Refusal(
                 "Distillation compares what a model makes of the answers that it imitates, as SFT does, and "
@@ -275,6 +280,33 @@ class Distillation(Technique):
             again=True,
         )
         attachment.loss_term(self.name, self._terms if ours else self._own_term)
+
+    def _teach_task(self, module: Any, attachment: Attachment) -> None:
+        """In `MultiTask`: registers a term of the task that has this callback's name."""
+        soft = self.targets is None and self.teacher not in (SELF, None) and self.teacher_module is None
+        if not soft or self._asked(*_INNER) or self.weight("task") != 1:
+            raise Refusal(
+                "Distillation in MultiTask gives one task the soft targets of a teacher that is named: leave targets, hidden, "
+                "cosine, attention, values, task and recipe out (MultiTask.weights weighs the task itself), and name a teacher."
+            )
+        now, origin = self._now, self._origin(True)
+        mine = TaskTeacher(
+            self.name,
+            self.weight("soft_targets"),
+            lambda student, teacher, kind: objective.class_losses(student, teacher, kind, now),
+            lambda *seen: objective.of_tokens(*seen[:-1], replace(now, size=seen[-1])).sum,
+            self._know,
+        )
+        mine.check(module)
+        options = {"quantize": self.quantize, "dtype": self.dtype}
+        attachment.edit(
+            "hooks",
+            f"distillation:{self.name}",
+            lambda m: mine.load(m, attachment, origin, **options),
+            order=50,
+            again=True,
+        )
+        attachment.loss_term(f"{self.name}/soft_targets", mine.term)
 
     def _origin(self, ours: bool) -> Origin | None:
         """Where the teacher is; None for the model itself, a function, or targets that were kept."""

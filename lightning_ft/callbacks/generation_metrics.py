@@ -82,9 +82,12 @@ class GenerationMetrics(Technique):
                 f"GenerationMetrics needs a module with generate(prompts, ...), and {type(attachment.module).__name__} has none; "
                 "define it, or leave the callback out."
             )
-        task = getattr(attachment.module, "task", "causal_lm")
-        if task not in ("causal_lm", "seq2seq_lm"):
-            raise Refusal(f"GenerationMetrics compares texts, and {task} writes none; leave the callback out.")
+        module = attachment.module
+        if not getattr(module, "writes", True) or hasattr(
+            module, "rows_seen"
+        ):  # rows of several tasks have no one answer
+            what = getattr(module, "task", None) or type(module).__name__
+            raise Refusal(f"GenerationMetrics compares texts, and {what} writes none; leave the callback out.")
 
     def on_validation_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Begins to collect."""

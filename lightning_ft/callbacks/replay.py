@@ -79,6 +79,11 @@ class Replay(Technique):
         cannot=(
             Cannot("fsdp2", "its own step would run twice within one of FSDP2's forward passes", "use ddp"),
             Cannot(
+                "several_tasks",
+                "a batch says of its rows together whose they are, so that none can be kept alone",
+                "use a technique that keeps no rows (ewc, lwf)",
+            ),
+            Cannot(
                 "mismatched_answers",
                 "a row is compared with others of its batch, and cannot be kept alone",
                 "use loss apo_zero_unpaired, or a technique that keeps no rows (ewc, lwf)",

@@ -72,9 +72,9 @@ class SampleGenerations(Technique):
                 "define it, or leave the callback out."
             )
         # Refused on all ranks: only rank 0 samples, and the others would wait for it for ever.
-        task = getattr(attachment.module, "task", "causal_lm")
-        if task not in ("causal_lm", "seq2seq_lm"):
-            raise Refusal(f"SampleGenerations shows texts, and {task} writes none; leave the callback out.")
+        if not getattr(attachment.module, "writes", True):
+            what = getattr(attachment.module, "task", None) or type(attachment.module).__name__
+            raise Refusal(f"SampleGenerations shows texts, and {what} writes none; leave the callback out.")
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """The answers before the first step."""

@@ -14,6 +14,7 @@ from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCL
 
 from lightning_ft.callbacks.throughput import Throughput
 from lightning_ft.cli import checkpoint_argument
+from lightning_ft.cli.baselines import refuse_baselines, train_baselines
 from lightning_ft.cli.config_files import ConfigFiles, config_arguments
 from lightning_ft.cli.console import quiet
 from lightning_ft.cli.errors import explain, rank, reported, say
@@ -84,7 +85,7 @@ class FineTuningCLI(LightningCLI):
                 getattr(lightning_ft, name)
             model, data = model or lightning_ft.SFT, data or lightning_ft.SFTData
         mode = register_mode()
-        self.command = command
+        self.command, self.argv = command, argv
         # What the user names becomes the default: else its arguments would start from those of the class it replaces.
         self.default_classes = {
             "model": named_class(argv, Parser.files, "model") or model,
@@ -125,6 +126,12 @@ class FineTuningCLI(LightningCLI):
             default=None,
             help="Name of the run; all that it writes lies in runs/NAME below trainer.default_root_dir. "
             "By default the first --config file's name.",
+        )
+        parser.add_argument(  # of every command, since all read the config that a fit has saved
+            "--baselines",
+            type=bool,
+            default=False,
+            help="fit of MultiTask: then train each task alone for as many of its rows, and print what sharing has brought.",
         )
         if self.command == "predict":
             parser.add_argument(
@@ -264,6 +271,9 @@ class FineTuningCLI(LightningCLI):
         check_files = getattr(self.datamodule, "check_files", None)
         if check_files is not None:
             check_files(self.command)  # before a model is loaded, which takes longer than reading a file
+        wants_baselines = self.command == "fit" and self.config["fit"].get("baselines")
+        if wants_baselines:
+            refuse_baselines(self.model, self.datamodule)
         if self.command != "fit" or self.config["fit"]["trainer"]["fast_dev_run"] or rank() != 0:
             super()._run_subcommand(self.command)
             return
@@ -282,15 +292,17 @@ class FineTuningCLI(LightningCLI):
             self.folder.release()
             if self.folder.moved_to is not None:
                 say(f"{path} already held a run, which is now {self.folder.moved_to}.")
-        from lightning_ft.models.classifier import CLASSIFIES
-
         last = self.last_checkpoint()
         if last is not None:
-            classifies = getattr(self.model, "task", None) in CLASSIFIES
-            what = "Measure it: lightning-ft test" if classifies else "Ask it: lightning-ft generate"
-            say(
-                f"The run lies in {path}. {what} --ckpt_path {last} {'--data.test_path FILE' if classifies else '--prompt TEXT'}"
-            )
+            ask = f"Ask it: lightning-ft generate --ckpt_path {last} --prompt TEXT"
+            if not getattr(self.model, "writes", True):
+                ask = f"Measure it: lightning-ft test --ckpt_path {last} --data.test_path FILE"
+                if hasattr(self.datamodule, "task_objectives"):  # several files, which the run's config names
+                    ask = f"Measure it: lightning-ft validate --ckpt_path {last}"
+            say(f"The run lies in {path}. {ask}")
+        if wants_baselines:
+            slots = [slot for slot in self.slots if self.config["fit"].get(slot) is not None]
+            train_baselines(self.argv, path, self.model, self.datamodule, self.trainer, slots)
 
     def last_checkpoint(self) -> Path | None:
         """The newest checkpoint of this run, to tell the user after it was interrupted."""

@@ -1,7 +1,7 @@
 """Data of several tasks: each a data module of its own, dealt together."""
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from functools import cached_property
 from typing import Annotated, Any, Literal, Protocol, cast
@@ -13,11 +13,13 @@ from lightning_ft.data.classification_data import ClassificationData
 from lightning_ft.data.loader import PlannedLoader
 from lightning_ft.data.named_files import Split
 from lightning_ft.data.planned import PlannedData
+from lightning_ft.data.preference_data import PreferenceData
 from lightning_ft.data.preview import Preview
 from lightning_ft.data.sft_data import SFTData
 from lightning_ft.data.task_rows import Draw, OneTaskLoader, Part, TaskCollate, TaskRows
 from lightning_ft.data.token_rows import Report
 from lightning_ft.engine.arguments import check_arguments
+from lightning_ft.engine.task_list import BY_TOKEN, PAIRS
 from lightning_ft.functional.errors import Refusal
 from lightning_ft.functional.names import check_name
 from lightning_ft.functional.task_sampling import probabilities
@@ -44,8 +46,9 @@ class MultiTaskData(PlannedData):
     resume.
 
     Args:
-        tasks: name -> its data: `ClassificationData` (classes of rows or words, numbers) or `SFTData`. Their files, columns,
-            lengths and hold-out are used; their batch size, packing, order and seed are not, but those given here.
+        tasks: name -> its data: `ClassificationData` (classes of rows or words, numbers), `SFTData`, or `PreferenceData` (pairs,
+            each laid out as two rows and counted as one). Their files, columns, lengths and hold-out are used; their batch size,
+            packing, order and seed are not, but those given here.
         batches: ``mixed``: rows of all tasks in one batch, which the model reads at once; ``homogeneous``: a batch of all ranks
             holds one task, which adapters of single tasks need.
         batch_size: rows a micro-batch on one device. With mixed batches steps stay the same where ``batch_size *
@@ -110,11 +113,15 @@ class MultiTaskData(PlannedData):
             raise Refusal("MultiTaskData.tasks is empty: give at least one name with its data.")
         for name, data in self.tasks.items():
             check_name(name, "MultiTaskData.tasks")
-            if not isinstance(data, (ClassificationData, SFTData)) or data.streaming or data.max_tokens is not None:
+            if not isinstance(data, (ClassificationData, SFTData, PreferenceData)):
                 raise Refusal(
-                    f"MultiTaskData.tasks.{name} must be ClassificationData or SFTData without streaming and max_tokens, got "
-                    f"{type(data).__name__}."
+                    f"MultiTaskData.tasks.{name} must be ClassificationData, SFTData or PreferenceData, got {type(data).__name__}."
                 )
+            for option in ("streaming", "max_tokens", "share_prompts"):
+                if getattr(data, option, None):
+                    raise Refusal(
+                        f"MultiTaskData.tasks.{name}.{option} cannot be had among rows of several tasks; leave it out."
+                    )
         if self.only is not None and self.only not in self.tasks:
             raise Refusal(f"MultiTaskData.only must be one of {', '.join(self.tasks)}, got {self.only!r}.")
 
@@ -130,11 +137,14 @@ class MultiTaskData(PlannedData):
         return list(self._used)
 
     def task_objectives(self) -> dict[str, str]:
-        """Task -> what it learns, as told by its data."""
-        return {
-            name: data.resolved_task() if isinstance(data, ClassificationData) else "causal_lm"
-            for name, data in self._used.items()
-        }
+        """Task -> what it learns, as told by its data; pairs of answers leave it open."""
+
+        def told(data: PlannedData) -> str:
+            if isinstance(data, ClassificationData):
+                return data.resolved_task()
+            return PAIRS if isinstance(data, PreferenceData) else "causal_lm"
+
+        return {name: told(data) for name, data in self._used.items()}
 
     def task_labels(self) -> dict[str, list[str]]:
         """Task -> names of its classes, of those that have classes."""
@@ -201,8 +211,9 @@ class MultiTaskData(PlannedData):
         return self._in_turn_loaders("predict")
 
     def in_order(self) -> dict[Split, PlannedLoader]:
-        """Nothing that one loader could give: each task's data module has its own."""
-        return {}
+        """The rows of every split that is set up, each once, task after task: to measure them."""
+        splits = {split for data in self._used.values() for split in data._rows}
+        return {split: cast("PlannedLoader", _InTurn(self._in_turn_loaders(split))) for split in sorted(splits)}
 
     def reports(self) -> dict[str, Report]:
         """What became of the rows of each task and split."""
@@ -226,8 +237,9 @@ class MultiTaskData(PlannedData):
 
     @property
     def _collate(self) -> TaskCollate:
-        by_token = [n for n, what in self.task_objectives().items() if what in ("causal_lm", "token_classification")]
-        return TaskCollate(tuple(self.task_names), frozenset(by_token))
+        told = self.task_objectives()
+        by_token, paired = ([n for n, what in told.items() if what in kinds] for kinds in (BY_TOKEN, (PAIRS,)))
+        return TaskCollate(tuple(self.task_names), frozenset(by_token), frozenset(paired))
 
     @property
     def _in_turn(self) -> bool:
@@ -281,6 +293,20 @@ class MultiTaskData(PlannedData):
             "accumulate_grad_batches": place.accumulate,
             "devices": place.world_size,
         }
+
+
+class _InTurn:
+    """Loaders one after the other."""
+
+    def __init__(self, loaders: Sequence[PlannedLoader]) -> None:
+        self.loaders = loaders
+
+    def __len__(self) -> int:
+        return sum(map(len, self.loaders))
+
+    def __iter__(self) -> Iterator[Any]:
+        for loader in self.loaders:
+            yield from loader
 
 
 class _Nobody:

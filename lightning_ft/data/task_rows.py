@@ -12,6 +12,7 @@ import torch
 
 from lightning_ft.data.collate import FILLER, Layout, Segment, joined, real_rows, targets_of
 from lightning_ft.data.collate_labelled import LabelledSegment
+from lightning_ft.data.collate_pairs import PairSegment
 from lightning_ft.data.loader import Placement, PlannedLoader
 from lightning_ft.data.plan import Plan, count_units, micro_batches
 from lightning_ft.engine.batch import Batch
@@ -19,7 +20,7 @@ from lightning_ft.functional.task_sampling import rows_in_tasks, task_sequence
 
 
 class Part(Protocol):
-    """The rows of one task: `TokenRows` or `MixedRows`."""
+    """The rows of one task: `TokenRows` or `MixedRows`; a pair of answers is one row."""
 
     @property
     def lengths(self) -> np.ndarray:
@@ -169,37 +170,45 @@ class TaskCollate:
 
     ``columns`` of the batch say whose what is: ``task`` (S,) the number of each row's task, -1 for a filler; for each task k that
     has any ``rows/k`` (its rows among the S), ``targets/k`` (their classes, values or 0/1 for several classes), ``scored/k`` (its
-    places among the N scored tokens).
+    places among the N scored tokens). A pair of answers lies there as two rows, the better one first, each behind the whole
+    prompt, and counts as one; ``margin/k`` (P,) where pairs have margins.
 
     Attributes:
         names: of the tasks.
         by_token: those that score tokens.
+        paired: those of pairs of answers.
     """
 
     names: tuple[str, ...]
     by_token: frozenset[str] = field(default=frozenset())
+    paired: frozenset[str] = field(default=frozenset())
 
     def __call__(
         self, segments: Sequence[Segment], *, packed: bool, window: dict[str, float] | None, task: str | None
     ) -> Batch:
         """One micro-batch; no segments give a filler batch."""
-        rows = list(cast("Sequence[TaskSegment]", segments)) or [replace(_FILLER)]
+        dealt = list(cast("Sequence[TaskSegment]", segments)) or [replace(_FILLER)]
+        rows = [half for row in dealt for half in _halves(row)]
         layout = Layout.of([len(row.ids) for row in rows], packed=packed)
         marks = [_marks(row.inner) for row in rows]
         scored, owner = layout.flat([at for at, _ in marks])
-        numbers, real = real_rows(rows)
+        (numbers, _), (_, real) = real_rows(rows), real_rows(dealt)
         of_row = torch.tensor([row.task for row in rows])
         columns, counts = {"task": of_row}, {"token": float(len(scored)), "row": real}
         of_scored = of_row[owner]
         for k, name in enumerate(self.names):
             mine, places = (of_row == k).nonzero()[:, 0], (of_scored == k).nonzero()[:, 0]
-            counts |= {f"row:{name}": float(len(mine)), f"token:{name}": float(len(places))}
+            counts |= {f"row:{name}": float(sum(row.task == k for row in dealt)), f"token:{name}": float(len(places))}
             if not len(mine):
                 continue
             columns[f"rows/{k}"] = mine
-            if name in self.by_token:
+            if name in self.by_token or name in self.paired:
                 columns[f"scored/{k}"] = places
-            else:
+            if name in self.paired:
+                margins = [cast("PairSegment", row.inner).margin for row in dealt if row.task == k]
+                if margins[0] is not None:
+                    columns[f"margin/{k}"] = torch.tensor(margins, dtype=torch.float32)
+            elif name not in self.by_token:
                 targets = [cast("LabelledSegment", rows[int(n)].inner).target for n in mine]
                 columns[f"targets/{k}"] = torch.from_numpy(np.stack(cast("list[np.ndarray]", targets)))
         types: list[Any] = [getattr(row.inner, "types", None) for row in rows]
@@ -221,6 +230,19 @@ class TaskCollate:
             types=layout.fill(filled) if any(t is not None for t in types) else None,
             columns=columns,
         )
+
+
+def _halves(row: TaskSegment) -> list[TaskSegment]:
+    """The row; of a pair its prompt with each answer."""
+    if not isinstance(row.inner, PairSegment):
+        return [row]
+    pair = row.inner
+    ids = np.concatenate([pair.ids[: pair.prompt], pair.rejected.ids])
+    rejected = Segment(ids=ids, spans=pair.rejected.spans + pair.prompt, row=pair.row)
+    chosen = Segment(ids=pair.ids, spans=pair.spans, row=pair.row)
+    return [
+        TaskSegment(ids=one.ids, spans=one.spans, row=row.row, task=row.task, inner=one) for one in (chosen, rejected)
+    ]
 
 
 def _marks(row: Segment) -> tuple[np.ndarray, np.ndarray]:

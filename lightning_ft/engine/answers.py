@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
 
 from torch import nn
@@ -44,6 +45,21 @@ def prove_sharing(module: Any) -> str:
             "out: whole rows give the same numbers, only slower."
         )
     return str(reason)
+
+
+def refuse_dropout(techniques: Iterable[Any], way_out: str) -> None:
+    """Refuses techniques that drop at random in what is compared with a reference, which does not.
+
+    Args:
+        techniques: of the run.
+        way_out: what ends the sentence: what else may be done.
+    """
+    for technique in techniques:
+        if dropout := getattr(technique, "dropout", None):
+            raise Refusal(
+                f"{type(technique).__name__}.dropout is {dropout}, which would change the policy at random and not the reference, "
+                f"so that rewards are noise; leave it out{way_out}."
+            )
 
 
 def no_dropout(module: nn.Module) -> None:

@@ -66,6 +66,7 @@ WORDS = {
     "quantised": "a quantised base",
     "mismatched_answers": "a loss over mismatched answers (KTO)",
     "episodes": "learning from episodes (MAML, Reptile, ProtoNet)",
+    "several_tasks": "MultiTask",
     "bitsandbytes_precision": "Lightning's BitsandbytesPrecision",
     "time_saves_in_window": "ModelCheckpoint.train_time_interval with accumulation on several ranks",
 }
@@ -175,6 +176,8 @@ def situation(trainer: pl.Trainer, module: pl.LightningModule) -> Situation:
         words.add("episodes")
     if getattr(module, "wants_mismatched", False):
         words.add("mismatched_answers")
+    if hasattr(module, "rows_seen"):
+        words.add("several_tasks")
     if not module.automatic_optimization:
         words.add("manual_optimization")
     if trainer.world_size > 1:

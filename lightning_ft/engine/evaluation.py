@@ -150,6 +150,27 @@ class ValueEvaluation(Evaluation):
         return values
 
 
+class PairEvaluation(Evaluation):
+    """``loss``, ``accuracy`` (share of pairs whose better answer has the larger reward) and ``margin``, by how much, on average."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.accuracy = MeanMetric()
+        self.margin = MeanMetric()
+
+    def update(self, losses: Tensor, rewards: Tensor) -> None:
+        """Adds pairs: losses (P,), and (P, 2) rewards of the better answer and of the worse one."""
+        if not (count := len(losses)):
+            return
+        self.add_loss(losses)
+        ahead = (rewards[:, 0] - rewards[:, 1]).float()
+        self.accuracy.update((ahead > 0).float().mean(), weight=count)
+        self.margin.update(ahead.mean(), weight=count)
+
+    def _others(self) -> dict[str, Tensor]:
+        return {"accuracy": self.accuracy.compute(), "margin": self.margin.compute()}
+
+
 class EntityF1(Metric):
     """F1 of whole entities: type, start and end must all be right (micro over types), as in CoNLL-2003."""
 

@@ -295,6 +295,11 @@ class FineTuningModule(pl.LightningModule):
 
     # -- use ----------------------------------------------------------------------------------------------------------
 
+    @property
+    def writes(self) -> bool:
+        """Whether it has a language head, so that `generate` gives answers."""
+        return self.task not in CLASSIFIES
+
     def generate(
         self, prompts: Sequence[Prompt], *, max_new_tokens: int = 64, temperature: float = 0.0, top_p: float = 1.0
     ) -> list[str]:
@@ -303,8 +308,11 @@ class FineTuningModule(pl.LightningModule):
         Raises:
             Refusal: for a task that writes no text.
         """
-        if self.task in CLASSIFIES:
-            raise Refusal(f"The task {self.task} gives classes or numbers and writes no text; use predict.")
+        if not self.writes:
+            tasks = f"The task {self.task} gives" if self.task is not None else "The tasks of this model give"
+            raise Refusal(
+                f"{tasks} classes or numbers and write{'s' if self.task is not None else ''} no text; use predict."
+            )
         return generate(
             self.model, self.tokenizer, prompts, max_new_tokens=max_new_tokens, temperature=temperature, top_p=top_p
         )

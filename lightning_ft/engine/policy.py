@@ -6,12 +6,11 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any, Literal
 
-from lightning_ft.engine.answers import no_dropout, prove_sharing
+from lightning_ft.engine.answers import no_dropout, prove_sharing, refuse_dropout
 from lightning_ft.engine.arguments import signature_of
 from lightning_ft.engine.attachment import Attachment
 from lightning_ft.engine.evaluation import NamedMeans
 from lightning_ft.engine.module import FineTuningModule
-from lightning_ft.functional.errors import Refusal
 from lightning_ft.models.admission import evaluating
 
 Reference = Literal["start", "base"]
@@ -43,14 +42,8 @@ class PolicyModule(FineTuningModule):
         if self._compares and self.reference_policy != "precomputed":
             attachment.want_reference(self.reference_policy)
         if not self.dropout:
-            for technique in attachment.techniques:
-                if getattr(technique, "dropout", None):
-                    name, ours = type(technique).__name__, f"{type(self).__name__}.dropout"
-                    way_out = f", or set {ours} to true" if "dropout" in signature_of(type(self)) else ""
-                    raise Refusal(
-                        f"{name}.dropout is {technique.dropout}, which would change the policy at random and not the "  # type: ignore[attr-defined]
-                        f"reference, so that rewards are noise; leave it out{way_out}."
-                    )
+            ours = f", or set {type(self).__name__}.dropout to true"
+            refuse_dropout(attachment.techniques, ours if "dropout" in signature_of(type(self)) else "")
             attachment.edit("hooks", "no dropout", no_dropout)
 
     @property

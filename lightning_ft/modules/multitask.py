@@ -6,40 +6,33 @@ import torch
 from annotated_types import Ge, Gt, Lt
 from torch import Tensor, nn
 
-from lightning_ft.engine.arguments import arguments_of
+from lightning_ft.engine.answers import no_dropout, refuse_dropout
 from lightning_ft.engine.attachment import Attachment
 from lightning_ft.engine.batch import Batch
-from lightning_ft.engine.evaluation import (
-    ClassEvaluation,
-    Evaluation,
-    LanguageEvaluation,
-    MultilabelEvaluation,
-    ValueEvaluation,
-)
-from lightning_ft.engine.module import DtypePolicy, FineTuningModule, OptimizerFactory
+from lightning_ft.engine.likelihood import Ask
+from lightning_ft.engine.module import DtypePolicy, OptimizerFactory
 from lightning_ft.engine.optimizer import Schedule
+from lightning_ft.engine.task_adapters import TaskAdapters
+from lightning_ft.engine.task_list import OF_PAIRS, SPEAKING, Objective
+from lightning_ft.engine.task_measures import TaskMeasures
+from lightning_ft.engine.task_module import TaskModule
+from lightning_ft.engine.task_reference import reference_logps
+from lightning_ft.formats.heads import kind_of
 from lightning_ft.functional.errors import Refusal
-from lightning_ft.functional.relative_improvement import relative_improvement
+from lightning_ft.functional.preference import LOSSES, Settings, parts
+from lightning_ft.functional.preference import check as check_losses
 from lightning_ft.models.admission_tasks import admit_task
 from lightning_ft.models.causal import CausalLM
 from lightning_ft.models.load_task import load_for_task
 from lightning_ft.models.quantize import Mode
 from lightning_ft.models.trunk import Trunk, take_off_head
-from lightning_ft.nn.registry import injected_layers
 from lightning_ft.nn.task_head import Pool, TaskHead, pool_rows
 from lightning_ft.objectives import multitask
-from lightning_ft.objectives.multitask import Objective, Outcome, Task
-
-MAIN = {
-    "causal_lm": "accuracy",
-    "sequence_classification": "accuracy",
-    "token_classification": "f1",
-    "regression": "pearson",
-}
-"""The measure that speaks for a task in means over tasks; larger is better for each."""
+from lightning_ft.objectives.multitask import Comparison, Outcome, Task, present
+from lightning_ft.objectives.multitask_likelihood import likelihood
 
 
-class MultiTask(FineTuningModule):
+class MultiTask(TaskModule):
     """Teaches one model several tasks at once: they share its trunk, and each has a head, a weight and measures of its own.
 
     Minimises ``sum_k w_k L_k`` with ``L_k`` the mean loss of task k over its rows (or scored tokens) in the accumulation window on
@@ -50,11 +43,16 @@ class MultiTask(FineTuningModule):
     An adapter (`LoRA` and others) that has the name of a task is that task's own: rows of other tasks do not see it. It stands
     beside those with other names, which all tasks share, and needs homogeneous batches.
 
+    With a task of pairs the base drops no activations in training, since answers are compared. The reference of dpo is one more
+    forward pass, without gradients, of those rows alone.
+
     Args:
         base: the model to start from: ``starter:minilm-l6``, a local folder, or a Hugging Face id; a decoder where a task is
-            causal_lm.
+            causal_lm or dpo.
         objectives: task -> ``causal_lm`` (the next token, by the base's own head), ``sequence_classification``,
-            ``token_classification`` or ``regression``; None asks the data.
+            ``token_classification``, ``regression``; of pairs of answers ``reward`` (Bradley and Terry's loss, a number by a head,
+            as `RewardModel`) or ``dpo`` (the base's own head against the model as the fit began, as `DPO`). Tasks left out, or
+            None: asks the data, which cannot tell what pairs teach.
         labels: task -> names of its classes in order; None asks the data.
         several: tasks whose rows may have several classes or none; None asks the data.
         weights: task -> weight of its loss; 1 where none is given.
@@ -64,6 +62,8 @@ class MultiTask(FineTuningModule):
         pool: what stands for a row: its first token (usual for encoders), its last (for decoders), or the mean of all (what
             sentence encoders such as MiniLM were trained for). ``auto`` is the first for encoders, the last for decoders.
         head_dropout: share of a head's inputs dropped in training; BERT's 0.1.
+        dpo_loss: of tasks that are dpo: any loss of `DPO` that is counted in pairs.
+        dpo_beta: how strongly they hold the policy to the reference; 0.1 as in the paper.
         baselines: task -> measure of a model that was trained on it alone (see ``only`` of `MultiTaskData`): then
             ``val/relative_improvement`` is logged.
         lr: peak learning rate; None takes what the technique suggests (LoRA 2e-4), or 2e-5 for full training.
@@ -109,6 +109,8 @@ class MultiTask(FineTuningModule):
         weigh: Literal["rows", "tasks"] = "rows",
         pool: Literal["auto", "first", "last", "mean"] = "auto",
         head_dropout: Annotated[float, Ge(0), Lt(1)] = 0.1,
+        dpo_loss: str = "sigmoid",
+        dpo_beta: Annotated[float, Gt(0)] = 0.1,
         baselines: dict[str, float] | None = None,
         lr: Annotated[float, Gt(0)] | None = None,
         head_lr: Annotated[float, Gt(0)] | None = None,
@@ -147,6 +149,8 @@ class MultiTask(FineTuningModule):
         self.weigh = weigh
         self.pool = pool
         self.head_dropout = head_dropout
+        self.dpo_loss = dpo_loss
+        self.dpo_beta = dpo_beta
         self.baselines = baselines
         self.head_lr = head_lr
         self.check()
@@ -154,87 +158,24 @@ class MultiTask(FineTuningModule):
             if value < 0:
                 raise Refusal(f"MultiTask.weights must be at least 0, got {value} for {name}.")
         self.heads = nn.ModuleDict()
-        self.evaluations = nn.ModuleDict()
-        self._known: dict[str, tuple[Objective, list[str] | None, bool]] = {}
-        self._adapted: dict[str, list[Any]] = {}
+        self.evaluations = TaskMeasures()
+        self._comparison = Comparison(dpo_loss, Settings(dpo_beta))
+        check_losses(weighed := parts(dpo_loss), self._comparison.settings)
+        if len(weighed) > 1 or LOSSES[dpo_loss].unit != "pair":
+            raise Refusal(
+                f"MultiTask.dpo_loss must be counted in pairs, and {dpo_loss} is in tokens, too; use DPO for it."
+            )
+        self._adapters = TaskAdapters()
         self._present: dict[str, bool] = {}
-
-    def resolved_arguments(self) -> dict[str, Any]:
-        """With the tasks that were taken from the data, which need not be there when a checkpoint is loaded."""
-        arguments = arguments_of(self)
-        if self._known:
-            arguments["objectives"] = {name: known[0] for name, known in self._known.items()}
-            arguments["labels"] = {name: known[1] for name, known in self._known.items() if known[1] is not None}
-            arguments["several"] = [name for name, known in self._known.items() if known[2]]
-        return arguments
-
-    # -- tasks ------------------------------------------------------------------------------------------------------
-
-    @property
-    def task_names(self) -> list[str]:
-        """Names of the tasks, in their order; of a run the data's."""
-        return list(self._asked())
-
-    @property
-    def squared_tasks(self) -> list[str]:
-        """Tasks whose loss is a squared error."""
-        return [name for name, known in self._asked().items() if known[0] == "regression"]
-
-    def add_task(
-        self, name: str, objective: Objective, labels: list[str] | None = None, *, several: bool = False
-    ) -> None:
-        """Adds a task to a module, one that `lightning_ft.load` gave, say; its head is made when the next run begins.
-
-        Args:
-            name: of the task, as the data will call it.
-            objective: what it learns.
-            labels: names of its classes.
-            several: whether a row may have several.
-        """
-        if name in self._asked():
-            raise Refusal(f"The module has a task {name!r} already; give the new one another name.")
-        self._known = {**self._asked(), name: (objective, labels, several)}
-
-    def _asked(self) -> dict[str, tuple[Objective, list[str] | None, bool]]:
-        """Task -> (objective, labels, whether several hold): those known, given, or told by the data."""
-        if self._known:
-            return self._known
-        data = self.datamodule
-        told = hasattr(data, "task_objectives")
-        objectives = self.objectives or (data.task_objectives() if told else None)
-        if objectives is None:
-            raise Refusal("MultiTask needs MultiTaskData, which names the tasks; or name them (model.objectives).")
-        given: Any = self.labels
-        labels = {**(data.task_labels() if told else {}), **(given or {})}
-        several = self.several if self.several is not None else (data.several_labels() if told else [])
-        return {name: (what, labels.get(name), name in several) for name, what in objectives.items()}
-
-    def setup(self, stage: str) -> None:
-        """Compares the tasks with the data's, before any weight is loaded."""
-        data = self.datamodule
-        if not hasattr(data, "task_objectives"):
-            raise Refusal(
-                f"MultiTask reads batches of MultiTaskData, got {type(data).__name__ if data is not None else 'none'}."
-            )
-        theirs, told = data.task_objectives(), data.task_labels()
-        for name, (objective, labels, _) in self._asked().items():
-            if name in theirs and (theirs[name] != objective or (labels is not None and told.get(name) != labels)):
-                raise Refusal(
-                    f"The task {name!r} is {objective} {labels or ''} for the module and {theirs[name]} {told.get(name) or ''} in "
-                    f"the data; give both the same."
-                )
-        missing = [name for name in theirs if name not in self._asked()]
-        if missing or (list(theirs) != list(self._asked()) and data.only is None and stage == "fit"):
-            raise Refusal(
-                f"The data's tasks are {', '.join(theirs)}, the module's {', '.join(self._asked())}; they must be the same, in one "
-                f"order (add_task adds one to a module that was loaded)."
-            )
+        self._totals: dict[str, float] = {}
+        self.weighed: list[tuple[Task, float]] = []
+        self.computed: tuple[Tensor, dict[str, Outcome | None]] | None = None
 
     # -- loading ------------------------------------------------------------------------------------------------------
 
     def configure_model(self) -> None:
         """Loads the trunk, once, and makes the heads that are missing."""
-        self._known = self._asked()
+        self._known = self.asked()
         seed = Attachment.of(self).seed
         if self.model is None:
             kind = "causal_lm" if self._speaks else "token_classification"
@@ -254,7 +195,7 @@ class MultiTask(FineTuningModule):
             self.model.train()  # Hugging Face returns eval mode and Lightning leaves it so: no dropout, silently
         elif self._speaks and isinstance(self.view, Trunk):
             raise Refusal(
-                "The module was loaded without a language head, so no task can be causal_lm; begin with one that is."
+                "The module was loaded without a language head, so no task can be causal_lm or dpo; begin with one that is."
             )
         assert self.admission is not None
         if getattr(self.datamodule, "packing", False) and not self.admission.packing:
@@ -262,37 +203,45 @@ class MultiTask(FineTuningModule):
                 f"{self.base} cannot take packed rows, because {self.admission.packing_reason}; set --data.packing false."
             )
         width = int(self.view.config.hidden_size)
-        for name, (objective, labels, several) in self._known.items():
+        for name, task in self._known.items():
             if name in self.evaluations:
                 continue
-            self.evaluations[name] = _evaluation(objective, labels, several)
-            if objective != "causal_lm":
-                outputs = 1 if objective == "regression" else len(labels or [])
-                if not outputs:
-                    raise Refusal(f"The task {name!r} has no classes: give labels, or data that name them.")
-                head = TaskHead(width, outputs, dropout=self.head_dropout, name=f"heads.{name}", seed=seed)
-                self.heads[name] = head.to(self.device)
+            self.evaluations.add(name, task)
+            if task.objective in SPEAKING:
+                continue
+            outputs = 1 if task.objective in ("regression", "reward") else len(task.labels or [])
+            if not outputs:
+                raise Refusal(f"The task {name!r} has no classes: give labels, or data that name them.")
+            dropout = 0.0 if task.objective == "reward" else self.head_dropout
+            head = TaskHead(width, outputs, dropout=dropout, name=f"heads.{name}", seed=seed)
+            self.heads[name] = head.to(self.device)
 
     def register(self, attachment: Attachment) -> None:
-        """The base's own edits, and a look at whose adapters there are once all are injected."""
+        """The base's own edits, a look at whose adapters there are once all are injected, and what pairs need."""
         super().register(attachment)
-        attachment.edit("hooks", "adapters of tasks", lambda module: self._find_adapters(), again=True)
+        attachment.edit("hooks", "adapters of tasks", self._find_adapters, again=True)
+        if not (hasattr(self.datamodule, "task_objectives") or (self.datamodule is None and self.objectives)):
+            return  # setup refuses such data
+        learned = {task.objective for task in self.asked().values()}
+        if learned.intersection(OF_PAIRS):
+            attachment.edit("freeze", "no dropout", lambda module: no_dropout(self.model))
+        if "dpo" in learned:
+            refuse_dropout(attachment.techniques, "")
+            if self._comparison.refers:
+                attachment.want_reference("start")
 
-    def _find_adapters(self) -> None:
-        found: dict[str, list[Any]] = {name: [] for name in self._known}
-        for layer in injected_layers(self).values():
-            if layer.adapter_name in found:
-                found[layer.adapter_name].append(layer)
-        self._adapted = {name: layers for name, layers in found.items() if layers}
-        if self._adapted and self._trainer is not None and getattr(self.datamodule, "batches", "") == "mixed":
-            raise Refusal(
-                f"The adapter {next(iter(self._adapted))!r} is one task's own, and mixed batches hold rows of several; set "
-                "--data.batches homogeneous, or give the adapter another name, so that all tasks share it."
-            )
+    def _find_adapters(self, _: Any) -> None:
+        mixed = self._trainer is not None and getattr(self.datamodule, "batches", "") == "mixed"
+        self._adapters.find(self, self._known, mixed=mixed)
 
     @property
     def _speaks(self) -> bool:
-        return any(known[0] == "causal_lm" for known in self._known.values())
+        return any(task.objective in SPEAKING for task in self.asked().values())
+
+    @property
+    def writes(self) -> bool:
+        """Whether a task uses the base's own language head."""
+        return self._speaks
 
     @property
     def view(self) -> Any:
@@ -310,10 +259,10 @@ class MultiTask(FineTuningModule):
     def _tasks(self) -> list[Task]:
         trunk = {id(p) for p in self.view.backbone.parameters()}
         tasks = []
-        for number, (name, (objective, _, _)) in enumerate(self._known.items()):
+        for number, (name, known) in enumerate(self._known.items()):
             own = self.heads[name].parameters() if name in self.heads else self.view.head_parameters()
-            adapters = [p for layer in self._adapted.get(name, []) for p in layer.injected_parameters().values()]
-            tasks.append(Task(number, name, objective, (*(p for p in own if id(p) not in trunk), *adapters)))
+            adapters = self._adapters.parameters(name)
+            tasks.append(Task(number, name, known.objective, (*(p for p in own if id(p) not in trunk), *adapters)))
         return tasks
 
     # -- steps ----------------------------------------------------------------------------------------------------------
@@ -324,11 +273,13 @@ class MultiTask(FineTuningModule):
         assert totals is not None, "MultiTaskData counts its windows"
         numbered = self._numbered(batch, tasks)
         found = self._outcomes(batch, numbered)
+        self._totals = totals
         self._present = {task.name: totals.get(task.unit, 0.0) > 0 for task in tasks}
         weights = {}
         for task in tasks:
             share = totals.get(f"row:{task.name}", 0.0) / max(totals["row"], 1.0) if self.weigh == "rows" else 1.0
             weights[task.name] = (self.weights or {}).get(task.name, 1.0) * share
+        self.weighed = [(task, weights[task.name]) for task in numbered]
         terms = multitask.terms(batch, tasks, found, weights)
         Attachment.of(self).terms(terms)
         return terms[0].sum
@@ -336,20 +287,15 @@ class MultiTask(FineTuningModule):
     def _numbered(self, batch: Batch, tasks: list[Task]) -> list[Task]:
         """The tasks with the numbers that the data give them, where those are fewer."""
         names = list(getattr(self.datamodule, "task_names", self._known))
-        if names == list(self._known):
-            return tasks
         return [Task(names.index(t.name), t.name, t.objective, t.own) for t in tasks if t.name in names]
 
-    def _outcomes(self, batch: Batch, tasks: list[Task], *, accuracy: bool = False) -> dict[str, Outcome | None]:
-        self._choose_adapters(batch, tasks)
-        extra = (
-            {"token_type_ids": batch.types}
-            if batch.types is not None and "token_type_ids" in self.view._accepted
-            else {}
-        )
-        hidden = self.view.hidden(batch.ids, batch.positions, bounds=batch.bounds, mask=batch.mask, **extra)
-        rows = pool_rows(hidden, bounds=batch.bounds, mask=batch.mask, how=self._pool)  # (S, D)
-        flat = hidden.reshape(-1, hidden.shape[-1])  # (T, D)
+    def _outcomes(
+        self, batch: Batch, tasks: list[Task], *, accuracy: bool = False, compares: bool = True
+    ) -> dict[str, Outcome | None]:
+        self._adapters.choose(present(batch, tasks))
+        compared = [task.number for task in tasks if task.objective == "dpo" and self._comparison.refers]
+        told = reference_logps(self, batch, compared) if compared and compares else None
+        rows, flat = self._trunk(batch)
 
         def score(chosen: Tensor, labels: Tensor, outputs: tuple[str, ...]) -> dict[str, Tensor]:
             scored: dict[str, Tensor] = self.view.score(chosen, labels, outputs=outputs)
@@ -358,44 +304,49 @@ class MultiTask(FineTuningModule):
         found: dict[str, Outcome | None] = dict.fromkeys(self._known)
         for task in tasks:
             head = self.heads[task.name] if task.name in self.heads else None  # noqa: SIM401 (a ModuleDict has no get)
-            found[task.name] = multitask.outcome(task, batch, rows, flat, head, score, accuracy=accuracy)
+            found[task.name] = multitask.outcome(
+                task, batch, rows, flat, head, score, accuracy=accuracy, comparison=self._comparison, reference=told
+            )
         if all(one is None for one in found.values()) and torch.is_grad_enabled():
             first = next(iter(self._known))  # a filler: the trunk takes part in the step, with a gradient of zero
             found[first] = Outcome(
                 rows.float().sum()[None] * 0.0 + multitask.touched(tasks[0].own, rows.device), None, rows
             )
+        self.computed = (flat, found) if torch.is_grad_enabled() else None
         return found
+
+    def _trunk(self, batch: Batch) -> tuple[Tensor, Tensor]:
+        """(S, D) a vector for each row, and (T, D) all hidden states end to end."""
+        typed = batch.types is not None and "token_type_ids" in self.view._accepted
+        extra = {"token_type_ids": batch.types} if typed else {}
+        hidden = self.view.hidden(batch.ids, batch.positions, bounds=batch.bounds, mask=batch.mask, **extra)
+        rows = pool_rows(hidden, bounds=batch.bounds, mask=batch.mask, how=self._pool)
+        return rows, hidden.reshape(-1, hidden.shape[-1])
+
+    def likelihood(self, batch: Batch, ask: Ask) -> Tensor:
+        """What continual learning asks of each row or pair, (E,), see `lightning_ft.engine.likelihood`."""
+        tasks = self._numbered(batch, self._tasks())
+        self._adapters.choose(present(batch, tasks))
+        try:
+            return likelihood(batch, ask, tasks, self.heads, self.view, lambda: self._trunk(batch))
+        finally:
+            self._adapters.all_on()
 
     @property
     def _pool(self) -> Pool:
         if self.pool != "auto":
             return self.pool
-        return "last" if isinstance(self.view, CausalLM) or getattr(self.view.config, "is_decoder", False) else "first"
-
-    def _choose_adapters(self, batch: Batch, tasks: list[Task]) -> None:
-        """Lets the rows' own task's adapter compute, and no other's."""
-        if not self._adapted:
-            return
-        here = [task.name for task in tasks if f"rows/{task.number}" in batch.columns]
-        if len(here) > 1:
-            raise Refusal(
-                f"A batch holds rows of {', '.join(here)}, and adapters of single tasks need one task a batch."
-            )
-        for name, layers in self._adapted.items():
-            for layer in layers:
-                layer.enabled = name in here
+        return "first" if kind_of(self.view.config) == "encoder" else "last"
 
     def on_after_backward(self) -> None:
-        """All adapters are on between steps, as checkpoints and exports are to find them."""
-        self._all_adapters()
-
-    def _all_adapters(self) -> None:
-        for layers in self._adapted.values():
-            for layer in layers:
-                layer.enabled = True
+        """All adapters are on between steps, as checkpoints and exports are to find them; the graph is let go."""
+        self.computed = None
+        self._adapters.all_on()
 
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
-        """What is a task's own does not move in a step without its rows, not by momentum either."""
+        """What is a task's own does not move in a step without its rows, not by momentum either; counts rows."""
+        for name in self._known:
+            self.rows_seen[name] = self.rows_seen.get(name, 0.0) + self._totals.get(f"row:{name}", 0.0)
         tasks = self._tasks()
         used = {id(p) for task in tasks if self._present.get(task.name, True) for p in task.own}
         for task in tasks:
@@ -412,29 +363,21 @@ class MultiTask(FineTuningModule):
         self._evaluate(batch)
 
     def predict_step(self, batch: Batch, batch_idx: int, dataloader_idx: int = 0) -> dict[str, Any]:
-        """What the model says of each row: ``task``, ``rows`` (S,), and ``logits`` (N, C) or ``logprob`` (N,) of tokens."""
-        found = self._outcomes(batch, self._numbered(batch, self._tasks()))
-        self._all_adapters()
+        """``task``, ``rows`` (S,), and ``logits`` (N, C), ``logprob`` (N,) of tokens or answers, or ``reward`` (S,)."""
+        found = self._outcomes(batch, self._numbered(batch, self._tasks()), compares=False)
+        self._adapters.all_on()
         name, seen = next((name, one) for name, one in found.items() if one is not None)
-        what = {"logits": seen.logits} if seen.logits is not None else {"logprob": -seen.losses}
+        what = {"logprob": -seen.losses} if seen.logits is None else {"logits": seen.logits}
+        if self._known[name].objective in OF_PAIRS:  # of each row: the better answer of a pair, then the worse one
+            assert seen.logits is not None
+            what = {"reward" if self._known[name].objective == "reward" else "logprob": seen.logits.reshape(-1)}
         return {"task": name, "rows": batch.rows, **what}
 
     def _evaluate(self, batch: Batch) -> None:
         for name, seen in self._outcomes(batch, self._numbered(batch, self._tasks()), accuracy=True).items():
-            evaluation = self.evaluations[name]
-            if seen is None:
-                continue
-            if isinstance(evaluation, LanguageEvaluation):
-                assert seen.correct is not None
-                evaluation.update({"logprob": -seen.losses, "correct": seen.correct})
-            elif isinstance(evaluation, ClassEvaluation):
-                assert seen.logits is not None
-                evaluation.update(seen.losses, seen.logits, seen.targets, seen.segments)
-            else:
-                assert seen.logits is not None and isinstance(evaluation, (MultilabelEvaluation, ValueEvaluation))
-                logits = seen.logits[:, 0] if isinstance(evaluation, ValueEvaluation) else seen.logits
-                evaluation.update(seen.losses, logits, seen.targets)
-        self._all_adapters()
+            if seen is not None:
+                self.evaluations.update(name, seen)
+        self._adapters.all_on()
 
     def on_validation_epoch_end(self) -> None:
         """Computes and forgets the measures of a validation."""
@@ -446,25 +389,6 @@ class MultiTask(FineTuningModule):
 
     def _log_evaluations(self, stage: str) -> None:
         used = [n for n in self._known if n in getattr(self.datamodule, "task_names", self._known)]
-        main: dict[str, float] = {}
-        losses = []
-        for name in used:
-            values = self.evaluations[name].compute()  # type: ignore[operator]
-            for measure, value in values.items():
-                self.log(f"{stage}/{name}/{measure}", value, rank_zero_only=False)  # compute() has summed over ranks
-            losses.append(values["loss"])
-            if (value := values.get(MAIN[self._known[name][0]])) is not None:
-                main[name] = float(value)
-        self.log(f"{stage}/loss", torch.stack(losses).nanmean(), prog_bar=True, rank_zero_only=False)
-        if len(main) == len(used):
-            self.log(f"{stage}/macro", sum(main.values()) / len(main), prog_bar=True, rank_zero_only=False)
-        if self.baselines and set(main) <= set(self.baselines):
-            self.log(f"{stage}/relative_improvement", relative_improvement(main, self.baselines), rank_zero_only=False)
-
-
-def _evaluation(objective: Objective, labels: list[str] | None, several: bool) -> Evaluation:
-    if objective == "causal_lm":
-        return LanguageEvaluation()
-    if objective == "regression":
-        return ValueEvaluation()
-    return MultilabelEvaluation(len(labels or [])) if several else ClassEvaluation(labels or [])
+        for name, value in self.evaluations.finished(self._known, used, self.baselines).items():
+            # what is measured has been summed over ranks
+            self.log(f"{stage}/{name}", value, prog_bar=name in ("loss", "macro"), rank_zero_only=False)

@@ -9,17 +9,17 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
-from typing import Literal
 
 import torch
 from torch import Tensor, nn
 
 from lightning_ft.engine.batch import Batch
+from lightning_ft.engine.task_list import BY_TOKEN, Objective
 from lightning_ft.engine.terms import Term
+from lightning_ft.functional.bradley_terry import bradley_terry
+from lightning_ft.functional.preference import LOSSES, Pairs, Settings
 from lightning_ft.functional.row_losses import row_losses
 
-Objective = Literal["causal_lm", "sequence_classification", "token_classification", "regression"]
-BY_TOKEN = ("causal_lm", "token_classification")
 Score = Callable[[Tensor, Tensor, tuple[str, ...]], dict[str, Tensor]]
 """(hidden states (N, D), tokens (N,), outputs) -> scores by a language head."""
 
@@ -42,8 +42,26 @@ class Task:
 
     @property
     def unit(self) -> str:
-        """What its term is counted in."""
+        """What its term is counted in; a pair of answers is a row."""
         return f"{'token' if self.objective in BY_TOKEN else 'row'}:{self.name}"
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """How a policy is taught by pairs: one of the losses of `lightning_ft.functional.preference` that are counted in pairs.
+
+    Attributes:
+        name: of the loss.
+        settings: its numbers.
+    """
+
+    name: str = "sigmoid"
+    settings: Settings = Settings()
+
+    @property
+    def refers(self) -> bool:
+        """Whether it compares with a reference."""
+        return LOSSES[self.name].reference
 
 
 @dataclass(frozen=True)
@@ -52,8 +70,8 @@ class Outcome:
 
     Attributes:
         losses: (N,) in nats or squared units.
-        logits: (N, C), of heads; of a language model None.
-        targets: (N,) or (N, C).
+        logits: (N, C), of heads; of pairs (N, 2), the rewards of the better and of the worse answer; of a language model None.
+        targets: (N,) or (N, C); of pairs (N,) zeros.
         correct: (N,) of a language model: whether the token was the most likely one.
         segments: (N,) of tokens: the row of the batch that each belongs to.
     """
@@ -74,6 +92,8 @@ def outcome(
     score: Score,
     *,
     accuracy: bool = False,
+    comparison: Comparison | None = None,
+    reference: Tensor | None = None,
 ) -> Outcome | None:
     """What a task makes of its part of a batch; None where it has none.
 
@@ -85,6 +105,9 @@ def outcome(
         head: of the task; None for a language model.
         score: of a language model.
         accuracy: whether ``correct`` is wanted.
+        comparison: of a task that is dpo.
+        reference: (S,) log-probability of each row of the batch by the reference, where the comparison refers to it; without
+            it the logits of dpo are log-probabilities, and its losses 0.
     """
     if task.objective in BY_TOKEN:
         places = batch.columns.get(f"scored/{task.number}")
@@ -100,9 +123,48 @@ def outcome(
     mine = batch.columns.get(f"rows/{task.number}")
     if mine is None:
         return None
+    if task.objective == "reward":
+        assert head is not None
+        given = head(rows.index_select(0, mine)).float().reshape(-1, 2)
+        losses = bradley_terry(given[:, 0], given[:, 1], batch.columns.get(f"margin/{task.number}"))
+        return Outcome(losses, given, mine.new_zeros(len(given)))
+    if task.objective == "dpo":
+        assert comparison is not None
+        return _compared(comparison, batch, mine, batch.columns[f"scored/{task.number}"], hidden, score, reference)
     assert head is not None
     logits, targets = head(rows.index_select(0, mine)).float(), batch.columns[f"targets/{task.number}"]
     return Outcome(row_losses(logits, targets), logits, targets)
+
+
+def _compared(
+    comparison: Comparison,
+    batch: Batch,
+    mine: Tensor,
+    places: Tensor,
+    hidden: Tensor,
+    score: Score,
+    reference: Tensor | None,
+) -> Outcome:
+    logprob = score(hidden.index_select(0, batch.scored[places]), batch.labels[places], ("logprob",))["logprob"]
+    none, owner = logprob.new_zeros(len(batch.rows)), batch.segment_of_scored[places]
+    logps, tokens = none.index_add(0, owner, logprob), none.index_add(0, owner, torch.ones_like(logprob))
+
+    def split(values: Tensor) -> tuple[Tensor, Tensor]:
+        both = values[mine].reshape(-1, 2)
+        return both[:, 0], both[:, 1]
+
+    before = split(reference) if reference is not None else (None, None)
+    pairs = Pairs(*split(logps), *split(tokens), *before)
+    loss, beta = LOSSES[comparison.name], comparison.settings.beta
+    rewards = (pairs.chosen, pairs.rejected)
+    if loss.reference and reference is None:  # a prediction, which compares with nothing
+        return Outcome(logps.new_zeros(len(pairs.chosen)), torch.stack(rewards, 1), mine.new_zeros(len(pairs.chosen)))
+    if loss.reference:
+        rewards = (pairs.chosen_ratio, pairs.rejected_ratio)
+    elif loss.means:
+        rewards = (pairs.chosen_mean, pairs.rejected_mean)
+    losses = loss.of(pairs, comparison.settings)
+    return Outcome(losses, beta * torch.stack(rewards, 1), mine.new_zeros(len(losses)))
 
 
 def terms(
@@ -124,6 +186,11 @@ def terms(
     return made
 
 
+def present(batch: Batch, tasks: Iterable[Task]) -> list[str]:
+    """Names of the tasks that have rows in a batch."""
+    return [task.name for task in tasks if f"rows/{task.number}" in batch.columns]
+
+
 def touched(parameters: Iterable[nn.Parameter], device: torch.device) -> Tensor:
     """Zero, with a gradient of zero in each parameter."""
     total = torch.zeros((), device=device)
@@ -133,4 +200,4 @@ def touched(parameters: Iterable[nn.Parameter], device: torch.device) -> Tensor:
     return total
 
 
-__all__ = ["BY_TOKEN", "Objective", "Outcome", "Task", "outcome", "terms", "touched"]
+__all__ = ["BY_TOKEN", "Comparison", "Objective", "Outcome", "Task", "outcome", "present", "terms", "touched"]

@@ -103,11 +103,14 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> Callable[[Path], tuple[str
                 for n, m in enumerate(chat)
             ]
             rows.write_text("".join(json.dumps(row) + "\n" for row in told))
+            answered = "".join(json.dumps(row) + "\n" for row in pairs)
+            (folder / "pairs-several.jsonl").write_text(answered)
         tiny = folder / path.name
         text = (
             path.read_text()
             .replace("starter:vader/train", str(rows))
             .replace("val_fraction: 0.1 ", "val_fraction: 0.05 ")
+            .replace("path: pairs.jsonl", f"path: {folder / 'pairs-several.jsonl'}")
         )
         tiny.write_text(re.sub(r"starter:\S+", str(base), text).replace("val_fraction: 0.02", "val_fraction: 0.05"))
         return ("--config", str(tiny), "--trainer.max_steps=2", "--trainer.log_every_n_steps=1", *QUIET)

@@ -15,6 +15,7 @@ from typing import Any
 import lightning.pytorch as pl
 import torch
 
+from lightning_ft import MultiTask
 from lightning_ft.engine import compatibility
 from lightning_ft.engine.freezing import parameters_named
 from lightning_ft.functional.errors import Refusal
@@ -111,7 +112,12 @@ def _by_needs(cell: Cell) -> Iterator[str]:
         yield "measures what matters by the likelihood of each task"
     if "generator" in needs and not SUBJECTS[cell.subject].generates:
         yield "writes none; leave the callback out."
-    if "imitation" in needs and not getattr(SUBJECTS[cell.subject].module.func, "imitates", False):  # type: ignore[attr-defined]
+    several = SUBJECTS[cell.subject].module.func is MultiTask  # type: ignore[attr-defined]
+    if "imitation" in needs and several:
+        yield "and name a teacher."
+    if several and cell.extra == "generation":
+        yield "writes none; leave the callback out."
+    if "imitation" in needs and not several and not getattr(SUBJECTS[cell.subject].module.func, "imitates", False):  # type: ignore[attr-defined]
         yield "compares answers with one another; distil first, or leave it out."
     if SUBJECTS[cell.subject].rollouts and cell.extra == "neftune":
         yield "because noise in training makes the policy another one than that which wrote the answers; leave it out."

@@ -21,6 +21,8 @@ from lightning_ft import (
     SFT,
     ClassificationData,
     EpisodeData,
+    MultiTask,
+    MultiTaskData,
     PreferenceData,
     PromptData,
     ProtoNet,
@@ -83,7 +85,7 @@ class Subject:
     @property
     def packs(self) -> bool:
         """Whether its rows can be asked to be packed."""
-        return "packing" in signature(self.data).parameters
+        return self.data is several_tasks or "packing" in signature(self.data).parameters
 
     @property
     def generates(self) -> bool:
@@ -156,6 +158,26 @@ def episodes(
     return EpisodeData(path, **shape, batch_size=batch_size, val_batch_size=2, cache_dir=cache_dir, seed=seed)
 
 
+def several_tasks(path: str, *, cache_dir: str, val_path: str, **options: Any) -> MultiTaskData:
+    """Texts, numbers and pairs of answers beside one another."""
+    beside, own = Path(path).parent, {"cache_dir": cache_dir}
+    files = {name: str(beside / f"{name}.jsonl") for name in ("causal_lm", "regression", "pairs")}
+    tasks = {
+        "texts": SFTData(files["causal_lm"], val_path=val_path, **own),
+        "numbers": ClassificationData(files["regression"], val_path=files["regression"], task="regression", **own),
+        "policy": PreferenceData(files["pairs"], val_path=files["pairs"], **own),
+    }
+    return MultiTaskData(tasks, **options)
+
+
+def _several() -> Subject:
+    module = partial(MultiTask, objectives={"policy": "dpo"})
+    head = r"^model\.lm_head\."
+    return Subject(
+        "MultiTask-llama", "llama", "causal_lm", head, BLOCKS["llama"], False, module, several_tasks, own=r"^heads\."
+    )
+
+
 SUBJECTS = {
     subject.name: subject
     for subject in (
@@ -167,6 +189,7 @@ SUBJECTS = {
         _sft("token_classification", "bert", r"^model\.classifier\."),
         _sft("regression", "gpt2", r"^model\.score\."),
         _of_pairs(DPO, "llama", "causal_lm", r"^model\.lm_head\."),
+        _several(),
         _of_pairs(RewardModel, "bert", "regression", r"^model\.(classifier|bert\.pooler)\."),
         _rollouts(GRPO, None, beta=0.05),
         _rollouts(PPO, r"^values\."),
@@ -181,7 +204,6 @@ SUBJECTS = {
 NOT_YET = {
     "KTO": "it estimates a KL term in each micro-batch, so that its layouts differ by design; tests/modules/test_kto compares them",
     "LinearProbe": "it learns from episodes, and trains nothing; tests/modules/test_protonet",
-    "MultiTask": "its rows are several kinds in one file each; tests/modules/test_multitask runs it beside LoRA and on two ranks",
     "OnPolicyDistillation": "its rows are written while it trains; tests/modules/test_on_policy_distillation has all placements",
 }
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 from pathlib import Path
 from typing import Any
@@ -9,7 +10,7 @@ from typing import Any
 import torch
 from torch.distributed.tensor import DTensor
 
-from lightning_ft import ClassificationData, MultiTask, MultiTaskData, SFTData
+from lightning_ft import ClassificationData, MultiTask, MultiTaskData, PreferenceData, SFTData
 from lightning_ft.engine.strategies import FSDP2Strategy
 from tests.contract.subjects import trainer
 from tests.modules.tasks import rows_of, write_base
@@ -58,15 +59,72 @@ def on_ranks(
     devices: int = 1,
     fsdp2: bool = False,
     surgery: str | None = None,
+    teachers: bool = False,
     **data: Any,
 ) -> dict[str, torch.Tensor]:
     """Trained weights after four steps."""
-    from lightning_ft import GradientSurgery
+    from lightning_ft import Distillation, GradientSurgery
 
     torch.set_num_threads(1)
     module, rows = job(Path(folder), model={"weigh": "tasks"}, batch_size=batch_size, **data)
     strategy = FSDP2Strategy(save_distributed_checkpoint=False, process_group_backend="gloo") if fsdp2 else "ddp"
     ranks: dict[str, Any] = {"devices": devices, "strategy": strategy} if devices > 1 else {}
-    callbacks = [GradientSurgery(surgery)] if surgery else []
+    callbacks: list[Any] = [GradientSurgery(surgery)] if surgery else []
+    if teachers:
+        callbacks += [
+            Distillation(str(Path(folder) / f"teacher-{name}.ckpt"), name=name, dtype="float32")
+            for name in ("classes", "numbers")
+        ]
     fit(Path(folder), module, rows, *callbacks, accumulate_grad_batches=accumulate, gradient_clip_val=1.0, **ranks)
     return weights(module)
+
+
+def pairs_job(folder: Path, model: dict[str, Any] | None = None, **data: Any) -> tuple[MultiTask, MultiTaskData]:
+    """Numbers, a reward with margins, a policy and texts on a tiny Llama."""
+    _, others = job(folder, "llama")
+    path = folder / "pairs.jsonl"
+    rows = [
+        {
+            "prompt": row["text"],
+            "chosen": f" yes {'hello ' * (n % 3)}you",
+            "rejected": " no thank you",
+            "margin": n / 10,
+        }
+        for n, row in enumerate(rows_of("regression", 9))
+    ]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    parts: dict[str, Any] = {"numbers": others.tasks["numbers"]}
+    for name in ("liked", "policy"):
+        parts[name] = PreferenceData(str(path), val_path=str(path), cache_dir=str(folder / "cache"))
+    parts["texts"] = others.tasks["texts"]
+    options = {"objectives": {"liked": "reward", "policy": "dpo"}, "dpo_beta": 0.3, **(model or {})}
+    if "only" in data:
+        options["objectives"] = {k: v for k, v in options["objectives"].items() if k == data["only"]}
+    module, _ = job(folder, "llama", model=options)
+    return module, MultiTaskData(parts, **{"batch_size": 8, "seed": 1, **data})
+
+
+def pairs_on_ranks(folder: str, batch_size: int, devices: int = 1, fsdp2: bool = False) -> dict[str, torch.Tensor]:
+    """Trained weights after four steps."""
+    torch.set_num_threads(1)
+    module, rows = pairs_job(Path(folder), model={"weigh": "tasks"}, batch_size=batch_size)
+    strategy = FSDP2Strategy(save_distributed_checkpoint=False, process_group_backend="gloo") if fsdp2 else "ddp"
+    ranks: dict[str, Any] = {"devices": devices, "strategy": strategy} if devices > 1 else {}
+    fit(Path(folder), module, rows, limit_val_batches=0, **ranks)
+    return weights(module)
+
+
+def taught(folder: Path) -> tuple[dict[str, str], MultiTask, MultiTaskData]:
+    """Task -> checkpoint of a teacher of it, and the job of all tasks."""
+    from lightning_ft import SFT
+
+    module, data = job(folder)
+    found = {}
+    kinds = {"classes": "sequence_classification", "numbers": "regression"}
+    for name, task in kinds.items():
+        teacher = SFT(str(folder / "bert"), task=task, lr=0.05, optimizer=torch.optim.SGD, base_dtype="float32")  # type: ignore[arg-type]
+        run = trainer(folder, max_steps=3, use_distributed_sampler=False, limit_val_batches=0)
+        run.fit(teacher, copy.deepcopy(data.tasks[name]))
+        found[name] = str(folder / f"teacher-{name}.ckpt")
+        run.save_checkpoint(found[name])
+    return found, module, data

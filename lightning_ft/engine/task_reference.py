@@ -1,0 +1,41 @@
+"""What the reference says of the pairs among a batch's rows."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lightning_ft.engine.attachment import Attachment
+from lightning_ft.engine.batch import Batch
+from lightning_ft.engine.batch_part import part_of
+from lightning_ft.engine.scoring import segment_logps
+from lightning_ft.models.admission import evaluating
+
+
+def reference_logps(module: Any, batch: Batch, numbers: Sequence[int]) -> Tensor:
+    """Log-probability of each row of some tasks by the model as the fit began, 0 of other rows.
+
+    To be asked before the policy's own pass, whose activations should see no weights change.
+
+    Args:
+        module: with ``model`` and ``view``.
+        batch: packed or padded rows.
+        numbers: of the tasks in it.
+
+    Returns:
+        (S,), without a gradient.
+    """
+    mine = sorted(row for k in numbers for row in batch.columns.get(f"rows/{k}", batch.rows[:0]).tolist())
+    found = torch.zeros(len(batch.rows), device=batch.ids.device)
+    if not mine and (module._trainer is None or module.trainer.world_size == 1):
+        return found
+    with Attachment.of(module).reference("start"), evaluating(module.model):
+        # Sharded blocks are gathered by all ranks together, so that one without pairs reads a row, too.
+        logps, _ = segment_logps(module.view, part_of(batch, mine or [0]))
+    return found.index_copy(0, torch.tensor(mine, device=found.device), logps) if mine else found
+
+
+__all__ = ["reference_logps"]
