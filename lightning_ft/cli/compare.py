@@ -242,7 +242,9 @@ def check(plan: Plan, name: str, metric: str, *, has_time: bool) -> None:
             "add --trainer.max_epochs beside --max_time."
         )
     data = cli.datamodule
-    parts = list(data.tasks.values()) if hasattr(data, "task_objectives") else [data]  # several tasks, each with its own
+    parts = (
+        list(data.tasks.values()) if hasattr(data, "task_objectives") else [data]
+    )  # several tasks, each with its own
     unheld = all(getattr(one, "val_path", "") is None and getattr(one, "val_fraction", 1) == 0 for one in parts)
     if metric.startswith("val/") and unheld:
         raise Refusal(
