@@ -290,12 +290,15 @@ class Distillation(Technique):
                 "cosine, attention, values, task and recipe out (MultiTask.weights weighs the task itself), and name a teacher."
             )
         now, origin = self._now, self._origin(True)
+        assert origin is not None  # a teacher is named
         mine = TaskTeacher(
             self.name,
             self.weight("soft_targets"),
             lambda student, teacher, kind: objective.class_losses(student, teacher, kind, now),
-            lambda *seen: objective.of_tokens(*seen[:-1], replace(now, size=seen[-1])).sum,
-            self._know,
+            lambda view, hidden, batch, other, size: (
+                objective.of_tokens(view, hidden, batch, other, replace(now, size=size)).sum
+            ),
+            self._known.meet,
         )
         mine.check(module)
         options = {"quantize": self.quantize, "dtype": self.dtype}

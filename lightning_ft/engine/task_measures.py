@@ -33,11 +33,16 @@ MAIN = {
 class Seen(Protocol):
     """What the model says of a task's rows, as `lightning_ft.objectives.multitask.Outcome` has it."""
 
-    losses: Tensor
-    logits: Tensor | None
-    targets: Tensor
-    correct: Tensor | None
-    segments: Tensor | None
+    @property
+    def losses(self) -> Tensor: ...  # noqa: D102
+    @property
+    def logits(self) -> Tensor | None: ...  # noqa: D102
+    @property
+    def targets(self) -> Tensor: ...  # noqa: D102
+    @property
+    def correct(self) -> Tensor | None: ...  # noqa: D102
+    @property
+    def segments(self) -> Tensor | None: ...  # noqa: D102
 
 
 class TaskMeasures(nn.ModuleDict):

@@ -328,7 +328,7 @@ class MultiTask(TaskModule):
         tasks = self._numbered(batch, self._tasks())
         self._adapters.choose(present(batch, tasks))
         try:
-            return likelihood(batch, ask, tasks, self.heads, self.view, lambda: self._trunk(batch))
+            return likelihood(batch, ask, tasks, dict(self.heads.items()), self.view, lambda: self._trunk(batch))
         finally:
             self._adapters.all_on()
 
