@@ -33,6 +33,8 @@ LLAMA_1B = {
     "vocab_size": 32_000,
 }
 TINY = {"num_hidden_layers": 4}
+REPEATS = 16
+"""How often the rows of a step stand in the file, which each fit tokenises; one of more steps begins at its top again."""
 PRECISIONS = ("fp32", "bf16", "fp16")
 NEAR = {"bf16": 2e-2, "fp16": 2e-2}
 """How far the first loss may be from that of fp32, as a share."""
@@ -129,7 +131,7 @@ def write_inputs(folder: Path, dry: bool) -> dict[str, Any]:
     rows = [row(f"Count to {n % 50}." * (1 + n % 5), "one two three four five " * (1 + n % 5)) for n in range(32)]
     if dry:
         rows = rows[:4]
-    (folder / "rows.jsonl").write_text("".join(json.dumps(item) + "\n" for item in rows * 64), encoding="utf-8")
+    (folder / "rows.jsonl").write_text("".join(json.dumps(item) + "\n" for item in rows * REPEATS), encoding="utf-8")
     found = {"batch": len(rows), "large": facts(byte_tokenizer(), rows, folder / "large")}
     (folder / "facts.json").write_text(json.dumps(found), encoding="utf-8")
     return found
