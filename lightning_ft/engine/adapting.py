@@ -44,6 +44,8 @@ class AdaptingModule(EpisodeModule):
     eval_steps: list[int] | None
     tasks: Tasks
     order: Order = 1
+    implicit: float | None = None
+    """Strength of a pull to the start in the inner loss; None: there is none."""
 
     inner_names: list[str]
     _at_once: bool | None = None
@@ -54,7 +56,7 @@ class AdaptingModule(EpisodeModule):
 
     def _prepare(self) -> None:
         """Finds the weights of the inner loop, once everything is injected, and refuses nets that cannot have one."""
-        check_net(self.model, order=self.order, owner=type(self).__name__)
+        check_net(self.model, order=self.order if self.implicit is None else 2, owner=type(self).__name__)
         parameters = dict(self.named_parameters())
         self._tied = len(parameters) != len(list(self.named_parameters(remove_duplicate=False)))
         self.inner_names = [name for name in parameters if name in self._wanted() and parameters[name].requires_grad]
@@ -129,12 +131,17 @@ class AdaptingModule(EpisodeModule):
         guard = nullcontext if transform else (lambda: no_checkpointing(owner))
         attention = twice_differentiable if order == 2 or transform else nullcontext
 
+        start = theta or self.start()
+
         def loss_of(weights: Weights) -> Tensor:
             with attention(), guard():
                 outputs = self.outputs(weights, support.inputs)
             if not (transform or self._looked_at):
                 check_outputs(outputs, support.targets, owner)
             loss = row_losses(self.inner_loss, outputs, support.targets).mean()
+            if self.implicit is not None:
+                away = torch.stack([(weight - start[name].detach()).square().sum() for name, weight in weights.items()])
+                loss = loss + self.implicit / 2 * away.sum()
             if not (transform or self._looked_at):
                 check_graph(loss, owner)
                 self._looked_at = True
@@ -142,9 +149,7 @@ class AdaptingModule(EpisodeModule):
 
         gradient = by_transform if transform else by_autograd
         try:
-            yield from inner_loop(
-                loss_of, theta or self.start(), self.step_rates, steps=steps, order=order, gradient=gradient
-            )
+            yield from inner_loop(loss_of, start, self.step_rates, steps=steps, order=order, gradient=gradient)
         except RuntimeError as error:
             raise explained(error, owner) from error
 

@@ -14,8 +14,10 @@ from lightning_ft.engine.module import DtypePolicy, OptimizerFactory
 from lightning_ft.engine.optimizer import Schedule
 from lightning_ft.functional.episode_losses import LossName, row_losses
 from lightning_ft.functional.errors import Refusal
+from lightning_ft.functional.implicit_gradient import implicit_gradient
 from lightning_ft.functional.inner_loop import Order, multi_step_weights
 from lightning_ft.models.quantize import Mode
+from lightning_ft.nn.double_backward import explained, twice_differentiable
 
 
 class MAML(AdaptingModule):
@@ -47,6 +49,10 @@ class MAML(AdaptingModule):
             and words as in `Freeze` (``["biases"]``). What adapts must be trained.
         multi_step: optimizer steps over which the query loss goes from the mean over all inner steps to the last one's (MAML++),
             which steadies the first phase; 0: the last one's alone.
+        implicit: iMAML: strength lambda of a pull ``lambda / 2 |phi - theta|^2`` in the inner loss, whose minimum the inner steps
+            are to reach; the meta-gradient is solved for there and no inner step is kept, so that ``steps`` may be many. Then
+            ``order`` says nothing. Try 0.5 to 2. None: not.
+        cg_steps: of conjugate gradients, for ``implicit``: each costs about two backward passes; 5 in the paper.
         inner_loss: loss of a support row: ``auto`` (cross_entropy for classes, mse for numbers), ``cross_entropy``, ``mse``,
             ``mae``, ``huber``.
         outer_loss: loss of a query row, likewise.
@@ -87,7 +93,8 @@ class MAML(AdaptingModule):
 
     References:
         Finn et al., 2017, equations 1 and 2; Raghu et al., 2020 (ANIL); Li et al., 2017 (Meta-SGD); Antoniou et al., 2019
-        (MAML++). Proven against finite differences in float64 and a plain loop of torch.func in tests/modules.
+        (MAML++); Rajeswaran et al., 2019 (iMAML). Proven against finite differences in float64 and a plain loop of torch.func in
+        tests/modules.
     """
 
     def __init__(
@@ -103,6 +110,8 @@ class MAML(AdaptingModule):
         rates: Literal["fixed", "per_parameter", "per_step"] = "fixed",
         inner: Inner | list[str] = "all",
         multi_step: Annotated[int, Ge(0)] = 0,
+        implicit: Annotated[float, Gt(0)] | None = None,
+        cg_steps: Annotated[int, Ge(1)] = 5,
         inner_loss: LossName = "auto",
         outer_loss: LossName = "auto",
         eval_steps: list[int] | None = None,
@@ -141,6 +150,8 @@ class MAML(AdaptingModule):
         self.rates = rates
         self.inner = inner
         self.multi_step = multi_step
+        self.implicit = implicit
+        self.cg_steps = cg_steps
         self.inner_loss = inner_loss
         self.outer_loss = outer_loss
         self.eval_steps = eval_steps
@@ -148,6 +159,13 @@ class MAML(AdaptingModule):
         self.head_lr = head_lr
         self.check()
         check_steps("MAML", eval_steps)
+        if implicit is not None:
+            if rates != "fixed" or multi_step:
+                raise Refusal(
+                    "MAML.implicit keeps no inner step that learned rates or multi_step could get a gradient through; leave them "
+                    "out."
+                )
+            self.no_likelihood = "with implicit solves for the gradient of a task, which no likelihood has"
         if head_lr is not None and base is None:
             raise Refusal("MAML.head_lr belongs to the new head of a base; leave it out for a net.")
         self.inner_rates = nn.ParameterDict()
@@ -181,19 +199,46 @@ class MAML(AdaptingModule):
 
     def training_step(self, batch: MetaBatch, batch_idx: int) -> Tensor:
         """One meta-batch: the sum of its tasks' query losses, divided by the window's number of tasks."""
-        if self.maps_tasks(batch):
+        if self.implicit is None and self.maps_tasks(batch):
             stacked = batch.stacked
             assert stacked is not None
             losses, hits = mapped(lambda episode: self._task(episode, transform=True), stacked)
             total, correct = losses.sum(), hits.sum() if self.classifies else None
         else:
-            total, correct = self.accumulated(batch, self._with_gradients)
+            gradients = self._with_gradients if self.implicit is None else self._solved
+            total, correct = self.accumulated(batch, gradients)
             correct = correct if self.classifies else None
         return self._hand_over("maml", batch, total, correct)
 
     def _with_gradients(self, episode: Episode) -> tuple[Tensor, Sequence[Tensor | None], Tensor]:
         loss, hits = self._task(episode, transform=False)
         return loss, torch.autograd.grad(loss, self.trained(), allow_unused=True), hits
+
+    def _solved(self, episode: Episode) -> tuple[Tensor, Sequence[Tensor | None], Tensor]:
+        """The same by the implicit function theorem, at the end of the inner steps."""
+        assert self.implicit is not None
+        theta = self.start()
+        inside = {id(p) for p in theta.values()}
+        others = [p for p in self.trained() if id(p) not in inside]
+        phi = {name: weight.requires_grad_() for name, weight in self.adapt(episode.support).items()}
+        outputs = self.outputs(phi, episode.query.inputs)
+        loss = row_losses(self.outer_loss, outputs, episode.query.targets).mean()
+        asked = [*phi.values(), *others]
+        slopes = torch.autograd.grad(loss, asked, allow_unused=True, materialize_grads=True)
+        with twice_differentiable():
+            inner = self.outputs(phi, episode.support.inputs)
+        inner_loss = row_losses(self.inner_loss, inner, episode.support.targets).mean()
+        try:
+            solved, beside = implicit_gradient(
+                inner_loss, list(phi.values()), slopes[: len(phi)], others, lam=self.implicit, steps=self.cg_steps
+            )
+        except RuntimeError as error:
+            raise explained(error, "MAML") from error
+        own = dict(zip((id(p) for p in theta.values()), solved, strict=True))
+        through = zip(others, slopes[len(phi) :], beside, strict=True)
+        own |= {id(p): slope + more for p, slope, more in through}
+        hits = right(outputs.detach(), episode.query.targets).mean() if self.classifies else loss.detach()
+        return loss.detach(), [own.get(id(p)) for p in self.trained()], hits
 
     def _task(self, episode: Episode, *, transform: bool) -> tuple[Tensor, Tensor]:
         """(query loss after adapting, share of the query rows that are right: of numbers some number that nobody reads)."""
