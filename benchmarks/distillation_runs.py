@@ -115,7 +115,7 @@ def _sentences(cells: Cells) -> str:
         shares = [own[s] / accuracy[s] for s in own if s in accuracy]
         gains = paired(own, alone) if method != "alone" else ""
         lines.append(
-            f"| {method} | {rate:g} | {shown(list(own.values()))} | {gains} | {mean(shares):.1%} | {len(own)} |"
+            f"| {SHOWN[method]} | {rate:g} | {shown(list(own.values()))} | {gains} | {mean(shares):.1%} | {len(own)} |"
         )
     speed = cells.get("sentences|speed", {})
     if "scores" in speed:
