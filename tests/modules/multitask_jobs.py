@@ -114,11 +114,11 @@ def pairs_on_ranks(folder: str, batch_size: int, devices: int = 1, fsdp2: bool =
     return weights(module)
 
 
-def taught(folder: Path) -> tuple[dict[str, str], MultiTask, MultiTaskData]:
+def taught(folder: Path, **data_options: Any) -> tuple[dict[str, str], MultiTask, MultiTaskData]:
     """Task -> checkpoint of a teacher of it, and the job of all tasks."""
     from lightning_ft import SFT
 
-    module, data = job(folder)
+    module, data = job(folder, **data_options)
     found = {}
     kinds = {"classes": "sequence_classification", "numbers": "regression"}
     for name, task in kinds.items():

@@ -79,7 +79,7 @@ def test_likelihoods_are_those_by_hand(tmp_path: Path) -> None:
 
 def test_a_teacher_for_each_task(tmp_path: Path) -> None:
     """Each term is the divergence by hand, from what teacher and student say of the task's own rows."""
-    teachers, module, data = taught(tmp_path)
+    teachers, module, data = taught(tmp_path, batch_size=30)
     found = {}
 
     class Watch(Steps):
