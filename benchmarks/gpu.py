@@ -197,7 +197,9 @@ def run_all(arguments: argparse.Namespace) -> int:
             runs.fresh = True
             can = runs.one(USABLE)
         if not can.get("there"):
-            print(f"make gpu needs a CUDA GPU and a CUDA build of torch; nothing was measured. {can.get('failed', '')}")
+            print(
+                f"make gpu needs a CUDA GPU and a CUDA build of torch; nothing was measured. {can.get('failed', '')}".rstrip()
+            )
             return 1 if "failed" in can else 0
         waiting = [
             (alone, [n for n in parts if wanted(n, arguments.only) and "failed" in runs.kept.get(n, {"failed": 1})])

@@ -189,6 +189,7 @@ def stream(folder: Path, device: str, steps: int, kind: str) -> dict[str, Any]:
         "Replay": lambda: ft.Replay(16),
         "der++": lambda: ft.Replay(16, mode="der++", alpha=0.1),
         "AGEM": lambda: ft.AGEM(16),
+        "OrthogonalLoRA": lambda: ft.OrthogonalLoRA(8),
     }
     pl.seed_everything(0, verbose=False)
     with tempfile.TemporaryDirectory() as name:
@@ -200,7 +201,8 @@ def stream(folder: Path, device: str, steps: int, kind: str) -> dict[str, Any]:
             tasks[task] = ft.SFTData(path, val_path=path, batch_size=8, max_length=None, cache_dir=str(place / "cache"))
         module = ft.SFT(str(folder / "model"), lr=1e-3, warmup_steps=0, schedule="constant")
         course = ft.TaskStream(tasks, epochs=1, metric="val/loss")
-        parts = [ft.LoRA(8), makers[kind]()]
+        made = makers[kind]()
+        parts = [made] if isinstance(made, ft.OrthogonalLoRA) else [ft.LoRA(8), made]
         bare_trainer(name, device, parts, limit_val_batches=None).fit(module, course)
         matrix, start = course.scores.matrix()
     flat = [value for row in [*matrix, start] for value in row if value is not None]
@@ -309,6 +311,8 @@ def _with(part: Callable[..., dict[str, Any]], *words: Any, **options: Any) -> C
     return lambda folder, device, steps: part(folder, device, steps, *words, **options)
 
 
+STREAMS = ("EWC", "SI", "MAS", "LwF", "Replay", "der++", "AGEM", "OrthogonalLoRA")
+
 CHECKS: dict[str, Callable[[Path, str, int], dict[str, Any]]] = {
     "DPO": _with(dpo),
     "DPO, prompts apart": _with(dpo, share=False),
@@ -322,7 +326,7 @@ CHECKS: dict[str, Callable[[Path, str, int], dict[str, Any]]] = {
         for kind in ("plain", "pcgrad", "nash", "uncertainty", "dwa", "gradnorm", "famo")
     },
     "distillation, hidden states": _with(distillation, hidden=0.5),
-    **{f"stream + {kind}": _with(stream, kind) for kind in ("EWC", "SI", "MAS", "LwF", "Replay", "der++", "AGEM")},
+    **{f"stream + {kind}": _with(stream, kind) for kind in STREAMS},
     **{
         f"episodes, {kind}": _with(meta, kind)
         for kind in ("MAML", "FOMAML", "MAML + LoRA", "ANIL", "Reptile", "ProtoNet")

@@ -162,7 +162,7 @@ def vader_cell(
     import lightning.pytorch as pl
 
     from lightning_ft import ClassificationData, MultiTask, MultiTaskData
-    from lightning_ft.modules.multitask import MAIN
+    from lightning_ft.engine.task_measures import MAIN
 
     pl.seed_everything(seed, verbose=False)
     tasks: dict[str, Any] = {}

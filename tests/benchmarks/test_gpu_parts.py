@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
+import lightning_ft
 from benchmarks import gpu, gpu_fits, gpu_forks, gpu_kernels, gpu_more, gpu_peers
 
 # A benchmark's own warnings (autocast on CPUs, seeds) are switched off where it runs as a process.
@@ -33,6 +34,7 @@ def test_every_method_of_the_library_has_a_part():
 
     setting = gpu_fits.Setting(blocks=4, steps=5, prenorm=True)
     used = {type(callback) for job in gpu_fits.jobs().values() for callback in job.callbacks(setting)}
+    used |= {getattr(lightning_ft, name) for name in gpu_more.STREAMS if hasattr(lightning_ft, name)}
     assert {cls for cls in techniques().values() if "model" in cls.traits.edits} <= used
 
 
