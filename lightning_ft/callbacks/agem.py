@@ -69,6 +69,11 @@ class AGEM(Technique):
                 "use loss apo_zero_unpaired, or a technique that keeps no rows (ewc, lwf)",
             ),
             Cannot("fp16", "it compares gradients that may still be scaled", "use bf16-mixed or 32-true"),
+            Cannot(
+                "rollouts",
+                "what it keeps was judged as the answers of the model that wrote them, which is another one by then",
+                "use ewc, mas or si",
+            ),
             Cannot("episodes", "it keeps single rows, and those of an episode mean nothing alone", "use ewc or si"),
         ),
     )

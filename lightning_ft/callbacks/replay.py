@@ -89,6 +89,11 @@ class Replay(Technique):
                 "use loss apo_zero_unpaired, or a technique that keeps no rows (ewc, lwf)",
             ),
             Cannot("fp16", "replayed losses were not tried with gradient scaling", "use bf16-mixed or 32-true"),
+            Cannot(
+                "rollouts",
+                "what it keeps was judged as the answers of the model that wrote them, which is another one by then",
+                "use ewc, mas or si",
+            ),
             Cannot("episodes", "it keeps single rows, and those of an episode mean nothing alone", "use ewc or si"),
         ),
     )

@@ -67,6 +67,7 @@ WORDS = {
     "mismatched_answers": "a loss over mismatched answers (KTO)",
     "episodes": "learning from episodes (MAML, Reptile, ProtoNet)",
     "several_tasks": "MultiTask",
+    "rollouts": "rounds of answers that the model writes itself (GRPO, PPO, OnPolicyDistillation)",
     "bitsandbytes_precision": "Lightning's BitsandbytesPrecision",
     "time_saves_in_window": "ModelCheckpoint.train_time_interval with accumulation on several ranks",
 }
@@ -174,6 +175,8 @@ def situation(trainer: pl.Trainer, module: pl.LightningModule) -> Situation:
         words.add("quantised")
     if getattr(module, "learns_from_episodes", False):
         words.add("episodes")
+    if getattr(module, "writes_its_rows", False):
+        words.add("rollouts")
     if getattr(module, "wants_mismatched", False):
         words.add("mismatched_answers")
     if hasattr(module, "rows_seen"):

@@ -222,6 +222,7 @@ def test_modules_and_batches_without_answers_are_refused(tmp_path):
 
     class Classes(SpeakingNet):
         task = "sequence_classification"
+        writes = False
 
     with pytest.raises(Refusal, match="compares texts, and sequence_classification writes none"):
         fit(tmp_path, Classes(), GenerationMetrics())

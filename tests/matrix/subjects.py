@@ -230,8 +230,7 @@ def write_ground(folder: Path) -> Path:
     for kind in sorted({subject.base for subject in SUBJECTS.values()}):
         write_base(kind, folder / kind)
     for task in sorted({subject.rows for subject in SUBJECTS.values()}):
-        rows = rows_of("seq2seq_lm" if task in ("causal_lm", "pairs", "prompts") else task, ROWS)
-        rows = rows_of("seq2seq_lm" if task in ("causal_lm", "pairs") else task, ROWS) if task != "episodes" else []
+        rows = rows_of("seq2seq_lm" if task in ("causal_lm", "pairs", "prompts", "episodes") else task, ROWS)
         if task in ("causal_lm", "pairs"):  # their tokenizer has words with the white space before them
             rows = [{**row, "completion": f" {row['completion']}"} for row in rows]
         if task == "pairs":

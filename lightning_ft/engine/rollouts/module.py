@@ -39,6 +39,8 @@ class RolloutModule(PolicyModule):
     with ``self.check()``, and defines `appraise` and the training step.
     """
 
+    writes_its_rows = True
+    """Tells the rules of `lightning_ft.engine.compatibility`."""
     rewards: Mapping[str, Any] | None
     rewarded = True
     """Whether there must be rewards; without them answers may still have some, to look at."""
