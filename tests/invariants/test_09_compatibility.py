@@ -11,7 +11,7 @@ import pytest
 import torch
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import EMAWeightAveraging, ModelCheckpoint
-from lightning.pytorch.plugins.precision import BitsandbytesPrecision, DeepSpeedPrecision
+from lightning.pytorch.plugins.precision import BitsandbytesPrecision, DeepSpeedPrecision, MixedPrecision
 from lightning.pytorch.strategies import DDPStrategy, DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy
 
 import lightning_ft.callbacks
@@ -77,6 +77,20 @@ class Packed(Plain):
         self.net.weight = torch.nn.Parameter(torch.zeros(2, 2, dtype=torch.uint8), requires_grad=False)
 
 
+class Episodes(Plain):
+    """As a module of ours says it."""
+
+    learns_from_episodes = True
+
+
+def scaling(_):
+    strategy = DDPStrategy()
+    strategy._precision_plugin = object.__new__(MixedPrecision)  # its constructor wants a GPU for fp16
+    strategy._precision_plugin.precision = "16-mixed"
+    strategy._precision_plugin.scaler = object()
+    return stub(strategy)
+
+
 def packing_plugin(_):
     strategy = DDPStrategy()
     strategy._precision_plugin = object.__new__(BitsandbytesPrecision)  # its constructor wants CUDA's library
@@ -107,6 +121,8 @@ CASES = {
     "tensor_parallel": (lambda _: stub(ModelParallelStrategy(tensor_parallel_size=2)), Plain, LoRA),
     "stock_fsdp2_files": (lambda _: stub(ModelParallelStrategy()), Plain, LoRA),
     "fsdp2+quantised": (lambda _: stub(FSDP2Strategy()), Quantised, LoRA),
+    "episodes+fsdp2": (lambda _: stub(FSDP2Strategy()), Episodes, LoRA),
+    "episodes+fp16": (scaling, Episodes, LoRA),
     "bitsandbytes_precision": (packing_plugin, Plain, LoRA),
     "weight_averaging": (lambda _: stub(DDPStrategy(), callbacks=[EMAWeightAveraging()]), Plain, LoRA),
     "manual_optimization": (lambda _: real(), Manual, LossEdit),
