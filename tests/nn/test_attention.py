@@ -103,15 +103,20 @@ def test_flex_attention_agrees(causal: bool, window: int | None) -> None:
 
 @pytest.mark.parametrize("causal", [True, False])
 @pytest.mark.parametrize("window", [None, 3])
+@pytest.mark.parametrize("groups", [True, False])
 def test_what_the_variable_length_kernel_is_told(
-    monkeypatch: pytest.MonkeyPatch, causal: bool, window: int | None
+    monkeypatch: pytest.MonkeyPatch, causal: bool, window: int | None, groups: bool
 ) -> None:
-    """A stand-in that obeys the kernel's documentation (left, right: tokens seen beside oneself) gives our numbers."""
+    """A stand-in that obeys the kernel's documentation (left, right: tokens seen beside oneself) gives our numbers.
+
+    Older kernels want as many heads of keys as of queries.
+    """
 
     def kernel(
         q: Tensor, k: Tensor, v: Tensor, starts: Tensor, _: Tensor, longest: int, __: int, **given: Any
     ) -> Tensor:
-        assert longest == 8 and given["enable_gqa"] and starts.dtype == torch.int32
+        assert longest == 8 and starts.dtype == torch.int32
+        assert given["enable_gqa"] if groups else "enable_gqa" not in given and k.shape[1] == q.shape[1]
         left, right = given["window_size"]
         out = []
         for a, b in zip(starts[:-1], starts[1:], strict=True):
@@ -125,6 +130,7 @@ def test_what_the_variable_length_kernel_is_told(
         return torch.cat(out)
 
     monkeypatch.setattr("torch.nn.attention.varlen.varlen_attn", kernel)
+    monkeypatch.setattr("lightning_ft.nn.attention_kernels._takes_groups", lambda: groups)
     q, k, v = qkv()
     found = at.varlen(q, k, v, BOUNDS, 0.4, causal, window).transpose(1, 2)
     torch.testing.assert_close(found, oracle(q, k, v, BOUNDS, causal=causal, window=window, scale=0.4))

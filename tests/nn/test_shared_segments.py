@@ -99,6 +99,7 @@ def test_what_the_variable_length_kernel_is_told(monkeypatch: pytest.MonkeyPatch
         return torch.cat(out)
 
     monkeypatch.setattr("torch.nn.attention.varlen.varlen_attn", kernel)
+    monkeypatch.setattr("lightning_ft.nn.attention_kernels._takes_groups", lambda: True)
     q, k, v = qkv()
     places, bounds, own = whole()
     expected = oracle(*(x[:, :, places] for x in (q, k, v)), bounds, window=window, scale=0.4)[:, own]
