@@ -61,7 +61,7 @@ def waves_table(content: Content) -> list[str]:
             rows.setdefault(name, {})[seed] = one
     if not rows:
         return []
-    heads = "| row | inner steps | mean squared error, one seed each | NumPy in float64 | intervals meet |"
+    heads = "| row | inner steps | mean squared error of each seed | NumPy in float64 | intervals meet |"
     lines = [heads, "| --- | --- | --- | --- | --- |"]
     for name, seeds in rows.items():
         expected = next(iter(seeds.values()))["expected"]
@@ -170,8 +170,8 @@ def _machine(content: Content) -> list[str]:
         return ["Nothing has been measured yet."]
     devices = sorted({one["device"] for one in content["cells"].values() if "device" in one})
     versions = machine["versions"]
-    where = ", ".join(devices) or f"{machine['cpu']}, {machine['cores']} cores"
+    where = "; ".join(devices) or f"{machine['cpu']}, {machine['cores']} cores, torch {versions['torch']}"
     return [
-        f"{where}; torch {versions['torch']}, lightning {versions['lightning']}, transformers {versions['transformers']}. A "
+        f"{where}. lightning {versions['lightning']}, transformers {versions['transformers']}. A "
         "process with one thread for each cell, several beside one another."
     ]
