@@ -33,8 +33,8 @@ class PromptTuning(Technique):
             comparison on GSM8K the first reached .343, a random one .057.
         text: begin with the vectors of this text's tokens instead, repeated or cut to P: best what the task is, in a few words.
         network: width m of P-tuning's network (Liu et al., 2021) between the vectors and the model, which they share:
-            ``e + W3 relu(W2 relu(W1 e + b1) + b2) + b3``, at first e itself. Only its outcome is exported, and it wants a tenth of
-            the rate. None learns the vectors directly.
+            ``e + W3 relu(W2 relu(W1 e + b1) + b2) + b3``, at first e itself. Only its outcome is exported. Begin with a lower rate
+            than the prompt's own. None learns the vectors directly.
         target: name of the embedding, for a module of your own that has several; None takes the only one.
         init_from: start from a trained prompt: a PEFT folder, or a checkpoint of this library; its length holds. None starts
             fresh.
