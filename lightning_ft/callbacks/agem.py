@@ -15,7 +15,7 @@ from lightning_ft.engine.attachment import Attachment
 from lightning_ft.engine.batch import Batch
 from lightning_ft.engine.tasks import task_of
 from lightning_ft.engine.technique import Technique
-from lightning_ft.engine.traits import Cannot, Traits
+from lightning_ft.engine.traits import ROWS_ALONE, Cannot, Traits
 from lightning_ft.functional.gradient_projection import dot, project_
 
 
@@ -58,23 +58,8 @@ class AGEM(Technique):
         continual=True,
         cannot=(
             Cannot("fsdp2", "its second gradient is taken outside FSDP2's passes", "use ddp"),
-            Cannot(
-                "several_tasks",
-                "a batch says of its rows together whose they are, so that none can be kept alone",
-                "use a technique that keeps no rows (ewc, lwf)",
-            ),
-            Cannot(
-                "mismatched_answers",
-                "a row is compared with others of its batch, and cannot be kept alone",
-                "use loss apo_zero_unpaired, or a technique that keeps no rows (ewc, lwf)",
-            ),
             Cannot("fp16", "it compares gradients that may still be scaled", "use bf16-mixed or 32-true"),
-            Cannot(
-                "rollouts",
-                "what it keeps was judged as the answers of the model that wrote them, which is another one by then",
-                "use ewc, mas or si",
-            ),
-            Cannot("episodes", "it keeps single rows, and those of an episode mean nothing alone", "use ewc or si"),
+            *ROWS_ALONE,
         ),
     )
 

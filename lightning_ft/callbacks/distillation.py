@@ -248,7 +248,7 @@ class Distillation(Technique):
             return
         module = attachment.module
         ours = hasattr(module, "lightning_ft_module")
-        if hasattr(module, "rows_seen"):
+        if getattr(module, "trains_several_tasks", False):
             self._teach_task(module, attachment)
             return
         if ours and not getattr(module, "imitates", False):

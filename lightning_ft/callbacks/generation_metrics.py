@@ -83,9 +83,8 @@ class GenerationMetrics(Technique):
                 "define it, or leave the callback out."
             )
         module = attachment.module
-        if not getattr(module, "writes", True) or hasattr(
-            module, "rows_seen"
-        ):  # rows of several tasks have no one answer
+        several = getattr(module, "trains_several_tasks", False)  # whose rows have no one answer
+        if several or not getattr(module, "writes", True):
             what = getattr(module, "task", None) or type(module).__name__
             raise Refusal(f"GenerationMetrics compares texts, and {what} writes none; leave the callback out.")
 

@@ -16,7 +16,7 @@ from lightning_ft.engine.batch import Batch
 from lightning_ft.engine.outputs import outputs
 from lightning_ft.engine.technique import Technique
 from lightning_ft.engine.terms import Term
-from lightning_ft.engine.traits import Cannot, Traits
+from lightning_ft.engine.traits import ROWS_ALONE, Cannot, Traits
 from lightning_ft.functional.errors import Refusal
 from lightning_ft.functional.soft_targets import logit_distance_sum, top_kl
 from lightning_ft.models.admission import evaluating
@@ -78,23 +78,8 @@ class Replay(Technique):
         continual=True,
         cannot=(
             Cannot("fsdp2", "its own step would run twice within one of FSDP2's forward passes", "use ddp"),
-            Cannot(
-                "several_tasks",
-                "a batch says of its rows together whose they are, so that none can be kept alone",
-                "use a technique that keeps no rows (ewc, lwf)",
-            ),
-            Cannot(
-                "mismatched_answers",
-                "a row is compared with others of its batch, and cannot be kept alone",
-                "use loss apo_zero_unpaired, or a technique that keeps no rows (ewc, lwf)",
-            ),
             Cannot("fp16", "replayed losses were not tried with gradient scaling", "use bf16-mixed or 32-true"),
-            Cannot(
-                "rollouts",
-                "what it keeps was judged as the answers of the model that wrote them, which is another one by then",
-                "use ewc, mas or si",
-            ),
-            Cannot("episodes", "it keeps single rows, and those of an episode mean nothing alone", "use ewc or si"),
+            *ROWS_ALONE,
         ),
     )
 

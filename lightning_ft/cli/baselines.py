@@ -51,7 +51,7 @@ def refuse_baselines(module: Any, data: Any) -> None:
         module: the LightningModule.
         data: its data module.
     """
-    if not hasattr(data, "task_objectives") or not hasattr(module, "rows_seen"):
+    if not hasattr(data, "task_objectives") or not getattr(module, "trains_several_tasks", False):
         raise Refusal(
             f"--baselines trains each task of MultiTask alone, and {type(module).__name__} has none; leave it out."
         )

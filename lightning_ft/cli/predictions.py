@@ -17,6 +17,8 @@ from lightning_ft.functional.errors import Refusal
 PREDICTIONS = "predictions.jsonl"
 FILLER = -1
 """Row number of what was only added to give every rank as many batches."""
+_LOADER = "lightning_ft_loader"
+"""Key of a part's lines from a loader behind the first: the rows of each are numbered from 0."""
 
 
 class PredictionFile(Callback):
@@ -54,7 +56,8 @@ class PredictionFile(Callback):
         assert self._out is not None
         pairs = "pair" in (getattr(batch, "counts", None) or {})
         for line in lines_of(outputs, _labels(pl_module), several=_takes_several(pl_module), pairs=pairs):
-            self._out.write(json.dumps(line, ensure_ascii=False) + "\n")
+            place = {_LOADER: dataloader_idx} if dataloader_idx else {}
+            self._out.write(json.dumps({**place, **line}, ensure_ascii=False) + "\n")
         self._out.flush()
 
     def on_predict_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -64,9 +67,12 @@ class PredictionFile(Callback):
         if not trainer.is_global_zero:
             return
         parts = [self._part(rank) for rank in range(trainer.world_size)]
-        lines = [line for part in parts if part.exists() for line in part.read_text(encoding="utf-8").splitlines()]
-        lines.sort(key=_order)  # stable: rows without a number stay as they came
-        self.path.write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
+        texts = [text for part in parts if part.exists() for text in part.read_text(encoding="utf-8").splitlines()]
+        lines = sorted(map(json.loads, texts), key=_order)  # stable: rows without a number stay as they came
+        for line in lines:
+            line.pop(_LOADER, None)
+        written = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
+        self.path.write_text(written, encoding="utf-8")
         for part in parts:
             part.unlink(missing_ok=True)
         say(f"{len(lines):,} predictions in {self.path}.")
@@ -180,9 +186,9 @@ def _plain(value: Any) -> Any:
     return value if isinstance(value, (str, int, float, bool, type(None))) else str(value)
 
 
-def _order(line: str) -> int:
-    row = json.loads(line).get("row")
-    return row if isinstance(row, int) else FILLER
+def _order(line: dict[str, Any]) -> tuple[int, int]:
+    row = line.get("row")
+    return line.get(_LOADER, 0), row if isinstance(row, int) else FILLER
 
 
 def _labels(module: Any) -> list[str] | None:

@@ -179,7 +179,7 @@ def situation(trainer: pl.Trainer, module: pl.LightningModule) -> Situation:
         words.add("rollouts")
     if getattr(module, "wants_mismatched", False):
         words.add("mismatched_answers")
-    if hasattr(module, "rows_seen"):
+    if getattr(module, "trains_several_tasks", False):
         words.add("several_tasks")
     if not module.automatic_optimization:
         words.add("manual_optimization")

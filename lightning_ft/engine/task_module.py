@@ -15,6 +15,8 @@ _SEEN = "lightning_ft_rows_seen"
 class TaskModule(FineTuningModule):
     """Subclasses store ``objectives``, ``labels`` and ``several`` beside their arguments, and make `_known` when they load."""
 
+    trains_several_tasks = True
+    """Tells the rules of `lightning_ft.engine.compatibility`, and techniques."""
     objectives: dict[str, Objective] | None
     several: list[str] | None
 

@@ -24,6 +24,27 @@ class Cannot:
     fix: str
 
 
+ROWS_ALONE = (
+    Cannot(
+        "several_tasks",
+        "a batch says of its rows together whose they are, so that none can be kept alone",
+        "use a technique that keeps no rows (ewc, lwf)",
+    ),
+    Cannot(
+        "mismatched_answers",
+        "a row is compared with others of its batch, and cannot be kept alone",
+        "use loss apo_zero_unpaired, or a technique that keeps no rows (ewc, lwf)",
+    ),
+    Cannot(
+        "rollouts",
+        "what it keeps was judged as the answers of the model that wrote them, which is another one by then",
+        "use ewc, mas or si",
+    ),
+    Cannot("episodes", "it keeps single rows, and those of an episode mean nothing alone", "use ewc or si"),
+)
+"""What no technique can meet that keeps single rows and trains on them again."""
+
+
 @dataclass(frozen=True)
 class Traits:
     """Facts about one technique, declared beside it.

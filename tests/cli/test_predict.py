@@ -2,12 +2,15 @@
 
 import json
 
+import lightning.pytorch as pl
 import pytest
 import torch
+from torch.utils.data import DataLoader
 
 import lightning_ft
-from lightning_ft.cli.predictions import lines_of
+from lightning_ft.cli.predictions import PredictionFile, lines_of
 from tests.cli.conftest import call
+from tests.contract.subjects import trainer
 from tests.modules.tasks import WORDS, write_base
 
 QUIET = ("--trainer.accelerator=cpu", "--trainer.enable_progress_bar=false", "--trainer.logger=false")
@@ -81,3 +84,19 @@ def test_every_kind_of_output_becomes_rows():
     assert list(lines_of({"task": "t", "rows": torch.tensor([5]), "logits": torch.tensor([[1.0, 2.0]])})) == [
         {"row": 5, "task": "t", "logits": [1.0, 2.0]}
     ]
+
+
+class OneNumber(pl.LightningModule):
+    """Says of each row ten times its loader and its number."""
+
+    def predict_step(self, batch, batch_idx, dataloader_idx=0):
+        return {"rows": batch, "number": 10 * dataloader_idx + batch}
+
+
+def test_rows_of_several_loaders_come_one_loader_after_the_other(tmp_path):
+    loaders = [DataLoader(torch.tensor([2, 0, 1]), batch_size=2), DataLoader(torch.tensor([1, 0]), batch_size=1)]
+    made = PredictionFile(tmp_path / "predictions.jsonl")
+    trainer(tmp_path, made).predict(OneNumber(), loaders)
+    lines = [(line["row"], line["number"]) for line in read(tmp_path / "predictions.jsonl")]
+    assert lines == [(0, 0), (1, 1), (2, 2), (0, 10), (1, 11)]
+    assert all(line.keys() == {"row", "number"} for line in read(tmp_path / "predictions.jsonl"))

@@ -17,6 +17,7 @@ from lightning_ft.engine.batch import Batch
 from lightning_ft.engine.evaluation import NamedMeans
 from lightning_ft.engine.policy import PolicyModule
 from lightning_ft.engine.rewards import Completions, Rewards, Scores
+from lightning_ft.engine.rollouts.progress import RoundProgress
 from lightning_ft.engine.rollouts.ranks import answer_seed, any_rank, gathered, repeats, shares
 from lightning_ft.engine.rollouts.round import Prompt, Round
 from lightning_ft.engine.rollouts.stops import StopStrings, end_ids
@@ -58,6 +59,7 @@ class RolloutModule(PolicyModule):
     def check(self) -> None:
         """Refuses arguments out of bounds, and rewards that cannot be."""
         super().check()
+        self._progress = RoundProgress()
         if any(not one for one in self.stop_strings or ()):
             raise Refusal(
                 f"{type(self).__name__}.stop_strings holds an empty text, which would end every answer at once."
@@ -178,7 +180,8 @@ class RolloutModule(PolicyModule):
         mine = parts[self.trainer.global_rank]
         own, batches = [prompts[i] for i in mine], -(-len(parts[0]) // batch_size)
         own_seeds = [seeds[i] for i in mine]
-        groups = self.write(own, own_seeds, number, batches=batches, batch_size=batch_size)
+        with self._progress.section(self.trainer, f"Round {number}: tokens", batches * self.max_new_tokens):
+            groups = self.write(own, own_seeds, number, batches=batches, batch_size=batch_size)
         answers, texts, found = self._judged(own, groups)
         names = list(found.each)
         numbers = torch.stack([found.total, *found.each.values()], 1).tolist()
@@ -206,16 +209,17 @@ class RolloutModule(PolicyModule):
             steps: optimizer steps that the round will have.
         """
         if self.measures(steps):
-            self._measure_all(round, batches)
+            self._measure_all(round, list(batches))
         self.appraise(round)
         round.facts = self.facts(round)
 
-    def _measure_all(self, round: Round, batches: Iterable[tuple[Batch, Sequence[int]]]) -> None:
+    def _measure_all(self, round: Round, batches: Sequence[tuple[Batch, Sequence[int]]]) -> None:
         own: list[tuple[int, dict[str, Tensor]]] = []
         names: list[str] = []
-        with self._writing():
+        with self._writing(), self._progress.section(self.trainer, f"Round {round.number}: measured", len(batches)):
             for batch, answers in batches:
                 measured = self.measure(batch.to(self.device))
+                self._progress.advance()
                 counts = [int(n) for n in torch.bincount(batch.segment_of_scored, minlength=len(batch.rows))]
                 parts = {name: values.float().cpu().split(counts) for name, values in measured.items()}
                 own += [(answer, {n: part[i] for n, part in parts.items()}) for i, answer in enumerate(answers)]
@@ -241,10 +245,12 @@ class RolloutModule(PolicyModule):
         view: CausalLM | None = None,
     ) -> list[list[Answer]]:
         """The same by another model where ``view`` is given; its answers end where this one's do."""
-        asks: Callable[[bool], bool] = bool
-        if isinstance(self.trainer.strategy, ModelParallelStrategy):
-            asks = lambda writing: any_rank(writing, self.device)  # noqa: E731
-        idle = not prompts
+        together, idle = isinstance(self.trainer.strategy, ModelParallelStrategy), not prompts
+
+        def go_on(writing: bool) -> bool:
+            self._progress.advance()
+            return any_rank(writing, self.device) if together else writing
+
         stop = StopStrings(self.tokenizer, self.stop_strings or ())
         found = sample(
             view or self.view,
@@ -257,7 +263,7 @@ class RolloutModule(PolicyModule):
             size=self.drawn_vocabulary,
             end_ids=end_ids(self.model, self.tokenizer),
             stops=(lambda ids: True) if idle else stop if stop.strings else None,
-            go_on=asks,
+            go_on=go_on,
         )
         return [] if idle else found
 
@@ -278,6 +284,7 @@ class RolloutModule(PolicyModule):
                 some = order[begin : begin + size]
                 drawn = draw([prompts[i].ids for i in some], [seeds[i] for i in some], temperature)
                 found.update(zip(some, drawn, strict=True))
+                self._progress.to((begin // size + 1) * self.max_new_tokens)
         return [found[i] for i in range(len(prompts))]
 
     def _judged(
