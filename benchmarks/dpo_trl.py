@@ -20,13 +20,15 @@ from benchmarks.dpo_ours import load  # noqa: E402
 from benchmarks.measure import Spec, StepClock, emit  # noqa: E402
 
 # precision: fp32; bf16 = autocast over fp32 weights; bf16-base = autocast over bf16 weights (PEFT keeps its factors in fp32);
-# bf16-base-plain = bf16 weights without autocast. grouped: pairs of like length together.
+# bf16-base-plain = bf16 weights without autocast; checkpointed: activations computed again in backward, TRL's default, which
+# takes the least memory.
 GRID: dict[str, dict[str, Any]] = {
     "fp32": {"precision": "fp32"},
     "bf16": {"precision": "bf16"},
     "bf16-base": {"precision": "bf16-base"},
     "bf16-base-plain": {"precision": "bf16-base-plain"},
     "bf16-base-plain-eager": {"precision": "bf16-base-plain", "attention": "eager"},
+    "bf16-base-plain-checkpointed": {"precision": "bf16-base-plain", "checkpointing": True},
 }
 
 

@@ -128,11 +128,13 @@ class ExportAdapter(Technique):
     def _write(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
         root, folder = model_root(module)[1], self._folder(trainer)
         exported = getattr(module, "exported", nullcontext)
-        with Attachment.of(module).evaluated(), exported():
+        with Attachment.of(module).evaluated(), exported() as said:
             # Gathers what is sharded, on every rank.
             files = adapter_files(root, self.adapter, base_model_name=getattr(module, "base", None))
             if trainer.is_global_zero:
                 files.write(folder)
+                if said and trainer.progress_bar_callback is not None:
+                    trainer.progress_bar_callback.print(f"{folder}: {said}")
 
     def _folder(self, trainer: pl.Trainer) -> Path:
         run = Path(trainer.log_dir or trainer.default_root_dir)  # asked on every rank: Lightning broadcasts it

@@ -90,6 +90,7 @@ def merge_command(argv: list[str]) -> None:
 
     from lightning_ft.formats.heads import auto_class
     from lightning_ft.formats.merged import export_merged
+    from lightning_ft.formats.reward import MEAN
 
     if config.weights == "dequantised":
         from lightning_ft.models.quantize import dequantize_
@@ -100,7 +101,7 @@ def merge_command(argv: list[str]) -> None:
         export_merged(module.model, module.tokenizer, output, dtype)
     print(f"{output}: a Hugging Face folder; {auto_class(module.model)}.from_pretrained({str(output)!r}) loads it.")
     if said:
-        print(said)
+        print(f"{said} {MEAN} in its config.json is that number.")
     if packed is not None:
         instead = (
             "those that it stands for (--weights dequantised)" if config.weights == "original" else "the original ones"

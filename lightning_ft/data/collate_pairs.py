@@ -6,7 +6,7 @@ Where prompts are shared the first answer stands behind its prompt, and each fur
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import cast
 
@@ -15,6 +15,7 @@ import torch
 
 from lightning_ft.data.collate import FILLER, Layout, Segment, joined
 from lightning_ft.engine.batch import Batch
+from lightning_ft.functional.errors import Refusal
 
 _NONE = np.empty((0, 2), dtype=np.int64)
 
@@ -139,6 +140,43 @@ def lay_out(answered: Sequence[Answered], *, packed: bool, shared: bool) -> Batc
     )
 
 
+def lay_out_all(
+    prompts: Sequence[Sequence[int]], answers: Sequence[Sequence[int]], most: int, *, packed: bool, shared: bool
+) -> Iterator[Batch]:
+    """Answers behind their prompts in their order, as many in a batch as fit; row n is segment n of them all.
+
+    Args:
+        prompts: token ids of each answer's prompt, at least one; where it is its neighbour's, that may lend it.
+        answers: token ids, at least one each; none of them is scored.
+        most: tokens of a batch, padding included, or one answer where that is longer.
+        packed: as `lay_out`.
+        shared: likewise.
+
+    Raises:
+        Refusal: an empty prompt or answer.
+    """
+    chunk: list[Answered] = []
+    tokens = longest = 0
+    owner: int | None = None
+    for number, (prompt, answer) in enumerate(zip(prompts, answers, strict=True)):
+        if not len(prompt) or not len(answer):
+            raise Refusal(f"Row {number} has an empty prompt or answer, and both need a token.")
+        ids = np.asarray(prompt, dtype=np.int64)
+        whole = len(prompt) + len(answer)
+        same = bool(chunk) and np.array_equal(chunk[-1].prompt, ids)
+        own = len(answer) if same and shared else whole
+        size = tokens + own if packed else max(longest, whole) * (len(chunk) + 1)
+        if chunk and size > most:
+            yield lay_out(chunk, packed=packed, shared=shared)
+            chunk, tokens, longest, same, own = [], 0, 0, False, whole
+        owner = owner if same else len(chunk)
+        tokens, longest = tokens + own, max(longest, whole)
+        like = owner if same else None
+        chunk.append(Answered(ids, Answer(np.asarray(answer, dtype=np.int64), _NONE), number, like=like))
+    if chunk:
+        yield lay_out(chunk, packed=packed, shared=shared)
+
+
 def collate_pairs(
     segments: Sequence[Segment],
     *,
@@ -169,6 +207,8 @@ def collate_pairs(
     chosen = int((batch.segment_of_scored % 2 == 0).sum())
     counts = {"token": len(batch.scored), "chosen_token": chosen, "row": 2 * len(pairs), "pair": len(pairs)}
     margins = [pair.margin for pair in pairs if pair.margin is not None]
+    if 0 < len(margins) < len(pairs):
+        raise ValueError(f"Of {len(pairs)} pairs {len(margins)} have a margin: all of a batch must have one, or none.")
     columns = {"margin": torch.tensor(margins, dtype=torch.float32)} if margins else {}
     numbers = {unit: float(count) for unit, count in counts.items()}
     return replace(batch, counts=numbers, window=window, task=task, columns=columns)
@@ -185,8 +225,9 @@ def collate_unpaired(
 ) -> Batch:
     """One micro-batch of S answers; ``targets`` are (S,) float32, 1 for a desirable one.
 
-    With ``mismatched`` segments S to 2S - 1 follow: prompt i with the answer of row i - 1 (the last one for the first), as TRL
-    pairs them; their ``rows`` are -1 and they count in no unit. A row alone in its batch gets its ``neighbour``.
+    With ``mismatched`` segments S to 2S - 1 follow: prompt i with the answer of row i - k, counted around; their ``rows`` are -1
+    and they count in no unit. k is 1, as in TRL, or the least number for which no row meets an answer to its own prompt, as the
+    two halves of a pair do that stand beside each other. A row alone in its batch gets its ``neighbour``.
 
     Units: ``row`` (S) and ``token`` (scored tokens of the S answers).
 
@@ -201,7 +242,8 @@ def collate_unpaired(
     rows = list(cast("Sequence[UnpairedSegment]", segments))
     answered = [Answered(row.ids[: row.prompt], row.answer, row.row) for row in rows] or [VOID]
     if mismatched:
-        others = [one.answer for one in answered[-1:] + answered[:-1]]
+        shift = _apart([one.prompt.tobytes() for one in answered])
+        others = [answered[i - shift].answer for i in range(len(answered))]
         if len(rows) == 1 and rows[0].neighbour is not None:
             others = [rows[0].neighbour]
         pairs = list(zip(answered, others, strict=True))
@@ -215,3 +257,12 @@ def collate_unpaired(
         task=task,
         targets=torch.tensor([float(row.desirable) for row in rows] or [0.0], dtype=torch.float32),
     )
+
+
+def _apart(prompts: Sequence[bytes]) -> int:
+    """By how many places to go back around, at least one, so that as few as possible meet their like; the least such number.
+
+    Every row's answer is used once whatever the number, so that a batch is as large with any.
+    """
+    shifts = range(1, max(len(prompts), 2))
+    return min(shifts, key=lambda shift: sum(prompts[i - shift] == prompt for i, prompt in enumerate(prompts)))

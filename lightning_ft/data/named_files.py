@@ -34,14 +34,18 @@ class NamedFiles(LightningDataModule):
 
     def _paths(self, stage: str | None) -> list[str]:
         """All files that a stage reads, each once."""
+        return list(dict.fromkeys(file for split in self._splits(stage) for file in self._files(split)))
+
+    def _splits(self, stage: str | None) -> list[Split]:
+        """What a stage reads."""
         splits: list[Split] = ["train"] if stage in ("fit", None) and not self.streaming else []
         if stage in ("fit", "validate", None) and (self.val_fraction > 0 or self.val_path is not None):
             splits.append("val")
-        if stage in ("test", None) and self.test_path is not None:
-            splits.append("test")
-        if stage in ("predict", None) and (self.predict_path or self.test_path) is not None:
-            splits.append("predict")
-        return list(dict.fromkeys(file for split in splits for file in self._files(split)))
+        return splits + [split for split in ("test", "predict") if stage in (split, None) and self._names(split)]
+
+    def _names(self, split: Literal["test", "predict"]) -> bool:
+        """Whether there are files for it."""
+        return (self.test_path if split == "test" else self.predict_path or self.test_path) is not None
 
     def _files(self, split: Split) -> list[str]:
         return [file for entry in self._entries_of(split) for file in entry.files]

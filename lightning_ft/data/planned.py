@@ -21,6 +21,7 @@ from lightning_ft.data.plan import split_rows
 from lightning_ft.data.preview import Piece, Preview, pieces_of, preview_rows
 from lightning_ft.data.sources import Source
 from lightning_ft.data.token_rows import BadRows, Report, TokenRows, Truncation, select
+from lightning_ft.engine.answers import check_rows
 from lightning_ft.engine.arguments import check_arguments, describe
 from lightning_ft.engine.batch import Batch
 from lightning_ft.engine.randomness import global_seed
@@ -36,6 +37,7 @@ class PlannedData(NamedFiles):
 
     Attributes:
         decides: names of further arguments that decide what the batches of an epoch hold.
+        rows_are: their kind, which a module may ask for, see `lightning_ft.engine.answers.ROWS`.
     """
 
     max_length: int | None
@@ -50,6 +52,7 @@ class PlannedData(NamedFiles):
     tokenizer: str | None
 
     decides: ClassVar[tuple[str, ...]] = ()
+    rows_are: ClassVar[str] = "plain"
 
     def __init__(self) -> None:
         super().__init__()
@@ -123,12 +126,18 @@ class PlannedData(NamedFiles):
 
     def prepare_data(self) -> None:
         """Tokenises into the cache, on one process of each node."""
+        check_rows(self.trainer, self.rows_are)
         fn = self.trainer.state.fn if self.trainer is not None else None
-        for path in self._paths(fn.value if fn is not None else None):  # fit, validate, test, predict
+        self.tokenise(fn.value if fn is not None else None)  # fit, validate, test, predict
+
+    def tokenise(self, stage: str | None) -> None:
+        """Tokenises what a stage reads (None: all files) into the cache."""
+        for path in self._paths(stage):
             self._tokenised(path)
 
     def setup(self, stage: str | None = None) -> None:
         """Opens the tokenised rows of this stage and decides which are used."""
+        check_rows(self.trainer, self.rows_are)
         if stage in ("fit", None):
             self._clock = EpochClock()  # of a run; a checkpoint that it resumes is read after this
             self._refuse_overlap()
@@ -143,11 +152,9 @@ class PlannedData(NamedFiles):
                 held = self._train_and_held_out()[1]
                 assert held is not None
                 self._rows["val"] = held
-        if "test" not in self._rows and stage in ("test", None) and self.test_path is not None:
-            self._rows["test"] = self._rows_of("test")
-        predict_path = self.predict_path or self.test_path
-        if "predict" not in self._rows and stage in ("predict", None) and predict_path is not None:
-            self._rows["predict"] = self._rows_of("predict")
+        for split in ("test", "predict"):
+            if split not in self._rows and stage in (split, None) and self._names(split):
+                self._rows[split] = self._rows_of(split)
 
     def train_dataloader(self) -> PlannedLoader:
         """Shuffled, planned micro-batches with the totals of their accumulation window."""
@@ -196,12 +203,7 @@ class PlannedData(NamedFiles):
         return found
 
     def preview(self, n: int = 3, split: Split = "train") -> list[Preview]:
-        """The first ``n`` rows as the model will see them, with what is scored marked.
-
-        Args:
-            n: rows.
-            split: which.
-        """
+        """The first ``n`` rows of a split as the model will see them, with what is scored marked."""
         return preview_rows(self._get(split), self._places(split), self._pieces, n)
 
     def use_tokenizer(self, tokenizer: PreTrainedTokenizerBase) -> None:

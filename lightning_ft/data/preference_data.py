@@ -69,6 +69,8 @@ class PreferenceData(AnsweredData):
         PreferenceData(path='pairs.jsonl', val_fraction=0.1, batch_size=4)
     """
 
+    rows_are = "pairs"
+
     def __init__(
         self,
         path: WeightedFiles,
@@ -92,6 +94,7 @@ class PreferenceData(AnsweredData):
         cache_dir: str | None = None,
     ) -> None:
         super().__init__()
+        self._with_margins: dict[str, bool] = {}
         self.path = path
         self.val_path = val_path
         self.val_fraction = val_fraction
@@ -115,8 +118,12 @@ class PreferenceData(AnsweredData):
     def check_files(self, stage: str | None = None) -> None:
         """Reads every file that the stage needs, and refuses what is wrong with it; needs neither model nor tokenizer."""
         super().check_files(stage)
-        if stage in ("fit", None):
-            self._refuse_some_margins(self._files("train"))
+        self._refuse_some_margins(stage)
+
+    def setup(self, stage: str | None = None) -> None:
+        """Opens the tokenised rows of this stage, whose margins must be given for all rows of a split or for none."""
+        self._refuse_some_margins(stage)
+        super().setup(stage)
 
     def collate(
         self, segments: Sequence[Segment], *, packed: bool, window: dict[str, float] | None, task: str | None
@@ -131,14 +138,23 @@ class PreferenceData(AnsweredData):
             expected = "chosen + rejected, with a prompt or both beginning with it (margin is optional)"
             where = source.where(0)
             raise wrong_columns(where, source.columns, ("prompt", "chosen", "rejected"), expected)
-        return partial(pair_of, margins=_has_margins(source))
+        return partial(pair_of, margins=self._has_margins(source))
 
-    def _refuse_some_margins(self, files: Sequence[str]) -> None:
-        """Files that are trained on together have margins all, or none."""
-        has = {file: _has_margins(self._source(file)) for file in files}
-        if len(set(has.values())) > 1:
-            one, other = (next(file for file in files if has[file] is wanted) for wanted in (True, False))
-            raise Refusal(f"{one} has margins and {other} has none: give all rows one, or take the column out.")
+    def _has_margins(self, source: Source) -> bool:
+        """Whether a row has one; then every row must. A column of nothing is none."""
+        if source.name not in self._with_margins:
+            column = source.column("margin") if "margin" in source.columns else []
+            self._with_margins[source.name] = any(value not in (None, "") for value in column)
+        return self._with_margins[source.name]
+
+    def _refuse_some_margins(self, stage: str | None) -> None:
+        """Files whose rows meet in a batch have margins all, or none."""
+        for split in self._splits(stage):
+            files = self._files(split)
+            has = {file: self._has_margins(self._source(file)) for file in files}
+            if len(set(has.values())) > 1:
+                one, other = (next(file for file in files if has[file] is wanted) for wanted in (True, False))
+                raise Refusal(f"{one} has margins and {other} has none: give all rows one, or take the column out.")
 
     def _tokenised(self, path: str) -> Dataset:
         source = self._source(path)
@@ -146,7 +162,7 @@ class PreferenceData(AnsweredData):
             source,
             self.resolve_tokenizer(),
             self._reader(source),
-            {"kind": "pairs", "margins": _has_margins(source)},
+            {"kind": "pairs", "margins": self._has_margins(source)},
             keep_bad_rows=self.bad_rows == "drop",
             cache_dir=self.cache_dir,
         )
@@ -159,7 +175,7 @@ class PreferenceData(AnsweredData):
             truncation=self.truncation,
             bad_rows=self.bad_rows,
             bos=self.resolve_tokenizer().bos_token_id,
-            margins=_has_margins(self._source(path)),
+            margins=self._has_margins(self._source(path)),
         )
 
     def _pieces(self, segment: Segment) -> list[Piece]:
@@ -169,7 +185,3 @@ class PreferenceData(AnsweredData):
         for name, answer in (("chosen", segment.chosen), ("rejected", segment.rejected)):
             pieces += [Piece(f"\n── {name}: ", False, 0), *answer_pieces(answer, tokenizer)]
         return pieces if segment.margin is None else [*pieces, Piece(f"\n── margin: {segment.margin:g}", False, 0)]
-
-
-def _has_margins(source: Source) -> bool:
-    return source.first.get("margin") is not None

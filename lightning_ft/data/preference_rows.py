@@ -160,10 +160,10 @@ def _margin(row: Mapping[str, Any], margins: bool) -> float:
     value = row.get("margin")
     if not margins:
         if value is not None:
-            raise Refusal("the row has a margin and the first row of the file has none: give all rows one, or none.")
+            raise Refusal("the row has a margin and its file was read without: give all rows one, or none.")
         return 0.0
     if value is None or (isinstance(value, str) and not value.strip()):
-        raise Refusal("the row has no margin, as the first row of the file has: give all rows one, or none.")
+        raise Refusal("the row has no margin, as others of the file have: give all rows one, or none.")
     return _number(value, "margin")
 
 

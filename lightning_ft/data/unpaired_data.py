@@ -92,6 +92,8 @@ class UnpairedPreferenceData(AnsweredData):
         Ethayarajh et al., 2024, section 4.1: the mismatched answers.
     """
 
+    rows_are = "labelled"
+
     def __init__(
         self,
         path: WeightedFiles,

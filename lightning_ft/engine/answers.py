@@ -11,6 +11,30 @@ from torch.nn.modules.dropout import _DropoutNd
 from lightning_ft.functional.errors import Refusal
 from lightning_ft.models.admission_sharing import why_no_sharing
 
+ROWS = {
+    "pairs": ("pairs of answers", "PreferenceData (chosen, rejected)"),
+    "labelled": ("answers that are labelled good or bad", "UnpairedPreferenceData (prompt, completion, label)"),
+}
+"""Kind of rows, as a module's ``learns_from`` and a data module's ``rows_are`` name it -> in words, and which data have them."""
+
+
+def other_rows(module: Any) -> Refusal:
+    """The refusal of rows that a module cannot learn from."""
+    what, data = ROWS[module.learns_from]
+    return Refusal(f"{type(module).__name__} learns from {what}, and these rows are none; use {data}.")
+
+
+def check_rows(trainer: Any, rows_are: str) -> None:
+    """Refuses rows of another kind than the Trainer's module learns from, before they are tokenised or a model is loaded.
+
+    Args:
+        trainer: None: nobody says yet who learns.
+        rows_are: what the data module calls them.
+    """
+    module = trainer.lightning_module if trainer is not None else None
+    if getattr(module, "learns_from", None) not in (None, rows_are):
+        raise other_rows(module)
+
 
 def prove_sharing(module: Any) -> str:
     """Find out, once the base is loaded, whether two answers may share one copy of their prompt.

@@ -47,6 +47,8 @@ class FineTuningModule(pl.LightningModule):
     lightning_ft_module = True
     task: Task = "causal_lm"
     """What the base predicts; a subclass may make it an argument, with ``labels`` and ``multi_label`` beside it."""
+    learns_from: str | None = None
+    """Kind of rows that it needs, a key of `lightning_ft.engine.answers.ROWS`; None: any, as far as can be said beforehand."""
     labels: list[str] | None = None
     multi_label: bool = False
     head_lr: float | None = None

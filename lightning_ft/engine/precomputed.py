@@ -34,9 +34,11 @@ _TABLE, _PARTS = "table.npy", "parts"
 
 
 def digest(model: nn.Module, about: dict[str, Any]) -> str:
-    """Names what a model computes now: samples of all its tensors but those of layers that are exactly nothing, and settings.
+    """Names what a model computes now: sums of all its tensors but those of layers that are exactly nothing, and settings.
 
-    So a fresh LoRA, whatever its rank and seed, has the name of its base. All ranks must call it where tensors are sharded.
+    So a fresh LoRA, whatever its rank and seed, has the name of its base. What was computed on this machine, as the factors and
+    the remainder of PiSSA are, is sampled and rounded instead, since another machine may compute the last bits otherwise. All
+    ranks must call it where tensors are sharded.
 
     Args:
         model: with its injected layers.
@@ -48,6 +50,9 @@ def digest(model: nn.Module, about: dict[str, Any]) -> str:
         if is_identity(layer)
         for name in layer.injected_parameters()
     }
+    computed = tuple(
+        f"{path}." if path else "" for path, layer in injected_layers(model).items() if not is_identity(layer)
+    )
     packed = {f"{path}.weight": layer.source for path, layer in packed_layers(model).items()}
     found = hashlib.sha256(json.dumps(about, sort_keys=True, default=str).encode())
     for pristine, name, parameter in sorted(
@@ -58,8 +63,17 @@ def digest(model: nn.Module, about: dict[str, Any]) -> str:
         whole = parameter.full_tensor() if isinstance(parameter, DTensor) else parameter
         sample = packed.get(name) or Sample.of(whole)
         found.update(f"{pristine} {parameter.dtype} {sample.shape}".encode())
-        found.update(sample.numbers.numpy().tobytes())
+        exact = name not in packed and not name.startswith(computed)
+        found.update((_sums(whole) if exact else sample.numbers).numpy().tobytes())
     return found.hexdigest()[:32]
+
+
+def _sums(tensor: Tensor) -> Tensor:
+    """int64 sums of the bits of a tensor along its rows and along its columns, so that any number that differs shows."""
+    integers = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[tensor.element_size()]
+    bits = tensor.detach().contiguous().view(integers)
+    bits = bits.reshape(bits.shape[0] if bits.ndim > 1 else 1, -1)
+    return torch.cat([bits.sum(0, dtype=torch.int64), bits.sum(1, dtype=torch.int64)]).cpu()
 
 
 def keys_of(batch: Batch) -> np.ndarray:
@@ -138,7 +152,8 @@ class ReferenceTable:
             if value is None:
                 raise Refusal(
                     f"The reference's log-probabilities of a pair are not in {self.folder}: they were computed for other rows, and "
-                    "the reference itself is gone; begin a new fit, or set reference_policy to start."
+                    "the reference itself is gone; begin a fit that names these rows too (data.test_path), or one with "
+                    "reference_policy start."
                 )
             found[n] = value
         return found

@@ -53,8 +53,8 @@ def folded(model: Any, head: nn.Linear, mean: float, std: float) -> Iterator[str
         setattr(model.config, MEAN, offset)
     try:
         yield (
-            f"The head of {type(model).__name__} has no bias, so its scores are the rewards plus {offset:.6g} ({MEAN} in "
-            "config.json), the same for all rows."
+            f"The head of {type(model).__name__} has no bias, so its scores are the rewards plus {offset:.6g}, the same "
+            "for all rows."
             if offset
             else ""
         )

@@ -94,7 +94,8 @@ def scores(ratio: Tensor, settings: Settings) -> Tensor:
     """What stands for r under another divergence between policy and reference: f'(u) with u = exp(r).
 
     reverse_kl: r, which is DPO. forward_kl: 1 - 1 / u. jensen_shannon: log(2 u / (1 + u)). alpha: (u^(a-1) - 1) / (a - 1).
-    Constants cancel in the difference of two answers, which is all that the losses that allow it look at.
+    Constants cancel in the difference of two answers, which is all that the losses that allow it look at; not so where a loss
+    divides by the length of each answer before (ipo, sigmoid_norm): there they leave a part that depends on the lengths, as in TRL.
 
     Args:
         ratio: (P,) r.

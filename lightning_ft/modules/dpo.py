@@ -9,6 +9,7 @@ from lightning.pytorch.trainer.states import TrainerFn
 from rich.progress import track
 from torch import Tensor
 
+from lightning_ft.engine.answers import other_rows
 from lightning_ft.engine.attachment import Attachment
 from lightning_ft.engine.batch import Batch
 from lightning_ft.engine.evaluation import NamedMeans
@@ -35,7 +36,7 @@ class DPO(PolicyModule):
     With r(y) = log p(y) - log q(y), by how much the policy p has moved from the reference q at the answer y, DPO minimises the
     mean of ``- log sigmoid(beta (r(chosen) - r(rejected)))`` over the pairs of each accumulation window on all ranks. Both
     answers go through one forward pass, behind one copy of their prompt where the model was proven to see it; logits exist for
-    answer tokens only. Data: `PreferenceData`.
+    answer tokens only. Data: `PreferenceData`, whose margins only `RewardModel` looks at.
 
     Args:
         base: the model to start from: ``starter:smollm2-135m``, a local folder, or a Hugging Face id. It should have learned
@@ -48,17 +49,17 @@ class DPO(PolicyModule):
             wants 2 or more.
         label_smoothing: share of pairs taken to be labelled the wrong way round: sigmoid becomes cDPO with it; exo_pair needs
             it (0.001).
-        simpo_gamma: SimPO's target margin.
-        cpo_alpha: weight of the sft loss within cpo.
+        simpo_gamma: SimPO's target margin; 0.5 is TRL's default, the paper's best are 0.3 to 1.6 with a beta of 2 and more.
+        cpo_alpha: weight of the sft loss within cpo; 1 is the paper's and TRL's.
         divergence: what holds the policy to the reference, for losses that look at the difference of two answers alone.
-        alpha: of the alpha-divergence.
-        discopop_tau: temperature of the loss discopop.
+        alpha: of the alpha-divergence, between forward KL (towards 0) and reverse KL (towards 1); 0.5 lies in the middle.
+        discopop_tau: temperature of the loss discopop; 0.05 is what its authors found with it.
         reference_policy: what is compared with: the model as it is when the fit begins (``start``), adapters and all; the bare
             ``base``; ``precomputed``: the start again, but each pair is scored once before training and kept on disk, which
             saves the reference's forward pass in every epoch; or ``moving``: the start, drawn after the policy as TR-DPO does.
         moving_steps: optimizer steps after which a moving reference is drawn nearer; 512 is TRL's default.
-        moving_share: how far: the reference's weights become this share of the policy's and the rest of their own. Of LoRA it is
-            the factors that are mixed.
+        moving_share: how far: the reference's weights become this share of the policy's and the rest of their own; 0.6 is TRL's
+            default, from the paper. Of LoRA it is the factors that are mixed.
         reference_cache: folder of what was precomputed; None: ``references`` below ``LIGHTNING_FT_CACHE`` or
             ``~/.cache/lightning_ft``.
         dropout: whether the model drops activations while it trains. Off, as in TRL: the reference does not, so rewards would
@@ -96,6 +97,8 @@ class DPO(PolicyModule):
         lightning_ft/functional/preference.py. Proven against TRL's DPOTrainer in
         tests/oracles.
     """
+
+    learns_from = "pairs"
 
     def __init__(
         self,
@@ -212,9 +215,7 @@ class DPO(PolicyModule):
 
     def _pairs(self, batch: Batch) -> Any:
         if "pair" not in batch.counts:
-            raise Refusal(
-                "DPO learns from pairs of answers, and these rows are none; use PreferenceData (chosen, rejected)."
-            )
+            raise other_rows(self)
         reference = self._reference(batch) if self._compares else None
         logps, tokens = segment_logps(self.view, batch)
         return preference.pairs_of(batch, logps, tokens, reference)
@@ -298,12 +299,26 @@ class DPO(PolicyModule):
         if self._precomputes:
             self._precompute()
 
+    def prepare_data(self) -> None:
+        """Tokenises what a later test will read, whose rows the reference must score while it is there."""
+        if self._precomputes and self._fits_with_test_rows:
+            self.datamodule.tokenise("test")
+
+    @property
+    def _fits_with_test_rows(self) -> bool:
+        fitting = self.trainer.state.fn == TrainerFn.FITTING
+        return (
+            fitting and getattr(self.datamodule, "test_path", None) is not None and hasattr(self.datamodule, "tokenise")
+        )
+
     def _precompute(self) -> None:
         data, trainer = self.datamodule, self.trainer
         if not hasattr(data, "in_order"):
             raise Refusal(
                 "reference_policy precomputed scores every pair before training; use PreferenceData, or the policy start."
             )
+        if self._fits_with_test_rows:
+            data.setup("test")
         loaders = list(data.in_order().values())
         count = sum(map(len, loaders))
         ask = in_turn(loaders)

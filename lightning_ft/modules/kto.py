@@ -33,7 +33,7 @@ class KTO(PolicyModule):
         base: the model to start from: ``starter:smollm2-135m``, a local folder, or a Hugging Face id. It should have learned
             to answer: run `SFT` before.
         loss: ``kto``, or ``apo_zero_unpaired``, which is the same with z = 0 and runs no mismatched answers.
-        beta: how strongly the policy is held to the reference: less lets it go farther.
+        beta: how strongly the policy is held to the reference: less lets it go farther. 0.1 is the paper's and TRL's.
         desirable_weight: weight of good answers. The paper wants the sums of both kinds, weight times number, within a factor
             of 4/3 of each other.
         undesirable_weight: weight of bad answers.
@@ -72,6 +72,8 @@ class KTO(PolicyModule):
         Ethayarajh et al., 2024 (KTO: model alignment as prospect theoretic optimization), equations 7 and 8. Proven against TRL's
         KTOTrainer in tests/oracles.
     """
+
+    learns_from = "labelled"
 
     def __init__(
         self,

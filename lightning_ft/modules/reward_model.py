@@ -4,16 +4,15 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Annotated, Any, Literal, cast
 
-import numpy as np
 import torch
 from annotated_types import Ge, Gt
 from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor
 
-from lightning_ft.data.collate_pairs import Answer, Answered, lay_out
+from lightning_ft.data.collate_pairs import lay_out_all
 from lightning_ft.data.preference_rows import Exchange
 from lightning_ft.data.preference_tokens import render_exchanges
-from lightning_ft.engine.answers import no_dropout, prove_sharing
+from lightning_ft.engine.answers import no_dropout, other_rows, prove_sharing
 from lightning_ft.engine.attachment import Attachment
 from lightning_ft.engine.batch import Batch
 from lightning_ft.engine.likelihood import Ask
@@ -47,11 +46,12 @@ class RewardModel(FineTuningModule):
             leaves their mean free; 0.01 is usual. None: no such term.
         normalise: give rewards the mean 0 and the standard deviation 1 over reference rows (chosen and rejected answers):
             ``after`` measures them at each validation and each epoch's end, and shifts and scales what predict, score and
-            exports give; the loss goes on with the rewards as they are. ``both`` also scales a new head before the first step,
-            so that training starts from that spread. None: rewards as learned.
+            exports give; the loss goes on with the rewards as they are. ``both`` also scales the head before the first step (one
+            that the base brings, too), so that training starts from that spread. None: rewards as learned.
         normalise_path: file of the reference rows, like that of the data; None: the validation rows, or the training rows where
             there are none.
-        calibration_bins: of the expected calibration error in ``val/calibration``, of equal width between 1/2 and 1.
+        calibration_bins: of the expected calibration error in ``val/calibration``, of equal width between 1/2 and 1. 10 leave some
+            pairs in each even of a few hundred; more bins make small sets look worse than they are.
         dropout: whether the base drops activations in training. Off, as in TRL: rewards of a pair are compared, and noise in
             each blurs that. A technique's own dropout stays as it is given.
         weight_decay: AdamW's decay of trained matrices; 0, since a short fine-tuning gains nothing from shrinking weights.
@@ -85,6 +85,8 @@ class RewardModel(FineTuningModule):
         section 3.2.2 (margins); Eisenstein et al., 2023, section 2 (centring). Proven against TRL's RewardTrainer in
         tests/oracles.
     """
+
+    learns_from = "pairs"
 
     def __init__(
         self,
@@ -218,9 +220,7 @@ class RewardModel(FineTuningModule):
 
     def _pairs(self, batch: Batch) -> tuple[Tensor, Tensor]:
         if "pair" not in batch.counts:
-            raise Refusal(
-                "RewardModel learns from pairs of answers, and these rows are none; use PreferenceData (chosen, rejected)."
-            )
+            raise other_rows(self)
         return reward.pairs(batch, reward.rewards(self.view, batch))
 
     def _evaluate(self, batch: Batch) -> None:
@@ -331,9 +331,8 @@ class RewardModel(FineTuningModule):
         packed = self.admission.packing
         found: list[Tensor] = []
         with evaluating(self.model):
-            for chunk in _chunks(prompts, answers, max_tokens, shared=self.sharing_reason == "", packed=packed):
-                batch = lay_out(chunk, packed=packed, shared=self.sharing_reason == "").to(self.device)
-                found.append(self._normal(reward.rewards(self.view, batch)))
+            for batch in lay_out_all(prompts, answers, max_tokens, packed=packed, shared=self.sharing_reason == ""):
+                found.append(self._normal(reward.rewards(self.view, batch.to(self.device))))
         return torch.cat(found) if found else torch.zeros(0, device=self.device)
 
     def score_texts(
@@ -352,6 +351,10 @@ class RewardModel(FineTuningModule):
         Raises:
             Refusal: messages that this model's tokenizer cannot render; as `score` does.
         """
+        if len(prompts) != len(answers):
+            raise Refusal(
+                f"RewardModel.score_texts got {len(prompts)} prompts for {len(answers)} answers; give one each."
+            )
         drafts = [
             Exchange(
                 prompt,
@@ -384,30 +387,3 @@ class RewardModel(FineTuningModule):
         mean, std = self.normalisation.tolist()
         with folded(self.model, self.view.output_layer()[1], mean, std) as said:
             yield said
-
-
-def _chunks(
-    prompts: Sequence[Sequence[int]], answers: Sequence[Sequence[int]], most: int, *, shared: bool, packed: bool
-) -> Iterator[list[Answered]]:
-    """Answers in their order, as many at once as fit; one behind the prompt of its neighbour may lend its tokens."""
-    nothing = np.empty((0, 2), dtype=np.int64)
-    chunk: list[Answered] = []
-    tokens = longest = 0
-    owner: int | None = None
-    for number, (prompt, answer) in enumerate(zip(prompts, answers, strict=True)):
-        if not len(prompt) or not len(answer):
-            raise Refusal(f"RewardModel.score: row {number} has an empty prompt or answer, and both need a token.")
-        ids = np.asarray(prompt, dtype=np.int64)
-        whole = len(prompt) + len(answer)
-        same = bool(chunk) and np.array_equal(chunk[-1].prompt, ids)
-        own = len(answer) if same and shared else whole
-        size = tokens + own if packed else max(longest, whole) * (len(chunk) + 1)
-        if chunk and size > most:
-            yield chunk
-            chunk, tokens, longest, same, own = [], 0, 0, False, whole
-        owner = owner if same else len(chunk)
-        tokens, longest = tokens + own, max(longest, whole)
-        like = owner if same else None
-        chunk.append(Answered(ids, Answer(np.asarray(answer, dtype=np.int64), nothing), number, like=like))
-    if chunk:
-        yield chunk

@@ -12,6 +12,7 @@ import torch
 import yaml
 
 from benchmarks.random_model import write_model
+from lightning_ft import DPO, KTO, RewardModel
 from lightning_ft.engine.sharded_files import read_whole
 from lightning_ft.models.load_task import load_for_task
 from tests.cli.conftest import Outcome, call
@@ -265,6 +266,25 @@ def test_two_steps_change_what_is_trained(path: Path, run: Run, tiny: Flags, tmp
         assert all(".layers." in key for key in keys)
     else:
         assert any("embed" in key or "shared" in key for key in keys)
+
+
+PAIRED = [path for path in JOBS if task_of(path) in ("pairs", "rated")]
+
+
+@pytest.mark.parametrize("path", PAIRED, ids=lambda path: path.stem)
+def test_answers_share_their_prompts(path: Path, run: Run, tiny: Flags, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What the shipped files say: no prompt stands in a batch twice."""
+    seen = []
+    for module in (DPO, KTO, RewardModel):
+        own = module.training_step
+
+        def watched(self: Any, batch: Any, batch_idx: int, own: Any = own) -> Any:
+            seen.append(batch)
+            return own(self, batch, batch_idx)
+
+        monkeypatch.setattr(module, "training_step", watched)
+    assert run("fit", "--config", str(path), *tiny(path), "--name=shared").code == 0
+    assert seen and all(batch.shared is not None and any(batch.shared) for batch in seen)
 
 
 @pytest.mark.parametrize("path", FILES)

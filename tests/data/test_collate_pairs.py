@@ -105,7 +105,10 @@ def test_single_answers_and_mismatched_ones(
     ]
     batch = collate_unpaired(rows, **LAYOUTS[layout], mismatched=mismatched)
     want = [expected(row.ids[: row.prompt], row.answer) for row in rows]
-    others = [rows[i - 1].answer for i in range(len(rows))] if len(rows) > 1 else [neighbour]
+    prompts = [row.ids[: row.prompt].tolist() for row in rows]
+    meeting = {k: sum(prompts[i - k] == prompts[i] for i in range(len(rows))) for k in range(1, len(rows))}
+    shift = next((k for k in meeting if meeting[k] == min(meeting.values())), 0)  # of those with the fewest the first
+    others = [rows[i - shift].answer for i in range(len(rows))] if len(rows) > 1 else [neighbour]
     other = [expected(row.ids[: row.prompt], answer) for row, answer in zip(rows, others, strict=True)]
     assert account(batch) == want + (other if mismatched else [])
     assert batch.counts == {"token": sum(map(len, want)), "row": len(rows)}

@@ -10,6 +10,7 @@ import torch
 from datasets import Dataset
 
 from lightning_ft import SFT, PreferenceData
+from lightning_ft.data.collate_pairs import collate_pairs
 from lightning_ft.data.loader import Placement
 from lightning_ft.functional.errors import Refusal
 from tests.data.preferences import LAYOUTS, TOKENIZER, assistant, pairs_of, scored, uneven, user, written
@@ -283,6 +284,30 @@ def test_files_with_and_without_margins_do_not_mix(tmp_path: Path) -> None:
     other = written(tmp_path, uneven(2), "b.jsonl")
     with pytest.raises(Refusal, match="a.jsonl has margins and .*b.jsonl has none"):
         pairs_of([one, other], tmp_path).check_files("fit")  # type: ignore[arg-type]
+    # Rows of a validation meet in a batch, too, and a training file of another kind is no matter.
+    held = pairs_of(one, tmp_path, val_path=[other, one])
+    for ask in (lambda: held.check_files("validate"), lambda: held.setup("validate"), lambda: held.setup("fit")):
+        with pytest.raises(Refusal, match="a.jsonl has margins and .*b.jsonl has none"):
+            ask()
+    apart = pairs_of(one, tmp_path, val_path=other)
+    apart.setup("fit")
+    assert "margin" not in next(iter(apart.val_dataloader())).columns
+    rows = apart._get("val").segments([0]) + apart._get("train").segments([0])
+    with pytest.raises(ValueError, match="Of 2 pairs 1 have a margin"):
+        collate_pairs(rows, packed=True, shared=True)
+
+
+def test_a_first_row_without_a_margin_does_not_take_it_from_the_others(tmp_path: Path) -> None:
+    rows = [{**row, "margin": None if n == 0 else n / 2} for n, row in enumerate(uneven(4))]
+    path = written(tmp_path, rows)
+    with pytest.raises(Refusal, match="line 1: the row has no margin, as others of the file have"):
+        pairs_of(path, tmp_path).check_files("fit")
+    data = pairs_of(path, tmp_path, bad_rows="drop", batch_size=4)
+    data.setup("fit")
+    assert sorted(next(iter(data.train_dataloader())).columns["margin"].tolist()) == [0.5, 1.0, 1.5]
+    empty = pairs_of(written(tmp_path, [{**row, "margin": None} for row in uneven(3)], "none.jsonl"), tmp_path)
+    empty.setup("fit")
+    assert "margin" not in next(iter(empty.train_dataloader())).columns
 
 
 # placement ----------------------------------------------------------------------------------------------------------------

@@ -37,6 +37,10 @@ CHATS = [
 def test_trl_prepares_the_same_tokens_and_the_same_mismatched_ones(rows: list[dict[str, Any]], tmp_path: Path) -> None:
     from trl import KTOTrainer
 
+    if (
+        "chosen" in rows[0]
+    ):  # of different prompts, as those of the other cases are, or it would not be their order alone
+        rows = [{**row, "prompt": f"{n} {row['prompt']}"} for n, row in enumerate(rows)]
     tokenizer, size = tiny_tokenizer(LLAMA3, puts_bos=True), len(rows) * (2 if "chosen" in rows[0] else 1)
     args = SimpleNamespace(
         dataset_num_proc=None,
@@ -51,7 +55,7 @@ def test_trl_prepares_the_same_tokens_and_the_same_mismatched_ones(rows: list[di
     if "chosen" in rows[0]:  # TRL lays all chosen ones first, and its mismatched ones follow from that order
         order = [half * len(rows) + n for n in range(len(rows)) for half in range(2)]
         theirs = [theirs[n] for n in order]
-        rotated = [theirs[-1], *theirs[:-1]]
+        rotated = [*theirs[-2:], *theirs[:-2]]  # by a whole pair: TRL's lie apart, and ours are of other prompts, too
         theirs = [
             {**one, "KL_completion_ids": other["completion_ids"]} for one, other in zip(theirs, rotated, strict=True)
         ]
@@ -101,12 +105,18 @@ def test_each_prompt_also_comes_with_the_answer_of_another_row(
             prompt, answer = own[row][0][0], [token for _, token in found[size + i]]
             assert found[size + i][0][0] == prompt  # behind the row's own prompt
             if size > 1:
-                assert answer == [token for _, token in own[batch.rows.tolist()[:size][i - 1]]]
+                other = batch.rows.tolist()[:size][i - shift_of(rows)]
+                assert answer == [token for _, token in own[other]] and own[other][0][0] != prompt
             else:  # that of a row with another prompt, no longer than its own
                 mine = [token for _, token in own[row]]
                 others = [[t for _, t in tokens][: len(mine)] for tokens in own.values() if tokens[0][0] != prompt]
                 assert answer in others
     assert 1 in sizes
+
+
+def shift_of(rows: list[dict[str, Any]]) -> int:
+    """By how many places answers move: over a whole pair, of which the halves stand beside each other."""
+    return 1 if "label" in rows[0] else 2
 
 
 def test_a_module_without_use_for_mismatched_answers_gets_none(tmp_path: Path) -> None:

@@ -62,7 +62,8 @@ def test_a_merged_folder_scores_the_same_with_any_padding(bases, tmp_path, capsy
     model = hf.AutoModelForSequenceClassification.from_pretrained(tmp_path / "merged")
     tokenizer = hf.AutoTokenizer.from_pretrained(tmp_path / "merged")
     offset = getattr(model.config, "reward_mean", 0.0)
-    assert (offset != 0) == (kind != "bert") == ("has no bias" in said)  # and a head with one holds the shift itself
+    shifted = "has no bias" in said and "reward_mean in its config.json is that number" in said
+    assert (offset != 0) == (kind != "bert") == shifted  # and a head with a bias holds the shift itself
     assert float(module.normalisation[1]) != 1
     rows, pad = [prompt + answer for answer in answers], model.config.pad_token_id
     assert pad == tokenizer.pad_token_id is not None and tokenizer.padding_side == "right"

@@ -7,6 +7,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from benchmarks.random_model import write_model
+from lightning_ft import DPO, PreferenceData
 from lightning_ft.callbacks.freeze import Freeze
 from lightning_ft.callbacks.lora import LoRA
 from tests.invariants import ground
@@ -64,6 +65,22 @@ def test_training_and_validation(wide, tmp_path, question, answer, rows, packing
         module.validation_step(batch, 0)
     for mode in (train, validate):
         assert mode.seen and mode.rows == most, (mode.rows, most)  # equal: the mode does see the logits
+
+
+@pytest.mark.parametrize(("question", "answer"), [(300, 9), (20, 90)], ids=["few of many", "more than a chunk"])
+def test_pairs_of_answers_and_their_reference(wide, tmp_path, question, answer):
+    """A whole fit of DPO, its reference's passes and its validation with it: of prompts no logits are made at all."""
+    pair = {"prompt": "q" * question, "chosen": "a" * answer, "rejected": "b" * answer}
+    (tmp_path / "pairs.jsonl").write_text("".join(json.dumps(pair) + "\n" for _ in range(4)))
+    rows = str(tmp_path / "pairs.jsonl")
+    data = PreferenceData(rows, val_path=str(tmp_path / "pairs.jsonl"), batch_size=4, cache_dir=str(tmp_path))
+    module = DPO(str(wide), base_dtype="float32", lr=1e-2)
+    made = ground.trainer(tmp_path, LoRA(r=2), limit_val_batches=None, num_sanity_val_steps=0)
+    with Widest(torch.empty(V, 32)) as mode:
+        made.fit(module, data)
+    assert tuple(module.view.head.weight.shape) == (V, 32) and made.global_step == 1
+    scored = 8 * (answer + 1)  # four pairs, each answer with its end
+    assert mode.seen and mode.rows == min(scored, CHUNK) and (scored > CHUNK) == (answer == 90)
 
 
 def test_the_mode_sees_the_logits_of_a_plain_forward(wide, tmp_path):

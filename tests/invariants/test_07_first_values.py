@@ -7,32 +7,15 @@ import math
 
 import pytest
 
-from lightning_ft import (
-    IA3,
-    BottleneckAdapter,
-    Freeze,
-    GradualUnfreezing,
-    LoRA,
-    PrefixTuning,
-    PromptTuning,
-)
+from lightning_ft import LoRA
 from tests.contract.subjects import Steps
+from tests.matrix.parts import PARTS as MATRIX
 from tests.modules.preference import dpo, fit, kto, write_job
 
-PARTS = {
-    "full": list,
-    "LoRA": lambda: [LoRA(r=4)],
-    "DoRA": lambda: [LoRA(r=4, dora=True)],
-    "rsLoRA and the embedding": lambda: [LoRA(r=4, rslora=True, target=["q_proj", "embed_tokens"])],
-    "PiSSA": lambda: [LoRA(r=4, init="pissa")],
-    "norms": lambda: [Freeze(["norms"])],
-    "LoRA and norms": lambda: [LoRA(r=4), Freeze(["norms"])],
-    "head": lambda: [Freeze(["lm_head"])],
-    "prefix": lambda: [PrefixTuning(tokens=3)],
-    "prompt": lambda: [PromptTuning(tokens=3)],
-    "adapter": lambda: [BottleneckAdapter()],
-    "IA3": lambda: [IA3()],
-    "unfreezing": lambda: [GradualUnfreezing()],
+PARTS = {name: part.build for name, part in MATRIX.items() if name != "biases"}  # of which a Llama has none
+PARTS |= {
+    "rslora of the embedding": lambda: [LoRA(r=4, rslora=True, target=["q_proj", "embed_tokens"])],
+    "lora over nf4": lambda: [LoRA(r=4)],
 }
 FP32 = 1e-6
 
@@ -42,12 +25,14 @@ def job(tmp_path_factory):
     return write_job(tmp_path_factory.mktemp("first"))
 
 
-OTHERS = [(part, policy) for part in ("full", "DoRA", "prefix") for policy in ("precomputed", "moving")]
+OTHERS = [(part, policy) for part in ("full", "dora", "prefix") for policy in ("precomputed", "moving")]
 
 
 @pytest.mark.parametrize(("part", "policy"), [*((part, "start") for part in PARTS), *OTHERS])
 def test_dpo_begins_at_ln_2(job, tmp_path, part, policy):
-    module, data = dpo(job, tmp_path, lr=1e-2, reference_policy=policy, reference_cache=str(tmp_path / "references"))
+    more = {"quantize": "nf4"} if part.endswith("nf4") else {}
+    references = str(tmp_path / "references")
+    module, data = dpo(job, tmp_path, lr=1e-2, reference_policy=policy, reference_cache=references, **more)
     steps = Steps()
     made = fit(tmp_path, module, data, *PARTS[part](), steps, max_steps=1)
     assert steps.losses == [pytest.approx(math.log(2), abs=FP32)]

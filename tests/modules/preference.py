@@ -7,13 +7,16 @@ import random
 from pathlib import Path
 from typing import Any
 
+import lightning.pytorch as pl
 import torch
 from torch.distributed.tensor import DTensor
 
 from benchmarks.random_model import write_model
 from lightning_ft import DPO, KTO, LoRA, PreferenceData, UnpairedPreferenceData
 from lightning_ft.engine.strategies import FSDP2Strategy
+from lightning_ft.functional.kto import kl_estimate
 from lightning_ft.nn.registry import injected_layers
+from lightning_ft.objectives import kto as objective
 from tests.contract.subjects import trainer
 
 ROWS = 12
@@ -93,3 +96,43 @@ def on_ranks(
     )
     measured = {name: float(value) for name, value in made.callback_metrics.items()}
     return measured, weights(module)
+
+
+class Estimates(pl.Callback):
+    """Of each step of KTO what this rank had measured, and the estimate that it went on with."""
+
+    def __init__(self) -> None:
+        self.found: list[tuple[tuple[float, float], float]] = []
+
+    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        own = objective.mismatched_sum
+
+        def spy(answers: objective.Answers) -> torch.Tensor:
+            self.total = own(answers)
+            self.before = (float(self.total[0]), float(self.total[1]))
+            return self.total
+
+        objective.mismatched_sum, self.own = spy, own
+
+    def on_train_batch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule, *_: Any) -> None:
+        self.found.append((self.before, float(kl_estimate(self.total[0], self.total[1]))))
+
+    def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        objective.mismatched_sum = self.own
+
+
+class Stirred(pl.Callback):
+    """Moves the policy away from its reference before the first step."""
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        stir_(pl_module, seed=5)
+
+
+def estimates(job: str, folder: str, rows: str, model: dict[str, Any]) -> list[tuple[tuple[float, float], float]]:
+    """What `Estimates` finds on this rank in an epoch of batches of three rows a rank."""
+    torch.set_num_threads(1)
+    module, _ = kto(Path(job), Path(folder), **{**model, "lr": 1e-3})
+    data = UnpairedPreferenceData(rows, batch_size=3, shuffle=False, cache_dir=str(Path(folder) / "cache"))
+    watch = Estimates()
+    fit(Path(folder), module, data, LoRA(r=4), Stirred(), watch, devices=2, strategy="ddp")
+    return watch.found

@@ -21,8 +21,9 @@ from lightning_ft import (
     SFTData,
 )
 from lightning_ft.engine.attachment import Attachment
-from lightning_ft.engine.precomputed import ReferenceTable, keys_of
+from lightning_ft.engine.precomputed import ReferenceTable, digest, keys_of
 from lightning_ft.engine.scoring import segment_logps
+from lightning_ft.nn.lora import LoRAConfig, inject_lora
 from tests.contract.subjects import Steps, differing, state, trainer
 from tests.modules.preference import dpo, fit, on_ranks, stir_, weights, write_job
 from tests.modules.tasks import write_base
@@ -260,6 +261,47 @@ def test_a_validation_after_the_fit_compares_with_its_start(job, tmp_path, polic
     assert after == pytest.approx(within, rel=1e-6)
 
 
+def test_rows_of_a_later_test_are_scored_before_the_first_step(job, tmp_path):
+    """Afterwards the start is gone: a test compares with the very numbers that a fit with the policy ``start`` compares with."""
+    lines = (job / "pairs.jsonl").read_text().splitlines()
+    (tmp_path / "unseen.jsonl").write_text("".join(line.replace("!", "?") + "\n" for line in lines[:5]))
+    found = {}
+    for policy in ("start", "precomputed"):
+        data = {"test_path": str(tmp_path / "unseen.jsonl")}
+        model = {"reference_policy": policy, "reference_cache": str(tmp_path / "references")}
+        module, rows = dpo(job, tmp_path, data=data, **model)
+        made = fit(tmp_path, module, rows, Stir(), LoRA(r=4))
+        found[policy] = made.test(module, rows, verbose=False)[0]
+    assert found["precomputed"] == pytest.approx(found["start"], abs=1e-5)
+    assert abs(found["start"]["test/rewards/margins"]) > 1e-3
+    (tmp_path / "others.jsonl").write_text(lines[0].replace("!", "...") + "\n")
+    module, rows = dpo(job, tmp_path, reference_policy="precomputed", reference_cache=str(tmp_path / "references"))
+    made = fit(tmp_path, module, rows, LoRA(r=4))
+    _, rows = dpo(job, tmp_path, data={"test_path": str(tmp_path / "others.jsonl")})
+    with pytest.raises(Refusal, match=r"begin a fit that names these rows too \(data.test_path\)"):
+        made.test(module, rows)
+
+
+def test_a_start_is_known_by_every_number(tmp_path):
+    """A base that differs in one entry of one token is another; factors that start as nothing are not looked at."""
+
+    def named(change=None, *edits):
+        base = torch.nn.Sequential(torch.nn.Embedding(5000, 6), torch.nn.Linear(6, 3))
+        with torch.no_grad():
+            for number, parameter in enumerate(base.parameters()):
+                torch.nn.init.normal_(parameter, generator=torch.Generator().manual_seed(number))
+            if change is not None:
+                base[0].weight[change] += 0.25
+        for edit in edits:
+            edit(base)
+        return digest(base, {})
+
+    start = named()
+    assert start == named() == named(None, lambda net: inject_lora(net, LoRAConfig(r=2, target=["1"])))
+    assert len({start, *(named((row, row % 6)) for row in (0, 17, 4321, 4999))}) == 5
+    assert start != named(None, lambda net: net.bfloat16())
+
+
 def test_embedding_noise_is_the_policy_s_alone(job, tmp_path):
     _, steps, made = run(job, tmp_path, LoRA(r=4), NEFTune(alpha=5.0), max_steps=1)
     _, silent, still = run(job, tmp_path, LoRA(r=4), max_steps=1)
@@ -409,11 +451,20 @@ def test_refusals(job, tmp_path):
     (tmp_path / "sft.jsonl").write_text('{"prompt": "ab", "completion": " cd"}\n' * 4)
     module, _ = dpo(job, tmp_path)
     data = SFTData(str(tmp_path / "sft.jsonl"), cache_dir=str(tmp_path / "cache"))
-    with pytest.raises(Refusal, match="use PreferenceData"):
+    with pytest.raises(Refusal, match="DPO learns from pairs of answers, and these rows are none; use PreferenceData"):
         fit(tmp_path, module, data, LoRA(r=4))
+    assert module.model is None and not (tmp_path / "cache").exists(), "before anything was loaded or tokenised"
+    with pytest.raises(Refusal, match="use PreferenceData"):  # rows that come by hand are looked at in the step
+        module._pairs(next(iter(_plain(job, tmp_path))))
     t5 = DPO(str(write_base("t5", tmp_path / "t5")), base_dtype="float32")
     with pytest.raises(Refusal, match="sequence-to-sequence model .* or a decoder"):
         fit(tmp_path, t5, dpo(job, tmp_path)[1], LoRA(r=4))
     module, rows = dpo(job, tmp_path, data={"share_prompts": True}, attention="sdpa")
     with pytest.raises(Refusal, match="share_prompts"):
         fit(tmp_path, module, rows, LoRA(r=4))
+
+
+def _plain(job, folder):
+    rows = SFTData(str(folder / "sft.jsonl"), cache_dir=str(folder / "cache"), tokenizer=str(job / "model"))
+    rows.setup("fit")
+    return rows.train_dataloader()

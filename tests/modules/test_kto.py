@@ -134,6 +134,34 @@ def test_two_ranks_share_one_estimate(job, tmp_path, two_ranks, strategy):
             torch.testing.assert_close(value, ddp[0][1][name], rtol=1e-4, atol=1e-5)
 
 
+def test_the_estimate_is_the_mean_over_both_ranks(job, tmp_path, two_ranks):
+    """From what each rank had measured itself before they were added up; in the second step they have three rows and two."""
+    lines = (job / "rated.jsonl").read_text().splitlines(keepends=True)
+    (tmp_path / "uneven.jsonl").write_text("".join(lines[:11]))
+    asked = {"job": str(job), "folder": str(tmp_path), "rows": str(tmp_path / "uneven.jsonl"), "model": MODEL}
+    first, second = two_ranks.run("tests.modules.preference:estimates", **asked)
+    assert [n for (_, n), _ in first] + [n for (_, n), _ in second] in ([3, 3, 3, 2], [3, 2, 3, 3])
+    for ((s0, n0), z0), ((s1, n1), z1) in zip(first, second, strict=True):
+        assert z0 == z1 == pytest.approx(max(0.0, (s0 + s1) / (n0 + n1)), rel=1e-6)
+        assert z0 > 0 and z0 != pytest.approx(max(0.0, s0 / n0), rel=1e-3), "one rank alone would have said so"
+
+
+@pytest.mark.parametrize("accumulate", [1, 2])
+def test_without_the_estimate_any_layout_takes_the_same_steps(job, tmp_path, two_ranks, accumulate):
+    """apo_zero_unpaired knows no z, so that micro-batches and ranks are exact: six rows a step at once, in two, on two ranks."""
+    model = {**MODEL, "loss": "apo_zero_unpaired"}
+    whole, _, _ = run(job, tmp_path, model=model)
+    if accumulate == 2:
+        data = {"batch_size": 3}
+        parts, _, _ = run(job, tmp_path, model=model, data=data, accumulate_grad_batches=2)
+        found = weights(parts)
+    else:
+        asked = {"job": str(job), "folder": str(tmp_path), "kind": "kto", "devices": 2, "strategy": "ddp"}
+        found = two_ranks.run("tests.modules.preference:on_ranks", **asked, model=model)[0][1]
+    for name, value in weights(whole).items():
+        torch.testing.assert_close(found[name], value, rtol=1e-5, atol=1e-6)
+
+
 def test_resume_and_load(job, tmp_path):
     model = {"optimizer": None, "lr": 1e-2}
     save = ModelCheckpoint(tmp_path / "saved", filename="{step}", save_top_k=-1, every_n_train_steps=1)
@@ -160,5 +188,7 @@ def test_pairs_without_labels_are_refused(job, tmp_path):
     from lightning_ft import PreferenceData
 
     module, _ = kto(job, tmp_path)
-    with pytest.raises(Refusal, match="use UnpairedPreferenceData"):
+    with pytest.raises(
+        Refusal, match="KTO learns from answers that are labelled good or bad.*use UnpairedPreferenceData"
+    ):
         fit(tmp_path, module, PreferenceData(str(job / "pairs.jsonl"), cache_dir=str(tmp_path / "cache")), LoRA(r=4))
