@@ -1,6 +1,6 @@
 """DPO with LoRA: this library against TRL's DPOTrainer + PEFT at the best of a grid of its settings.
 
-    python -m benchmarks.dpo                 # everything; an hour and a half on two cores, half with --steps 3 --warmup 1 --repeats 3
+    python -m benchmarks.dpo                 # everything; 90 minutes on two cores, 45 with --steps 3 --warmup 1 --repeats 3
     python -m benchmarks.dpo --quick         # three steps, one setting: does it run?
 
 As in `benchmarks.sft`: every run is a process of its own, each setting of the grid once, then its best and this library in turn; a

@@ -3,10 +3,10 @@
 import copy
 from typing import Any
 
+from lightning_ft.data.answered_rows import AnsweredRows
 from lightning_ft.data.loader import PlannedLoader
 from lightning_ft.data.mixture import MixedRows, mixed
 from lightning_ft.data.named_files import Split
-from lightning_ft.data.preference_select import AnsweredRows
 from lightning_ft.data.preference_tokens import Read
 from lightning_ft.data.shared_prompts import SharedPrompts
 from lightning_ft.data.sources import Source, open_source

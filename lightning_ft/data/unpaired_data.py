@@ -10,13 +10,14 @@ from annotated_types import Ge, Gt, Lt
 from datasets import Dataset
 
 from lightning_ft.data.answered import AnsweredData
+from lightning_ft.data.answered_rows import UnpairedRows
 from lightning_ft.data.collate import Segment
 from lightning_ft.data.collate_pairs import UnpairedSegment, collate_unpaired
 from lightning_ft.data.mixture import Files, MixedRows, WeightedFiles, places_of
 from lightning_ft.data.named_files import Split
 from lightning_ft.data.plan import split_rows
 from lightning_ft.data.preference_rows import is_paired, labelled_of, pair_of, wrong_columns
-from lightning_ft.data.preference_select import UnpairedRows, select_unpaired
+from lightning_ft.data.preference_select import select_unpaired
 from lightning_ft.data.preference_tokens import Read, tokenise_exchanges
 from lightning_ft.data.preview import Piece, answer_pieces, pieces_between
 from lightning_ft.data.sources import Located, Source
