@@ -140,6 +140,10 @@ def section(data: dict[str, Any], name: str) -> list[str]:
     if pairs:
         ratios = {w: [p["ours"][w] / p["trl"][w] for p in pairs] for w in ("pairs_per_second", "peak_memory_bytes")}
         gaps = [abs(a - b) for p in pairs[:1] for a, b in zip(p["ours"]["losses"], p["trl"]["losses"], strict=True)]
+        peers = [run for key, run in data["runs"].items() if key.startswith(f"{name}|grid|") and "failed" not in run]
+        apart = max(max(step) - min(step) for step in zip(*(run["losses"] for run in peers), strict=True))
+        least = min(run["peak_memory_bytes"] for run in peers)
+        leanest = [p["ours"]["peak_memory_bytes"] / least for p in pairs]
         told = f" (bar {BARS['speed'][0]}, aim {BARS['speed'][1]})" if name == "long" else ""
         held = f" (bar {BARS['memory'][0]}, aim {BARS['memory'][1]})" if name == "long" else ""
         out += [
@@ -147,8 +151,10 @@ def section(data: dict[str, Any], name: str) -> list[str]:
             "and greatest)",
             "",
             f"- speed: {report.spread(ratios['pairs_per_second'])} x{told}",
-            f"- peak memory: {report.spread(ratios['peak_memory_bytes'])} x{held}",
-            f"- loss curves: largest difference {max(gaps):.4f} nats over {len(gaps)} steps of the same pairs",
+            f"- peak memory: {report.spread(ratios['peak_memory_bytes'])} x{held}; {report.spread(leanest)} x the setting of "
+            f"TRL's that takes least, {least / 1e9:.2f} GB",
+            f"- loss curves: largest difference {max(gaps):.4f} nats over {len(gaps)} steps of the same pairs; TRL's own "
+            f"settings, fp32 among them, lie up to {apart:.4f} apart",
             "",
             head,
         ]
