@@ -112,8 +112,7 @@ PAIRS: list[tuple[str, dict[str, Any], dict[str, Any], str | None]] = [
     ("margin too large", WITH, {**WITH, "margin": 1e39}, "margin must be a finite number"),
     ("margin true", WITH, {**WITH, "margin": True}, "margin must be a number, found true or false"),
     ("margin a list", WITH, {**WITH, "margin": [1]}, "margin must be a number, found a list"),
-    ("no margin", WITH, TEXT, "the row has no margin, as the first row of the file has"),
-    ("a margin in the second row", TEXT, WITH, "the row has a margin and the first row of the file has none"),
+    ("no margin", WITH, TEXT, "the row has no margin, as others of the file have"),
     ("margin as text", WITH, {**WITH, "margin": "0.25"}, None),
     ("margin below zero", WITH, {**WITH, "margin": -1}, None),
 ]

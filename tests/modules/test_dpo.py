@@ -270,7 +270,7 @@ def test_rows_of_a_later_test_are_scored_before_the_first_step(job, tmp_path):
         data = {"test_path": str(tmp_path / "unseen.jsonl")}
         model = {"reference_policy": policy, "reference_cache": str(tmp_path / "references")}
         module, rows = dpo(job, tmp_path, data=data, **model)
-        made = fit(tmp_path, module, rows, Stir(), LoRA(r=4))
+        made = fit(tmp_path, module, rows, LoRA(r=4), Stir())
         found[policy] = made.test(module, rows, verbose=False)[0]
     assert found["precomputed"] == pytest.approx(found["start"], abs=1e-5)
     assert abs(found["start"]["test/rewards/margins"]) > 1e-3

@@ -239,7 +239,7 @@ def test_groups_of_answers_are_scored_behind_one_prompt(bases, kind):
     for most in (1, 8, 11):
         torch.testing.assert_close(module.score(prompts, answers, max_tokens=most), found, **CLOSE)
     assert module.score([], []).shape == (0,)
-    with pytest.raises(Refusal, match="row 1 has an empty"):
+    with pytest.raises(Refusal, match="Row 1 has an empty"):
         module.score([[1], [2]], [[1], []])
     with pytest.raises(Refusal, match="2 prompts for 1 answers"):
         module.score([[1], [2]], [[1]])

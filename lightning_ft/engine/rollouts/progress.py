@@ -10,7 +10,7 @@ from weakref import WeakKeyDictionary
 
 import lightning.pytorch as pl
 from lightning.pytorch.callbacks import RichProgressBar, TQDMProgressBar
-from tqdm.auto import tqdm
+from tqdm.auto import tqdm  # type: ignore[import-untyped]
 
 
 class RoundProgress:
@@ -77,6 +77,7 @@ class _RichLine:
         self._progress.soft_refresh()
 
     def end(self) -> None:
+        self._progress.refresh()
         self._progress.update(self._id, visible=False)
         self._progress.refresh()
 
