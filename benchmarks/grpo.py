@@ -1,28 +1,25 @@
 """GRPO with LoRA: this library against TRL's GRPOTrainer + PEFT at the best of a grid of its settings.
 
-    python -m benchmarks.grpo                # everything; takes about half an hour on two cores
+    python -m benchmarks.grpo                # everything; takes hours on two cores, see --rounds and --workloads
     python -m benchmarks.grpo --quick        # two rounds of few tokens, one setting: does it run?
 
-As in `benchmarks.sft`: every run is a process of its own, each setting of the grid once, then its best and this library in turn; a
-finished run is kept and skipped the next time. Leave the machine alone meanwhile. Both sides draw their own answers to the same
-prompts, so rates are in tokens that were really written.
+See `benchmarks.side_by_side`. Leave the machine alone meanwhile. Both sides draw their own answers to the same prompts, so rates
+are in tokens that were really written.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
-import subprocess
 import tempfile
-import time
 from pathlib import Path
 from typing import Any
 
 from benchmarks import report
 from benchmarks.grpo_trl import GRID
-from benchmarks.runs import RESULTS, Store, launch
+from benchmarks.report import Run
+from benchmarks.runs import RESULTS
+from benchmarks.side_by_side import Comparison, compare
 
-SIDES = {"trl": "benchmarks.grpo_trl", "ours": "benchmarks.grpo_ours"}
 WHOLE = {"prompts": 4, "samples": 8, "new_tokens": 64}
 QUICK = {"prompts": 2, "samples": 4, "new_tokens": 8}
 RATES = {"round": "end to end", "writing": "writing", "learning": "learning"}
@@ -62,159 +59,79 @@ def rates(run: dict[str, Any]) -> dict[str, float]:
     }
 
 
-class Bench:
-    """Runs cells, skipping those that are done."""
-
-    def __init__(self, store: Store, workspace: Path, model: str, arguments: argparse.Namespace) -> None:
-        """Keep what every cell needs."""
-        self.store, self.workspace, self.model, self.arguments = store, workspace, model, arguments
-
-    def cell(self, key: str, side: str, options: dict[str, Any]) -> dict[str, Any]:
-        """One run, or its kept result."""
-        kept = self.store.get(key)
-        if kept is not None:
-            return kept
-        spec = {
-            "model": self.model,
-            "rows": str(self.workspace / f"{key.split('|')[0]}.jsonl"),
-            "adapter": str(self.workspace / "adapter"),
-            "batch_size": self.arguments.batch,
-            "steps": self.arguments.rounds,
-            "warmup": self.arguments.warmup,
-            "lr": 1e-5,
-            "options": {**self.arguments.sizes, **options},
-        }
-        print(f"{key}: ...", end="", flush=True)
-        begun = time.perf_counter()
-        try:
-            result = launch(SIDES[side], [json.dumps(spec)])
-            result["rates"] = rates(result)
-        except (RuntimeError, subprocess.TimeoutExpired) as error:
-            if "|grid|" not in key:
-                raise
-            result = {"side": side, "failed": str(error).strip().splitlines()[-1][:500]}
-        result["wall_seconds"] = time.perf_counter() - begun
-        self.store.put(key, result)
-        print(f"\r{key}: {headline(result)}, {result['wall_seconds']:.0f} s in all", flush=True)
-        return result
-
-    def workload(self, name: str, grid: dict[str, dict[str, Any]]) -> None:
-        """The grid, then the sides in turn."""
-        found = {setting: self.cell(f"{name}|grid|trl {setting}", "trl", options) for setting, options in grid.items()}
-        speeds = {setting: run["rates"]["round"] for setting, run in found.items() if "failed" not in run}
-        if not speeds:
-            raise SystemExit(f"No setting of TRL's grid ran on the workload {name}.")
-        best = max(speeds, key=speeds.__getitem__)
-        print(f"{name}: TRL's best setting is {best}", flush=True)
-        for repeat in range(self.arguments.repeats):
-            self.cell(f"{name}|turn {repeat}|trl {best}", "trl", grid[best])
-            self.cell(f"{name}|turn {repeat}|ours", "ours", {})
-        self.cell(f"{name}|apart|ours, a prompt for each answer", "ours", {"share_prompts": False})
+def spec(
+    workload: str, options: dict[str, Any], facts: dict[str, Any], arguments: argparse.Namespace
+) -> dict[str, Any]:
+    """What a side is told."""
+    return {
+        "batch_size": arguments.batch,
+        "steps": arguments.rounds,
+        "warmup": arguments.warmup,
+        "lr": 1e-5,
+        "options": {**arguments.sizes, **options},
+    }
 
 
-def headline(run: dict[str, Any]) -> str:
-    """One run in a few words."""
-    if "failed" in run:
-        return f"could not run: {run['failed'][:120]}"
+def finish(run: Run, workload: str) -> None:
+    """Adds its rates."""
+    run["rates"] = rates(run)
+
+
+def told(run: Run) -> str:
+    """The rates in a few words."""
     found = run["rates"]
+    return f"{found['round']:.1f} tok/s (writing {found['writing']:.1f}, learning {found['learning']:.1f})"
+
+
+def intro(data: dict[str, Any], name: str) -> str:
+    """What the prompts are, and what a round is."""
+    settings = data["settings"]
     return (
-        f"{found['round']:.1f} tok/s (writing {found['writing']:.1f}, learning {found['learning']:.1f}), "
-        f"{run['peak_memory_bytes'] / 1e9:.2f} GB"
+        f"Prompts of {data['rows'][name]['prompt_tokens']:.0f} tokens on average; {settings['prompts']} prompts a round, "
+        f"{settings['samples']} answers of at most {settings['new_tokens']} tokens to each, one optimizer step a round in "
+        f"micro-batches of {settings['batch']}; {settings['rounds']} rounds, the first {settings['warmup']} not timed."
     )
 
 
-def turns(data: dict[str, Any], workload: str) -> list[dict[str, Any]]:
-    """The runs of each complete turn by side."""
-    found: dict[int, dict[str, Any]] = {}
-    for key, run in data["runs"].items():
-        name, phase, side = key.split("|")
-        if name == workload and phase.startswith("turn "):
-            found.setdefault(int(phase.split()[1]), {})[side.split()[0]] = {**run, "setting": side.partition(" ")[2]}
-    return [found[n] for n in sorted(found) if SIDES.keys() <= found[n].keys()]
+def ratios(data: dict[str, Any], name: str, pairs: list[dict[str, Run]]) -> list[str]:
+    """Rates and memory beside TRL's."""
+    lines = []
+    for rate, words in RATES.items():
+        found = [pair["ours"]["rates"][rate] / pair["trl"]["rates"][rate] for pair in pairs]
+        lines.append(f"- {words}: {report.spread(found)} x" + (f" (aim {AIM:g})" if rate == "round" else ""))
+    return [*lines, f"- peak memory: {report.spread(report.ratios(pairs, 'ours', 'trl', 'peak_memory_bytes'))} x"]
 
 
-def line(name: str, run: dict[str, Any], answers: int) -> str:
+def line(name: str, run: Run, data: dict[str, Any], workload: str) -> str:
     """One run as a table row."""
     if "failed" in run:
         return f"| {name} | could not run | | | | |"
-    timed = run["step_tokens"][run["warmup"] :]
+    timed, answers = run["step_tokens"][run["warmup"] :], data["settings"]["prompts"] * data["settings"]["samples"]
     numbers = " | ".join(f"{run['rates'][rate]:.1f}" for rate in RATES)
     return f"| {name} | {numbers} | {run['peak_memory_bytes'] / 1e9:.2f} | {sum(timed) / len(timed) / answers:.1f} |"
 
 
-def section(data: dict[str, Any], name: str) -> list[str]:
-    """Everything about one workload."""
-    settings, pairs = data["settings"], turns(data, name)
-    answers = settings["prompts"] * settings["samples"]
-    named = " | ".join(f"{words}, tok/s" for words in RATES.values())
-    head = f"| run | {named} | peak GB | tokens an answer |\n|---|---|---|---|---|---|"
-    out = [
-        f"## Workload `{name}`",
-        "",
-        f"Prompts of {data['rows'][name]:.0f} tokens on average; {settings['prompts']} prompts a round, {settings['samples']} "
-        f"answers of at most {settings['new_tokens']} tokens to each, one optimizer step a round in micro-batches of "
-        f"{settings['batch']}; {settings['rounds']} rounds, the first {settings['warmup']} not timed.",
-        "",
-    ]
-    if pairs:
-        best = pairs[0]["trl"]["setting"]
-        told = f"({len(pairs)} turns; median with least and greatest)"
-        out += [f"**Against TRL + PEFT at its best setting, `{best}`** {told}", ""]
-        for rate, words in RATES.items():
-            ratios = [p["ours"]["rates"][rate] / p["trl"]["rates"][rate] for p in pairs]
-            out.append(f"- {words}: {report.spread(ratios)} x" + (f" (aim {AIM:g})" if rate == "round" else ""))
-        memory = [p["ours"]["peak_memory_bytes"] / p["trl"]["peak_memory_bytes"] for p in pairs]
-        out += [f"- peak memory: {report.spread(memory)} x", "", head]
-        for number, turn in enumerate(pairs):
-            out += [line(f"{number}: TRL", turn["trl"], answers), line(f"{number}: ours", turn["ours"], answers)]
-    rest = {key: run for key, run in data["runs"].items() if key.startswith((f"{name}|grid|", f"{name}|apart|"))}
-    return [
-        *out,
-        "",
-        "One run each:",
-        "",
-        head,
-        *(line(key.split("|")[2], run, answers) for key, run in rest.items()),
-        "",
-    ]
-
-
-def render(data: dict[str, Any]) -> str:
-    """The whole page."""
-    machine = data["machine"]
-    out = [
-        "# GRPO with LoRA: writing, learning and memory",
-        "",
-        f"{machine['cpu']}, {machine['cores']} cores ({', '.join(machine['features'])}).",
-        ", ".join(f"{k} {v}" for k, v in machine["versions"].items()) + ".",
-        "",
-    ]
-    for name in data["rows"]:
-        if any(key.startswith(f"{name}|") for key in data["runs"]):
-            out += section(data, name)
-    return "\n".join(out).rstrip() + "\n"
+COMPARISON = Comparison(
+    title="GRPO with LoRA: writing, learning and memory",
+    sides={"trl": "benchmarks.grpo_trl", "ours": "benchmarks.grpo_ours"},
+    grid=GRID,
+    head=f"| run | {' | '.join(f'{words}, tok/s' for words in RATES.values())} | peak GB | tokens an answer |\n"
+    "|---|---|---|---|---|---|",
+    spec=spec,
+    finish=finish,
+    score=lambda run: run["rates"]["round"],
+    told=told,
+    intro=intro,
+    ratios=ratios,
+    line=line,
+)
 
 
 def main(argv: list[str] | None = None) -> None:
     """Run what is missing and write the table."""
     arguments = parse(argv)
-    workloads = [name for name in arguments.workloads.split(",") if name]
     settings = {**arguments.sizes, "rounds": arguments.rounds, "warmup": arguments.warmup, "batch": arguments.batch}
-    with tempfile.TemporaryDirectory() as folder:
-        facts = launch("benchmarks.pairs", ["--output", folder, "--workloads", ",".join(workloads)])
-        store = Store(arguments.output, settings)
-        rows = store.data.setdefault("rows", {})
-        if arguments.output.exists():
-            rows.update(json.loads(arguments.output.read_text()).get("rows", {}))
-        rows.update({name: facts[name]["prompt_tokens"] for name in workloads})
-        bench = Bench(store, Path(folder), facts["model"], arguments)
-        grid = {"bf16-base-plain": GRID["bf16-base-plain"]} if arguments.quick else GRID
-        for name in workloads:
-            bench.workload(name, grid)
-        table = render(store.data)
-        arguments.output.with_suffix(".md").write_text(table, encoding="utf-8")
-        print("\n" + table)
-        print(f"Written to {arguments.output} and {arguments.output.with_suffix('.md')}.")
+    compare(COMPARISON, arguments, settings)
 
 
 if __name__ == "__main__":

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from statistics import median
 from typing import Any
 
@@ -34,15 +35,15 @@ def spread(values: list[float], form: str = "{:.2f}") -> str:
     return f"{form.format(median(values))} ({form.format(min(values))} to {form.format(max(values))})"
 
 
-def turns(data: dict[str, Any], workload: str) -> list[dict[str, Run]]:
-    """The runs of each complete turn by side: ``trl``, ``ours``, ``plain``."""
+def turns(data: dict[str, Any], workload: str, sides: Iterable[str] = ("trl", "ours", "plain")) -> list[dict[str, Run]]:
+    """The runs of each turn that all sides have completed, by side."""
     found: dict[int, dict[str, Run]] = {}
     for key, run in data["runs"].items():
         name, phase, side = key.split("|")
         if name == workload and phase.startswith("turn "):
             side_name, _, setting = side.partition(" ")
             found.setdefault(int(phase.split()[1]), {})[side_name] = {**run, "setting": setting}
-    return [found[n] for n in sorted(found) if {"trl", "ours", "plain"} <= found[n].keys()]
+    return [found[n] for n in sorted(found) if set(sides) <= found[n].keys()]
 
 
 def ratios(pairs: list[dict[str, Run]], a: str, b: str, what: str) -> list[float]:
