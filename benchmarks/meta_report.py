@@ -73,6 +73,23 @@ def waves_table(content: Content) -> list[str]:
             # written down, ours stands for it: as many tasks were measured.
             meet = [abs(m - value) <= (h**2 + (half or h) ** 2) ** 0.5 for m, h in found]
             lines.append(f"| {name} | {step.removeprefix('step_')} | {shown} | {told} | {_share(meet)} |")
+    return [*lines, *_numpy_seeds(content)]
+
+
+def _numpy_seeds(content: Content) -> list[str]:
+    """What further seeds of the NumPy program gave, where it was run with some: an interval over tasks knows nothing of them."""
+    lines = []
+    for name, steps in content.get("numpy_seeds", {}).items():
+        told = [
+            f"after {step.removeprefix('step_')} step{'s' * (step != 'step_1')} {', '.join(f'{v:.3f}' for v in sorted(values))}"
+            for step, values in steps.items()
+        ]
+        count = len(next(iter(steps.values())))
+        lines += [
+            "",
+            f"The intervals are over tasks, for one trained model; models of other seeds differ by more. Of `{name}` the NumPy "
+            f"program, run with {count} seeds anew, gives {'; '.join(told)}.",
+        ]
     return lines
 
 
