@@ -21,6 +21,7 @@ from lightning_ft.cli.run_folder import ROW, SUMMARY
 from lightning_ft.engine.batch import Batch
 from lightning_ft.engine.summary import trained_counts
 from lightning_ft.engine.technique import Technique
+from lightning_ft.formats.atomic import write_text
 from lightning_ft.functional.memory import peak_memory_bytes
 
 SECONDS = "lightning_ft_train_seconds"
@@ -194,8 +195,5 @@ def _number(value: Any) -> float | None:
 
 
 def write_json(file: Path, content: dict[str, Any]) -> None:
-    """Writes beside the file and renames, so that a reader finds the old content or the new, never half of it."""
-    file.parent.mkdir(parents=True, exist_ok=True)
-    beside = file.with_name(f".{file.name}.new")
-    beside.write_text(json.dumps(content, indent=2, ensure_ascii=False, allow_nan=False) + "\n", encoding="utf-8")
-    beside.replace(file)
+    """Writes JSON so that a reader finds the old content or the new, never half of it."""
+    write_text(file, json.dumps(content, indent=2, ensure_ascii=False, allow_nan=False) + "\n")

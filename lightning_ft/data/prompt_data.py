@@ -1,6 +1,5 @@
 """Prompts for a policy that writes the answers itself: one epoch is one round."""
 
-import json
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -21,6 +20,7 @@ from lightning_ft.data.prompt_rows import (
     select_prompts,
     tokenise_prompts,
 )
+from lightning_ft.data.rollouts.answer_log import AnswerLog
 from lightning_ft.data.rollouts.loader import RoundLoader
 from lightning_ft.data.shared_prompts import SharedPrompts
 from lightning_ft.data.sources import Source, open_source
@@ -134,6 +134,7 @@ class PromptData(SharedPrompts):
         self.check()
         self._asking = Asking(chat, system)
         self._round: Round | None = None
+        self._answer_log = AnswerLog()
         self._by_row: dict[Split, dict[int, int]] = {}
 
     @property
@@ -173,7 +174,7 @@ class PromptData(SharedPrompts):
                 "OnPolicyDistillation, or data that have answers, such as SFTData."
             )
         if stage in ("fit", None):
-            self._round = None
+            self._round, self._answer_log = None, AnswerLog()
         super().setup(stage)
 
     def reports(self) -> dict[str, Report]:
@@ -246,6 +247,17 @@ class PromptData(SharedPrompts):
         wanted = [row for row in batch.rows.tolist() if row >= 0]
         return self._prompts(split, rows.segments([self._places_by_row(split)[row] for row in wanted]))
 
+    def longest_prompt(self, splits: Sequence[Split]) -> tuple[int, str] | None:
+        """Tokens of the longest prompt of these splits, and where it stands; None where none of them is set up."""
+        found: tuple[int, str] | None = None
+        for split in splits:
+            rows = self._rows.get(split)
+            if rows is None or (found is not None and int(rows.lengths.max()) <= found[0]):
+                continue
+            (prompt,) = rows.segments([int(rows.lengths.argmax())])
+            found = len(prompt.ids), self._places(split).where(prompt.row)
+        return found
+
     def _places_by_row(self, split: Split) -> dict[int, int]:
         if split not in self._by_row:
             rows = self._get(split)
@@ -269,26 +281,9 @@ class PromptData(SharedPrompts):
     def _write_answers(self, round: Round) -> None:
         trainer = self.trainer
         assert trainer is not None
-        file = (
-            Path(trainer.log_dir or trainer.default_root_dir) / "rollouts.jsonl"
-        )  # asked on every rank: it is broadcast
-        if not (trainer.is_global_zero and self.log_answers):
-            return
-        file.parent.mkdir(parents=True, exist_ok=True)
-        lines = file.read_text(encoding="utf-8").splitlines() if file.exists() and round.number else []
-        # A run that resumes writes its rounds again, and they are the same.
-        lines = [line for line in lines if json.loads(line)["round"] < round.number]
-        for answer in range(min(self.log_answers, len(round.answers))):
-            total = float(round.scores.total[answer])
-            line = {
-                "round": round.number,
-                "prompt": round.prompts[answer // round.samples].given,
-                "answer": round.texts[answer],
-                "ended": round.answers[answer].ended,
-                "reward": total if total == total else None,
-            }
-            lines.append(json.dumps(line, ensure_ascii=False))
-        file.write_text("".join(line + "\n" for line in lines), encoding="utf-8")
+        folder = Path(trainer.log_dir or trainer.default_root_dir)  # asked on every rank: it is broadcast
+        if trainer.is_global_zero and self.log_answers:
+            self._answer_log.write(folder / "rollouts.jsonl", round, self.log_answers)
 
     # What `PlannedData` asks
 

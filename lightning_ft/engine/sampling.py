@@ -148,11 +148,15 @@ def allowed(logits: Tensor, *, top_k: int = 0, top_p: float = 1.0) -> Tensor:
     return logits
 
 
+def positions_of(view: CausalLM) -> int | None:
+    """How many tokens a prompt and its answer may have together; None where the model does not say."""
+    return getattr(view.config, "max_position_embeddings", None) or None
+
+
 def _check(view: CausalLM, prompts: Sequence[Sequence[int]], new: int) -> None:
     if any(not len(prompt) for prompt in prompts):
         raise Refusal("An empty prompt gives the model nothing to continue; write at least one character.")
-    limit = getattr(view.config, "max_position_embeddings", None)
-    longest = max(map(len, prompts))
+    limit, longest = positions_of(view), max(map(len, prompts))
     if limit and longest + new > limit:
         raise Refusal(
             f"The longest prompt has {longest} tokens and {new} new ones do not fit into the model's {limit} positions; shorten "

@@ -1,4 +1,4 @@
-"""Write a folder so that a reader finds the old content or the new content, and never half of either.
+"""Write a folder, or a file, so that a reader finds the old content or the new content, and never half of either.
 
 Two renames replace a folder that exists (no portable call swaps two folders): a process killed between them leaves the
 target absent and both contents complete beside it.
@@ -99,6 +99,15 @@ def write_folder(
         save_file(tensors, temporary / weights_file, metadata={"format": "pt"})
         (temporary / config_file).write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
     return Path(folder)
+
+
+def write_text(file: Path, text: str) -> None:
+    """Write a file of text beside its target, fsynced, and rename it."""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    beside = file.with_name(f".{file.name}.new")
+    beside.write_text(text, encoding="utf-8")
+    _sync(beside)
+    os.replace(beside, file)
 
 
 def _sync(path: Path) -> None:

@@ -6,6 +6,7 @@ import torch
 from annotated_types import Ge, Gt, Le
 from torch import Tensor
 
+from lightning_ft.engine.arguments import signature_of
 from lightning_ft.engine.attachment import Attachment
 from lightning_ft.engine.batch import Batch
 from lightning_ft.engine.likelihood import Ask
@@ -82,9 +83,10 @@ class GRPO(RolloutModule):
 
     Logs:
         Once a round, as ``train/``: ``reward`` and its ``reward_std``, ``rewards/<name>`` of each source before weighting,
-        ``length``, ``length_ended``, ``truncated`` (share), ``without_signal`` (share of groups), ``trained_share``
-        (of answers), and against the reference ``kl`` (nats an answer), ``kl_k1`` and ``kl_k3`` (nats a token). Each step:
-        ``loss``, ``entropy`` (nats a token), ``ratio``, ``clipped_low``, ``clipped_high``, ``policy_kl``. In validation:
+        ``length``, ``length_ended``, ``truncated`` (share), ``without_signal`` (share of groups), ``judged`` and
+        ``trained_share`` (of answers; with several rewards also ``judged/<name>``), and against the reference ``kl`` (nats an
+        answer), ``kl_k1`` and ``kl_k3`` (nats a token), which are of the answers trained on, while the others are of all. Each
+        step: ``loss``, ``entropy`` (nats a token), ``ratio``, ``clipped_low``, ``clipped_high``, ``policy_kl``. In validation:
         ``val/reward``, ``val/rewards/<name>``, ``val/length``, ``val/truncated``. Some answers stand in ``rollouts.jsonl``.
 
     Raises:
@@ -96,7 +98,7 @@ class GRPO(RolloutModule):
 
     References:
         Shao et al., 2024 (DeepSeekMath), equation 3; Yu et al., 2025 (DAPO); Liu et al., 2025 (Dr. GRPO); Zheng et al., 2025
-        (GSPO); MiniMax, 2025 (CISPO); Ahmadian et al., 2024 (RLOO). Proven against TRL's GRPOTrainer in tests/oracles.
+        (GSPO); MiniMax, 2025 (CISPO); Ahmadian et al., 2024 (RLOO). Proven against TRL's trainers in tests/oracles.
     """
 
     def __init__(
@@ -176,6 +178,14 @@ class GRPO(RolloutModule):
         self.check()
         if advantage == "rloo" and scale != "group":
             raise Refusal(f"GRPO.scale is {scale!r}, but the advantage rloo divides by nothing; leave scale out.")
+        defaults = {name: one.default for name, one in signature_of(GRPO).items()}
+        bounds = ["clip_low", "clip_high", "clip_both"]
+        ignored, used = (bounds, ["cispo_most"]) if loss == "cispo" else (["cispo_most"], bounds)
+        for name in ignored:
+            if getattr(self, name) != defaults[name]:
+                raise Refusal(
+                    f"GRPO.{name} is {getattr(self, name)}, but {loss} is bounded by {', '.join(used)}; leave it out."
+                )
         if clip_both is not None and clip_both <= 1 + clip_high:
             raise Refusal(f"GRPO.clip_both must be greater than 1 + clip_high, {1 + clip_high:g}, got {clip_both}.")
         clip = Clip(clip_low, clip_high, clip_both)

@@ -192,6 +192,11 @@ class OnPolicyDistillation(RolloutModule):
     def _compares(self) -> bool:
         return False
 
+    @property
+    def draws(self) -> bool:  # type: ignore[override]
+        """Whether some rounds are not the data's."""
+        return self.share > 0 or self.sequence_kd
+
     def resolved_lr(self) -> float:
         """``lr``, else that of supervised training, which this is."""
         return self.lr if self.lr is not None else FineTuningModule.resolved_lr(self)

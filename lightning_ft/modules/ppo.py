@@ -265,9 +265,11 @@ class PPO(RolloutModule):
             self._controller |= {"observed": float(kl.double().sum()) / answers, "answers": float(answers)}
 
     def _adapt(self) -> None:
-        """Moves the KL's coefficient by what the round before has shown."""
+        """Moves the KL's coefficient by what the round before has shown; one that does not move is what is given now."""
         now = self._controller
-        if self.kl_target is not None and now["answers"]:
+        if self.kl_target is None or now["coefficient"] == 0:  # 0, which stays 0, comes from a run that had no KL
+            now["coefficient"] = self.beta
+        elif now["answers"]:
             now["coefficient"] = adapted(
                 now["coefficient"],
                 now["observed"],

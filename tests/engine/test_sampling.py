@@ -61,6 +61,18 @@ def test_where_an_answer_ends() -> None:
     assert [row[0] for row in third] == [Answer(row[:3], True) for row in whole]
 
 
+def test_an_end_as_the_last_token_that_is_allowed_is_an_end() -> None:
+    """One token fewer, and the answer was cut; one more changes nothing."""
+    view = CausalLM(build("llama").eval())
+    (whole,) = ids(greedy(view, PROMPTS[:1], 12))[0]
+    place = next(place for place in range(1, 12) if whole[place] not in whole[:place])
+    end = whole[place]
+    for limit in (place, place + 1, place + 2):
+        expected = [[Answer(whole[: min(limit, place + 1)], limit > place)]]
+        assert greedy(view, PROMPTS[:1], limit, end_ids={end}) == expected
+        assert greedy(view, PROMPTS[:1], limit, stops=lambda so_far: so_far[-1] == end) == expected
+
+
 def test_rows_that_have_ended_leave(monkeypatch: pytest.MonkeyPatch) -> None:
     """The forward passes get shorter, and stop with the last row."""
     view = CausalLM(build("llama").eval())

@@ -21,7 +21,7 @@ from lightning_ft import LoRA
 from tests.modules.ppo_jobs import ppo
 from tests.modules.rollouts import fit, grpo, sevens
 
-PLACES = ("writing", "measuring", "updating")
+PLACES = ("drawing", "rewarding", "measuring", "updating")
 
 
 KINDS: dict[str, Any] = {
@@ -37,12 +37,22 @@ def die() -> None:
 
 
 class Kill(Callback):
-    """While the second round is measured, or before its second update."""
+    """At the third token of the second round, while that round is measured, or before its second update."""
 
     def __init__(self, place: str) -> None:
         self.place = place
 
     def on_train_start(self, trainer: Any, pl_module: Any) -> None:
+        if self.place == "drawing":
+            read: list[int] = []
+
+            def note(module: Any, args: Any, kwargs: Any) -> None:
+                if trainer.current_epoch == 1 and kwargs.get("past_key_values") is not None:
+                    read.append(1)
+                    if len(read) == 3:
+                        die()
+
+            pl_module.view.backbone.register_forward_pre_hook(note, with_kwargs=True)
         if self.place != "measuring":
             return
         own = pl_module.measure
@@ -65,7 +75,7 @@ def train(kind: str, job: Path, folder: Path, place: str | None) -> None:
 
     def reward(completions: list[str], **columns: Any) -> list[float]:
         rounds.append(len(completions))
-        if place == "writing" and len(rounds) == 2:
+        if place == "rewarding" and len(rounds) == 2:
             die()
         return sevens(completions)
 
@@ -102,4 +112,6 @@ if __name__ == "__main__":
         assert child(kind_, job_, folder_ / where, where) == -signal.SIGKILL, (
             f"the run to be killed while {where} was not"
         )
+        if (log := folder_ / where / "rollouts.jsonl").exists():
+            log.write_bytes(log.read_bytes() + b'{"round": 9, "pro')  # as a kill in the midst of a line leaves it
         assert child(kind_, job_, folder_ / where, None) == 0, f"the run that resumes after {where} failed"

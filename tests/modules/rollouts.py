@@ -11,7 +11,7 @@ import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
 
 from benchmarks.random_model import write_model
-from lightning_ft import GRPO, LoRA, PromptData
+from lightning_ft import GRPO, LoRA, PromptData, Refusal
 from lightning_ft.engine.rollouts.round import Round
 from lightning_ft.engine.strategies import FSDP2Strategy
 from tests.contract.subjects import trainer
@@ -128,6 +128,21 @@ def on_ranks(job: str, folder: str, devices: int, strategy: str, full: bool, **m
         "metrics": {name: float(value) for name, value in made.callback_metrics.items()},
         "weights": weights(module),
     }
+
+
+def refused_on_ranks(job: str, folder: str, long: int) -> str:
+    """What is said on a rank of two where one prompt has so many words more than fit; nothing but the fit's beginning runs."""
+    torch.set_num_threads(1)
+    rows = [{"prompt": "tell " + "more " * (long if n == 4 else 1)} for n in range(5)]
+    path = Path(folder) / f"long{torch.distributed.get_rank()}.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    module, _ = grpo(Path(job), Path(folder))
+    data = PromptData(str(path), prompts=5, max_length=None, shuffle=False, cache_dir=str(Path(folder) / "cache"))
+    try:
+        fit(Path(folder), module, data, LoRA(r=4), devices=2, strategy="ddp")
+    except Refusal as refusal:
+        return str(refusal)
+    return "nothing"
 
 
 def resumed_on_ranks(

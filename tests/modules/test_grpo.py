@@ -317,6 +317,13 @@ def test_validation_asks_for_the_most_likely_answers(job, tmp_path):
         ({"loss": "ppo"}, "GRPO.loss must be one of"),
         ({"advantage": "rloo", "scale": "none"}, "divides by nothing"),
         ({"clip_high": 0.5, "clip_both": 1.4}, "greater than 1 \\+ clip_high"),
+        (
+            {"loss": "cispo", "clip_both": 2.0},
+            "clip_both is 2.0, but cispo is bounded by cispo_most; leave it out",
+        ),
+        ({"loss": "cispo", "clip_low": 0.1}, "GRPO.clip_low is 0.1, but cispo"),
+        ({"loss": "cispo", "clip_high": 0.28}, "GRPO.clip_high is 0.28, but cispo"),
+        ({"cispo_most": 2.0}, "cispo_most is 2.0, but dapo is bounded by clip_low, .*; leave it out"),
         ({"stop_strings": [""]}, "empty text"),
         ({"rewards": {}}, "at least one reward"),
     ],

@@ -20,9 +20,10 @@ def job(tmp_path_factory):
 
 
 def test_a_round_without_signal_changes_nothing(job, tmp_path):
-    module, watch, made = play(job, tmp_path, LoRA(r=4), rewards={"constant": constant})
+    module, watch, made = play(job, tmp_path, LoRA(r=4), rewards={"constant": constant}, beta=0.1)
     assert float(made.callback_metrics["train/without_signal"]) == 1.0
     assert float(made.callback_metrics["train/trained_share"]) == 0.0
+    assert math.isnan(float(made.callback_metrics["train/kl"])), "no answer was measured"
     assert all(loss == 0.0 for loss in watch.losses)
     assert all(not bool(gradient.any()) for step in watch.gradients for gradient in step.values())
 
@@ -81,6 +82,26 @@ def test_an_answer_that_nobody_judged_is_left_out(job, tmp_path):
         assert math.isnan(float(round.scores.total[answer])) if answer % 4 == 1 else True
         if answer % 4 != 1:
             assert float(round.scores.total[answer]) == pytest.approx(expected)
+
+
+@pytest.mark.parametrize(
+    ("settings", "precision"),
+    [
+        ({"importance": "sequence", "loss": "grpo"}, "32-true"),
+        ({"base_dtype": "bfloat16"}, "bf16-mixed"),
+        ({"base_dtype": "bfloat16", "importance": "sequence"}, "bf16-true"),
+    ],
+    ids=["sequence", "bf16", "bf16 sequence"],
+)
+def test_the_first_update_of_every_round_finds_the_policy_that_wrote(job, tmp_path, settings, precision):
+    data, options = {"passes": 2, "batch_size": 8}, {"precision": precision}
+    _, watch, _ = play(job, tmp_path, LoRA(r=4), Stir(), data=data, options=options, lr=0.1, **settings)
+    assert len(watch.rounds) == 2 and len(watch.logged) == 8
+    for step in (0, 4):
+        logged = watch.logged[step]
+        assert logged["train/ratio"] == pytest.approx(1.0, abs=1e-6)
+        assert logged["train/policy_kl"] == logged["train/clipped_low"] == logged["train/clipped_high"] == 0.0
+    assert all(abs(watch.logged[step]["train/ratio"] - 1) > 1e-4 for step in (3, 7))
 
 
 # -- learning --------------------------------------------------------------------------------------------------------------

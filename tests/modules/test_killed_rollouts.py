@@ -1,4 +1,4 @@
-"""Killed with SIGKILL while a round is written, measured or trained on, and resumed: the same weights as an unbroken run."""
+"""Killed with SIGKILL while a round is drawn, rewarded, measured or trained on, and resumed: the weights of an unbroken run."""
 
 import json
 import subprocess

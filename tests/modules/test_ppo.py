@@ -139,23 +139,6 @@ def _ones(completions: list[str]) -> list[float]:
     return [1.0] * len(completions)
 
 
-def _judges_some(prompts: list[str], completions: list[str]) -> list[float | None]:
-    return [None if number % 3 == 0 else 1.0 for number in range(len(completions))]
-
-
-def _judges_none(completions: list[str]) -> list[None]:
-    return [None] * len(completions)
-
-
-@pytest.mark.parametrize(("judge", "kept"), [(_judges_some, 8), (_judges_none, 0)])
-def test_answers_that_nobody_judged_are_left_out(job: Path, tmp_path: Path, judge: Any, kept: int) -> None:
-    module, watch, _ = play(job, tmp_path, rewards={"some": judge}, data={"draw_batch": 6})
-    assert [int(round.kept.sum()) for round in watch.rounds] == [kept, kept]
-    assert all(math.isfinite(loss) for loss in watch.losses) and len(watch.losses) == 8
-    for round in watch.rounds:
-        assert len(round.tokens["advantages"]) == int(round.lengths[round.kept].sum())
-
-
 def test_whitened_over_the_round(whole: Any) -> None:
     for round in whole[1].rounds:
         advantages = round.tokens["advantages"].double()

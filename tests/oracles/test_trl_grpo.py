@@ -1,25 +1,31 @@
 """TRL's GRPOTrainer as oracle: it is given the answers that our run wrote, and must find the same losses and gradients.
 
-A random fp32 Llama, LoRA factors (B not zero) that reach PEFT through our own export, two rounds of two passes each, so that the
-second step of a round has ratios other than 1, some of them clipped; plain SGD, since AdamW's first steps are the signs of
-gradients and so of rounding errors. TRL pads and reads a prompt for each of its answers; we pack and read it once.
+Two rounds of two passes each, so that the second step of a round has ratios other than 1, some of them clipped. TRL pads and reads
+a prompt for each of its answers; we pack and read it once.
 Rewards, advantages, old and reference log-probabilities are computed by each side itself.
 """
-
-import json
 
 import pytest
 import torch
 
-from benchmarks.random_model import write_model
-from tests.modules.rollouts import Watch, sevens
+from tests.modules.rollouts import sevens
+from tests.oracles.rollouts import (
+    ROUNDS,
+    SAMPLES,
+    lines,
+    play_ours,
+    recording,
+    their_policy,
+    their_settings,
+    write_files,
+)
 from tests.oracles.test_trl_sft import plain_name
 from tests.tolerances import TOL
 
 # TRL, PEFT and transformers warn about one another; this test is about their numbers.
 pytestmark = pytest.mark.filterwarnings("ignore")
 
-PROMPTS, SAMPLES, NEW, RATE, RANK, ALPHA, ROUNDS, PASSES = 4, 4, 7, 4.0, 4, 8, 2, 2
+RATE, PASSES = 4.0, 2
 CASES = {
     "grpo": (
         {"loss": "grpo", "beta": 0.1, "correct_kl": False},
@@ -43,34 +49,13 @@ CASES = {
 }
 
 
-def lines():
-    return [{"prompt": f"tell {n} " + "more " * (n % 3)} for n in range(PROMPTS * ROUNDS)]
-
-
 def reward(completions, **columns):
     return sevens(completions)
 
 
 @pytest.fixture(scope="module")
 def files(tmp_path_factory):
-    """Folder with ``model``, ``prompts.jsonl`` and ``adapter``, the last written by our PEFT export."""
-    from transformers import AutoModelForCausalLM
-
-    from lightning_ft.formats.peft import export_peft
-    from lightning_ft.nn.lora import LoRAConfig, inject_lora
-
-    folder = tmp_path_factory.mktemp("trl_grpo")
-    write_model(folder / "model", initializer_range=0.1)
-    (folder / "prompts.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines()))
-    model = AutoModelForCausalLM.from_pretrained(folder / "model", dtype=torch.float32)
-    inject_lora(model, LoRAConfig(r=RANK, alpha=ALPHA))
-    generator = torch.Generator().manual_seed(0)
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            if "lora_" in name:
-                parameter.copy_(0.1 * torch.randn(parameter.shape, generator=generator))
-    export_peft(model, folder / "adapter")
-    return folder
+    return write_files(tmp_path_factory.mktemp("trl_grpo"))
 
 
 @pytest.fixture(scope="module", params=CASES)
@@ -81,55 +66,14 @@ def case(request):
 @pytest.fixture(scope="module")
 def ours(case, files, tmp_path_factory):
     """What our run wrote and found."""
-    from lightning import Trainer
-
-    from lightning_ft import GRPO, LoRA, PromptData
-
-    watch = Watch()
-    trainer = Trainer(
-        accelerator="cpu",
-        devices=1,
-        max_epochs=ROUNDS,
-        callbacks=[LoRA(r=RANK, alpha=ALPHA, init_from=str(files / "adapter")), watch],
-        default_root_dir=tmp_path_factory.mktemp("ours"),
-        logger=False,
-        enable_checkpointing=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-        log_every_n_steps=1,
-    )
-    module = GRPO(
-        str(files / "model"),
-        rewards={"sevens": reward},
-        samples=SAMPLES,
-        max_new_tokens=NEW,
-        drop_without_signal=False,
-        lr=RATE,
-        optimizer=torch.optim.SGD,
-        warmup_steps=0,
-        schedule="constant",
-        base_dtype="float32",
-        **CASES[case][0],
-    )
-    data = PromptData(
-        str(files / "prompts.jsonl"),
-        prompts=PROMPTS,
-        passes=PASSES,
-        batch_size=PROMPTS * SAMPLES,
-        shuffle=False,
-        cache_dir=str(tmp_path_factory.mktemp("cache")),
-    )
-    trainer.fit(module, datamodule=data)
-    assert all(batch.shared for batch in watch.batches), "prompts were not shared"
-    return watch
+    return play_ours(files, tmp_path_factory.mktemp("ours"), reward, PASSES, lr=RATE, **CASES[case][0])
 
 
 @pytest.fixture(scope="module")
 def theirs(case, files, ours, tmp_path_factory):
     """What TRL found with the same answers."""
     from datasets import Dataset
-    from peft import PeftModel
-    from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
+    from transformers import AutoTokenizer
     from trl import GRPOConfig, GRPOTrainer
 
     seen = {"losses": [], "gradients": [], "logged": []}
@@ -145,11 +89,6 @@ def theirs(case, files, ours, tmp_path_factory):
             seen["logged"].append({name: values[-1] for name, values in self._metrics["train"].items()})
             super().log(logs, *args, **kwargs)
 
-    class Gradients(TrainerCallback):
-        def on_pre_optimizer_step(self, args, state, control, model=None, **kwargs):
-            trained = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
-            seen["gradients"].append({plain_name(name): p.grad.clone() for name, p in trained})
-
     def written(prompts, trainer):
         round = next(rounds)
         assert prompts == [prompt.given for prompt in round.prompts for _ in range(SAMPLES)], "other prompts"
@@ -157,40 +96,18 @@ def theirs(case, files, ours, tmp_path_factory):
         asked = [list(prompt.ids) for prompt in round.prompts for _ in range(SAMPLES)]
         return {"prompt_ids": asked, "completion_ids": ids, "logprobs": [[0.0] * len(one) for one in ids]}
 
-    base = AutoModelForCausalLM.from_pretrained(files / "model", dtype=torch.float32)
     config = GRPOConfig(
-        output_dir=str(tmp_path_factory.mktemp("out")),
-        use_cpu=True,
-        bf16=False,
-        num_generations=SAMPLES,
-        max_completion_length=NEW,
+        **their_settings(tmp_path_factory.mktemp("out"), ROUNDS * PASSES, RATE),
         num_iterations=PASSES,
-        per_device_train_batch_size=PROMPTS * SAMPLES,
-        gradient_accumulation_steps=1,
-        gradient_checkpointing=False,
-        max_steps=ROUNDS * PASSES,
-        learning_rate=RATE,
-        optim="sgd",
-        lr_scheduler_type="constant",
-        warmup_steps=0,
-        weight_decay=0.0,
-        max_grad_norm=0.0,
-        shuffle_dataset=False,
-        dataloader_pin_memory=False,
-        logging_steps=1,
-        save_strategy="no",
-        report_to="none",
-        disable_tqdm=True,
-        seed=0,
         **{"temperature": 1.0, **CASES[case][1]},
     )
     trainer = Recording(
-        model=PeftModel.from_pretrained(base, files / "adapter", is_trainable=True),
+        model=their_policy(files),
         reward_funcs=[reward],
         args=config,
         train_dataset=Dataset.from_list(lines()),
         processing_class=AutoTokenizer.from_pretrained(files / "model"),
-        callbacks=[Gradients()],
+        callbacks=[recording(seen["gradients"])],
         rollout_func=written,
     )
     trainer.train()

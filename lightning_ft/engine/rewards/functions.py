@@ -56,6 +56,7 @@ class FunctionReward:
 
     def score(self, name: str, answers: Completions, device: torch.device) -> list[float | None]:
         """What the function gives."""
+        _ = self.function  # that it is not there is no answer's fault
         return guarded(name, self._call, answers, self.timeout)
 
     def _call(self, answers: Completions) -> Any:

@@ -12,7 +12,8 @@ from torch import Tensor, nn
 from lightning_ft.engine.checkpoints import record_of
 from lightning_ft.engine.frozen import Frozen
 from lightning_ft.engine.loading import load, read_checkpoint
-from lightning_ft.engine.rewards.source import Completions, finite
+from lightning_ft.engine.rewards.guarded import guarded
+from lightning_ft.engine.rewards.source import Completions
 from lightning_ft.functional.errors import Refusal
 from lightning_ft.models.classifier import Classifier
 from lightning_ft.models.load import open_base
@@ -20,6 +21,7 @@ from lightning_ft.models.load_task import label_names, load_for_task
 
 Reads = Literal["answer", "both"]
 _BATCH = 32
+_UNREAD = "shorten such answers, or take a model that can read them"
 
 
 class CheckpointReward:
@@ -44,17 +46,25 @@ class CheckpointReward:
         each as if it had ended, and judges no empty one.
         """
         with self.held.on(device) as module:
-            if answers.tokenizer is not None and _alike(answers.tokenizer, module.tokenizer):
-                return finite(name, module.score(list(answers.prompt_ids), as_written(answers)), answers)
-            return finite(name, module.score_texts(answers.prompts, answers.texts), answers)
+            alike = answers.tokenizer is not None and _alike(answers.tokenizer, module.tokenizer)
+
+            def scores(some: Completions) -> Any:
+                if alike:
+                    return module.score(list(some.prompt_ids), as_written(some))
+                return module.score_texts(some.prompts, some.texts)
+
+            return guarded(name, scores, answers, None, _UNREAD)
 
 
 def as_written(answers: Completions) -> list[list[int]]:
-    """Token ids of the answers, with what the chat template puts behind an end (ChatML's newline) where they are in a chat."""
-    tail = after_end(answers.tokenizer)
+    """Token ids of the answers, with what the chat template puts behind its end (ChatML's newline) where they are in a chat.
+
+    An answer that a stop string has ended has no such end, and so nothing behind it.
+    """
+    tail, end = after_end(answers.tokenizer), answers.tokenizer.eos_token_id
     return [
-        [*ids, *(tail if ended and not isinstance(prompt, str) else [])]
-        for prompt, ids, ended in zip(answers.prompts, answers.ids, answers.ended, strict=True)
+        [*ids, *(tail if ids and ids[-1] == end and not isinstance(prompt, str) else [])]
+        for prompt, ids in zip(answers.prompts, answers.ids, strict=True)
     ]
 
 
@@ -109,18 +119,21 @@ class ClassifierReward:
 
     def score(self, name: str, answers: Completions, device: torch.device) -> list[float | None]:
         """The probability of the class, or the one number that the model gives."""
-        found: list[Tensor] = []
         with self.held.on(device) as classifying:
-            texts = [self._text(answers, number, classifying.tokenizer) for number in range(len(answers))]
-            for begin in range(0, len(texts), _BATCH):
-                logits = classifying(texts[begin : begin + _BATCH], device)
-                if self.label is None:
-                    found.append(logits[:, 0])
-                else:
-                    several = classifying.model.config.problem_type == "multi_label_classification"
-                    chances = logits.sigmoid() if several else logits.softmax(-1)
-                    found.append(chances[:, label_names(classifying.model.config).index(self.label)])
-        return finite(name, torch.cat(found), answers)
+            return guarded(name, lambda some: self._scores(classifying, some, device), answers, None, _UNREAD)
+
+    def _scores(self, classifying: _Classifying, answers: Completions, device: torch.device) -> Tensor:
+        found: list[Tensor] = []
+        texts = [self._text(answers, number, classifying.tokenizer) for number in range(len(answers))]
+        for begin in range(0, len(texts), _BATCH):
+            logits = classifying(texts[begin : begin + _BATCH], device)
+            if self.label is None:
+                found.append(logits[:, 0])
+            else:
+                several = classifying.model.config.problem_type == "multi_label_classification"
+                chances = logits.sigmoid() if several else logits.softmax(-1)
+                found.append(chances[:, label_names(classifying.model.config).index(self.label)])
+        return torch.cat(found)
 
     def _text(self, answers: Completions, number: int, tokenizer: Any) -> str:
         prompt, text = answers.prompts[number], answers.texts[number]

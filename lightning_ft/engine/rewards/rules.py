@@ -109,6 +109,7 @@ class VerifierReward:
 
     def score(self, name: str, answers: Completions, device: torch.device) -> list[float | None]:
         """What the task says; 0 where the answer has no such tag."""
+        _ = self.verify  # that it is not there is no answer's fault
         return guarded(name, self._call, answers, self.timeout)
 
     def _call(self, answers: Completions) -> list[float]:

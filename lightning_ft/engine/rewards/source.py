@@ -49,10 +49,7 @@ class Completions:
 
     def said(self, number: int) -> str:
         """Which answer is meant, for people."""
-        prompt = self.prompts[number]
-        if not isinstance(prompt, str):
-            prompt = str(prompt[-1].get("content", "")) if prompt else ""
-        return f"the answer {_short(self.texts[number])} to {_short(prompt)} (row {self.rows[number]} of the data)"
+        return described(self.texts[number], self.prompts[number], self.rows[number])
 
 
 class RewardSource(Protocol):
@@ -72,6 +69,19 @@ class RewardSource(Protocol):
         Raises:
             Refusal: naming the answer that it failed at.
         """
+
+
+def described(text: str, prompt: str | list[dict[str, Any]], row: int) -> str:
+    """Which answer is meant, for people.
+
+    Args:
+        text: of the answer.
+        prompt: as the data have it.
+        row: of the prompt.
+    """
+    if not isinstance(prompt, str):
+        prompt = str(prompt[-1].get("content", "")) if prompt else ""
+    return f"the answer {_short(text)} to {_short(prompt)} (row {row} of the data)"
 
 
 def finite(name: str, given: Any, answers: Completions) -> list[float | None]:

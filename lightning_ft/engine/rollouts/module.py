@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -17,14 +16,15 @@ from lightning_ft.engine.batch import Batch
 from lightning_ft.engine.evaluation import NamedMeans
 from lightning_ft.engine.policy import PolicyModule
 from lightning_ft.engine.rewards import Completions, Rewards, Scores
+from lightning_ft.engine.rollouts.facts import facts_of
 from lightning_ft.engine.rollouts.progress import RoundProgress
 from lightning_ft.engine.rollouts.ranks import answer_seed, any_rank, gathered, repeats, shares
 from lightning_ft.engine.rollouts.round import Prompt, Round
+from lightning_ft.engine.rollouts.silence import Silence
 from lightning_ft.engine.rollouts.stops import StopStrings, end_ids
-from lightning_ft.engine.sampling import Answer, sample
+from lightning_ft.engine.sampling import Answer, positions_of, sample
 from lightning_ft.engine.scoring import scores
 from lightning_ft.functional.errors import Refusal
-from lightning_ft.functional.kl_estimators import kl_estimate
 from lightning_ft.models.admission import evaluating
 from lightning_ft.models.causal import CausalLM
 
@@ -53,6 +53,8 @@ class RolloutModule(PolicyModule):
     stop_strings: list[str] | None
     eval_temperature: float
     dropout = False
+    draws = True
+    """Whether the answers to prompts that are trained on are drawn from a model."""
     drawn_vocabulary: int | None = None
     """Only the first so many tokens are drawn; None: any that the output layer has."""
 
@@ -60,6 +62,7 @@ class RolloutModule(PolicyModule):
         """Refuses arguments out of bounds, and rewards that cannot be."""
         super().check()
         self._progress = RoundProgress()
+        self._silence = Silence()
         if any(not one for one in self.stop_strings or ()):
             raise Refusal(
                 f"{type(self).__name__}.stop_strings holds an empty text, which would end every answer at once."
@@ -88,6 +91,36 @@ class RolloutModule(PolicyModule):
                 f"{type(self).__name__} writes the answers that it learns from: give it prompts, by PromptData."
             )
         self._rewards.check(getattr(self.datamodule, "columns", None))
+
+    def on_fit_start(self) -> None:
+        """Refuses prompts that are too long to be answered, on all ranks; then says what is trained."""
+        asked = {"train": self.draws, "val": self.trainer.enable_validation}
+        self._refuse_long_prompts(*(split for split, wanted in asked.items() if wanted))
+        super().on_fit_start()
+
+    def on_validation_start(self) -> None:
+        """Refuses prompts that are too long to be answered, on all ranks."""
+        self._refuse_long_prompts("val")
+
+    def on_test_start(self) -> None:
+        """As before a validation."""
+        self._refuse_long_prompts("test")
+
+    def on_predict_start(self) -> None:
+        """As before a validation."""
+        self._refuse_long_prompts("predict")
+
+    def _refuse_long_prompts(self, *splits: str) -> None:
+        limit, longest = positions_of(self.view), self.datamodule.longest_prompt(splits)
+        if limit is None or longest is None or longest[0] + self.max_new_tokens <= limit:
+            return
+        tokens, where = longest
+        room = limit - self.max_new_tokens
+        shorter = f", or PromptData.max_length to {room} with truncation drop or keep_end" if room > 0 else ""
+        raise Refusal(
+            f"{where} has a prompt of {tokens} tokens, and {type(self).__name__}.max_new_tokens {self.max_new_tokens} more do not "
+            f"fit into the model's {limit} positions: lower max_new_tokens{shorter}."
+        )
 
     # -- what a subclass may say ------------------------------------------------------------------------------------------
 
@@ -144,26 +177,7 @@ class RolloutModule(PolicyModule):
 
     def facts(self, round: Round) -> dict[str, float]:
         """What is logged of a round, as ``train/<name>``; not a number where nothing was counted."""
-        judged = round.scores.total[~round.scores.total.isnan()]
-        lengths, ended = round.lengths.double(), round.ended
-        found = {
-            "reward": _mean(judged),
-            "reward_std": float(judged.std()) if len(judged) > 1 else math.nan,
-            **{f"rewards/{name}": _mean(each[~each.isnan()]) for name, each in round.scores.each.items()},
-            "length": _mean(lengths),
-            "length_ended": _mean(lengths[ended]),
-            "truncated": _mean((~ended).double()),
-            "trained_share": _mean(round.kept.double()),
-        }
-        if "reference_logps" in round.tokens:
-            before, own = round.tokens["reference_logps"].double(), round.tokens["old_logps"].double()
-            answers = max(int(round.kept.sum()), 1)
-            found |= {
-                "kl": float((own - before).sum()) / answers,
-                "kl_k1": _mean(kl_estimate(own, before, "k1")),
-                "kl_k3": _mean(kl_estimate(own, before, "k3")),
-            }
-        return found
+        return facts_of(round)
 
     # -- a round, in the order in which the data module asks ----------------------------------------------------------------
 
@@ -200,14 +214,18 @@ class RolloutModule(PolicyModule):
         return round
 
     def complete(self, round: Round, batches: Iterable[tuple[Batch, Sequence[int]]], *, steps: int) -> None:
-        """Measures the kept answers, appraises them, and notes the facts.
+        """Measures the kept answers, appraises them, and notes the facts; tells of rewards that have judged nothing.
 
         Args:
             round: after `roll_out`.
             batches: this rank's micro-batches of the first pass, fillers included, each with the answers that it holds, in the
                 order of its segments. So the first update finds the very numbers that were measured.
             steps: optimizer steps that the round will have.
+
+        Raises:
+            Refusal: no reward has judged any answer of the first round.
         """
+        self._silence.tell(round, self.trainer, rewarded=self.rewarded)
         if self.measures(steps):
             self._measure_all(round, list(batches))
         self.appraise(round)
@@ -372,7 +390,3 @@ class RolloutModule(PolicyModule):
 
     def _finished(self, means: dict[str, Any]) -> dict[str, Any]:
         return means
-
-
-def _mean(x: Tensor) -> float:
-    return float(x.mean()) if len(x) else math.nan

@@ -121,6 +121,49 @@ def test_a_chat_is_read_as_in_training(tmp_path: Path) -> None:
         assert written[number] == list(one.answers[0].ids)
 
 
+def test_behind_a_stop_string_stands_nothing() -> None:
+    """The template's newline follows an end of turn, which an answer does not have that a stop string has ended."""
+    from lightning_ft.engine.rewards.models import as_written
+
+    tokenizer = tiny_tokenizer(CHATML, eos="<|im_end|>")
+    some = drawn(tokenizer, ended=(True, False, False), chat=True)
+    some = Completions(**{**vars(some), "ended": [True, True, False]})
+    first, second, third = (tokenizer.decode(ids) for ids in as_written(some))
+    assert first == " yes<|im_end|>\n" and second == " no no you" and third == " sentence"
+
+
+def test_a_reward_model_that_fails_names_the_answer(checkpoint: Path) -> None:
+    """As functions do: here a token that the model has not, and a turn that it cannot render."""
+    module = lightning_ft.load(checkpoint)
+    some = drawn(module.tokenizer)
+    rewards = Rewards({"model": {"checkpoint": str(checkpoint)}})
+    unknown = Completions(**{**vars(some), "ids": [some.ids[0], [10**6], some.ids[2]]})
+    with pytest.raises(
+        Refusal, match=r"The reward model raised IndexError .*at the answer 'no no you' to 'thank you' \(row 1 of"
+    ):
+        rewards.score(unknown)
+    chat: list[Any] = [PROMPTS[0], [{"role": "user", "content": "a"}], PROMPTS[2]]
+    foreign = tiny_encoder_tokenizer()
+    foreign.eos_token = "[SEP]"
+    with pytest.raises(Refusal, match=r"The reward model refused, at the answer .* to 'a' \(row 1 of the data\): "):
+        rewards.score(Completions(**{**vars(drawn(foreign)), "prompts": chat}))
+
+
+def test_a_classifier_that_fails_names_the_answer(tmp_path: Path) -> None:
+    rewards = Rewards({"good": {"classifier": str(write_classifier(tmp_path / "c", 3)), "label": "good"}})
+
+    def picky(module: nn.Module, given: Any) -> None:
+        if " no no you" in given[0]:
+            raise RuntimeError("too much of no")
+
+    rewards.sources["good"].held.model.register_forward_pre_hook(picky)  # type: ignore[attr-defined]
+    with pytest.raises(
+        Refusal,
+        match=r"The reward good raised RuntimeError \(too much of no\), at the answer 'no no you' .*\(row 1 of",
+    ):
+        rewards.score(drawn(tiny_tokenizer()))
+
+
 def write_classifier(folder: Path, labels: int, problem: str = "single_label_classification") -> Path:
     tokenizer = tiny_encoder_tokenizer()
     torch.manual_seed(0)
