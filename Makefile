@@ -5,6 +5,7 @@
 PYTHON ?= python3
 PIP_FLAGS ?=
 PYTEST_FLAGS ?=
+MATRIX_MINUTES ?= 60
 ASSETS := smollm2-135m minilm-l6 vader
 
 BIN := .venv/bin
@@ -48,8 +49,8 @@ format: install  ## let ruff rewrite what it can
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-matrix: install  ## every part with every task and placement (an hour at most; goes on where it stopped)
-	MATRIX=all $(ONE_THREAD) $(BIN)/python -m pytest -n 2 --dist loadgroup tests/matrix $(PYTEST_FLAGS)
+matrix: install  ## every part with every task and placement (cells are begun for an hour; goes on where it stopped)
+	MATRIX=all MATRIX_MINUTES=$(MATRIX_MINUTES) $(ONE_THREAD) $(BIN)/python -m pytest -n 2 --dist loadgroup tests/matrix $(PYTEST_FLAGS)
 	$(ONE_THREAD) $(BIN)/python docs/render_matrix.py
 
 bench: install fetch  ## measure against peers (run nothing else meanwhile)

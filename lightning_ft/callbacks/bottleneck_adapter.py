@@ -11,12 +11,11 @@ from annotated_types import Ge, Gt, Lt
 from lightning_ft.engine.arguments import arguments_of
 from lightning_ft.engine.attachment import Attachment
 from lightning_ft.engine.freezing import freeze_base
-from lightning_ft.engine.init_from import check_source, copy_adapter_, is_adapter_folder, stored_adapter
+from lightning_ft.engine.init_from import agree, check_source, copy_adapter_, is_adapter_folder, stored_adapter
 from lightning_ft.engine.root import model_root
 from lightning_ft.engine.technique import Technique
 from lightning_ft.engine.traits import Traits
 from lightning_ft.formats.adapterhub import load_adapterhub_
-from lightning_ft.functional.errors import Refusal
 from lightning_ft.nn.bottleneck import BottleneckConfig, Style, bottleneck_names, inject_bottleneck
 from lightning_ft.nn.bottleneck_layers import Init, NonLinearity
 from lightning_ft.nn.sublayers import Kind
@@ -48,8 +47,8 @@ class BottleneckAdapter(Technique):
             h + f(h), with parallel h + f(x), x their input. None takes sublayers.
         exclude: names to leave out, with all that lies inside; None leaves out none.
         layers: only inside these repeated blocks: ``"0-3,7"``, ``"-4:"`` (the last four) or indices; None is all.
-        init_from: start from an adapter: a folder in AdapterHub's format, or a checkpoint of this library; how it is built holds.
-            None starts fresh.
+        init_from: start from an adapter: a folder in AdapterHub's format, or a checkpoint of this library, sharded or not;
+            how it is built holds. None starts fresh.
         name: name of the adapter; two of these callbacks need different ones.
 
     Cost: 2 D k + D + k numbers for each adapter (k the bottleneck), two thin products a token, and at the same size more latency
@@ -179,15 +178,11 @@ class BottleneckAdapter(Technique):
         )
 
     def _agree(self, stored: BottleneckConfig, source: Path) -> None:
-        """An argument that was given beside ``init_from`` may not contradict what is stored."""
-        asked, default = self.config(), BottleneckConfig()
+        """Keeps what is stored, and refuses what contradicts it."""
         self._stored = stored
-        for key in (f.name for f in fields(stored) if f.name not in ("init", "adapter_name", "dropout")):
-            if getattr(asked, key) not in (getattr(default, key), getattr(stored, key)):
-                raise Refusal(
-                    f"BottleneckAdapter.{key} is {getattr(asked, key)!r}, but the adapter in {source} has "
-                    f"{getattr(stored, key)!r}; leave {key} out when init_from is given."
-                )
+        given, default = vars(self.config()), vars(BottleneckConfig())
+        free = ("adapter_name", "dropout", "init")
+        agree("BottleneckAdapter", source, asked=given, default=default, stored=vars(stored), free=free)
 
 
 def _plain(value: Any) -> Any:

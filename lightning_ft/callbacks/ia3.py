@@ -9,12 +9,11 @@ import lightning.pytorch as pl
 from lightning_ft.engine.arguments import arguments_of
 from lightning_ft.engine.attachment import Attachment
 from lightning_ft.engine.freezing import freeze_base
-from lightning_ft.engine.init_from import check_source, copy_adapter_, is_adapter_folder, stored_adapter
+from lightning_ft.engine.init_from import agree, check_source, copy_adapter_, is_adapter_folder, stored_adapter
 from lightning_ft.engine.root import model_root
 from lightning_ft.engine.technique import Technique
 from lightning_ft.engine.traits import Traits
 from lightning_ft.formats.peft_ia3 import load_ia3_
-from lightning_ft.functional.errors import Refusal
 from lightning_ft.nn.ia3 import IA3Config, ia3_names, inject_ia3
 
 
@@ -33,7 +32,8 @@ class IA3(Technique):
         exclude: names to leave out; None leaves out none.
         layers: only inside these repeated blocks: ``"0-3,7"``, ``"-4:"`` (the last four) or indices; None is all.
         modules_to_save: names of modules trained in full beside the vectors and stored with them (a new head); None: none.
-        init_from: start from an adapter: a PEFT folder, or a checkpoint of this library; its targets hold. None starts fresh.
+        init_from: start from an adapter: a PEFT folder, or a checkpoint of this library, sharded or not; its targets hold.
+            None starts fresh.
         name: name of the adapter; two IA3 callbacks need different ones.
 
     Cost: d_k + d_v + d_ff numbers a block and AdamW's two moments of them; one elementwise product a layer.
@@ -127,12 +127,7 @@ class IA3(Technique):
         )
 
     def _agree(self, stored: IA3Config, source: Path) -> None:
-        """An argument that was given beside ``init_from`` may not contradict what is stored."""
-        asked, default = self.config(), IA3Config()
+        """Keeps what is stored, and refuses what contradicts it."""
         self._stored = stored
-        for key in ("target", "feedforward"):
-            if getattr(asked, key) not in (getattr(default, key), getattr(stored, key)):
-                raise Refusal(
-                    f"IA3.{key} is {getattr(asked, key)!r}, but the adapter in {source} has {getattr(stored, key)!r}; leave "
-                    f"{key} out when init_from is given."
-                )
+        given, default = vars(self.config()), vars(IA3Config())
+        agree("IA3", source, asked=given, default=default, stored=vars(stored), free=("adapter_name",))

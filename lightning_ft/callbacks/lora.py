@@ -12,7 +12,7 @@ from annotated_types import Ge, Gt, Lt
 from lightning_ft.engine.arguments import arguments_of
 from lightning_ft.engine.attachment import Attachment
 from lightning_ft.engine.freezing import freeze_base
-from lightning_ft.engine.init_from import check_source, copy_adapter_, is_adapter_folder, stored_adapter
+from lightning_ft.engine.init_from import agree, check_source, copy_adapter_, is_adapter_folder, stored_adapter
 from lightning_ft.engine.root import model_root
 from lightning_ft.engine.technique import Technique
 from lightning_ft.engine.traits import Traits
@@ -54,8 +54,8 @@ class LoRA(Technique):
         lr_ratio_b: LoRA+ (Hayou et al., 2024): the learning rate of B is this many times that of A; 16 in the paper, with a
             somewhat lower rate. Embeddings' factors keep one rate. Only with a module of this library, which builds the optimizer.
             None is one rate for both.
-        init_from: start from an adapter: a PEFT folder, or a checkpoint of this library; its rank, alpha and targets hold.
-            None starts fresh.
+        init_from: start from an adapter: a PEFT folder, or a checkpoint of this library, sharded or not; how it is built
+            holds. None starts fresh.
         name: name of the adapter; two LoRA callbacks need different ones.
 
     Cost: r (in + out) numbers a layer, AdamW's two moments of them and six thin products a layer beside the base's two.
@@ -221,12 +221,7 @@ class LoRA(Technique):
         copy_adapter_(root, prefix, stored, self.name, lambda each: target_names(root, LoRA(**each).config()))
 
     def _agree(self, stored: LoRAConfig, source: Path) -> None:
-        """An argument that was given beside ``init_from`` may not contradict what is stored."""
-        asked, default = self.config(), LoRAConfig()
+        """Keeps what is stored, and refuses what contradicts it."""
         self._stored = stored
-        for key in ("r", "alpha", "rslora", "dora", "init", "target", "bias", "trainable_tokens"):
-            if getattr(asked, key) not in (getattr(default, key), getattr(stored, key)):
-                raise Refusal(
-                    f"LoRA.{key} is {getattr(asked, key)!r}, but the adapter in {source} has {getattr(stored, key)!r}; leave "
-                    f"{key} out when init_from is given."
-                )
+        given, default = vars(self.config()), vars(LoRAConfig())
+        agree("LoRA", source, asked=given, default=default, stored=vars(stored), free=("adapter_name", "dropout"))

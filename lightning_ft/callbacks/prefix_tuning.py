@@ -7,17 +7,24 @@ import lightning.pytorch as pl
 import torch
 from annotated_types import Ge
 
-from lightning_ft.engine.arguments import arguments_of
+from lightning_ft.engine.arguments import arguments_of, signature_of
 from lightning_ft.engine.attachment import Attachment
-from lightning_ft.engine.checkpoints import record_of
 from lightning_ft.engine.freezing import freeze_base
+from lightning_ft.engine.init_from import (
+    agree,
+    check_source,
+    copy_adapter_,
+    is_adapter_folder,
+    one_start,
+    stored_adapter,
+)
 from lightning_ft.engine.root import model_root
+from lightning_ft.engine.start_tokens import text_ids, vocabulary_ids
 from lightning_ft.engine.technique import Technique
 from lightning_ft.engine.traits import Traits
 from lightning_ft.formats.peft_prefix import load_peft_prefix_, read_prefix
 from lightning_ft.functional.errors import Refusal
 from lightning_ft.nn.prefix import Part, PrefixConfig, inject_prefix
-from lightning_ft.nn.registry import injected_layers, innermost
 from lightning_ft.nn.seeding import seeded_generator
 
 
@@ -31,15 +38,16 @@ class PrefixTuning(Technique):
     Args:
         tokens: length P of the prefix; the paper's tasks were best at 10 (tables) to 200 (summaries). 0 is off, and nothing is
             frozen then.
-        start: what it begins as: ``vocabulary``, the keys and values of random tokens (the model then does what it does behind
-            these tokens), or ``random``, normal numbers, which the paper found far worse with little data (figure 5).
+        start: what it begins as: ``vocabulary``, the keys and values of random tokens, special ones left out (the model
+            then does what it does behind these tokens), or ``random``, normal numbers, which the paper found far worse with
+            little data (figure 5).
         text: begin with the keys and values of this text's tokens instead, repeated or cut to P: best what the task is.
         network: width m of the paper's network (512 there); only its outcome is exported, and it wants a tenth of the rate
             (``--model.lr 1e-3``). None trains keys and values directly, with fewer numbers.
         parts: of a model with an encoder and a decoder, whose attention: ``encoder``, ``decoder`` (each on itself), ``cross``
             (the decoder's on the encoder). None is encoder and decoder; PEFT knows ``[decoder]`` alone.
-        init_from: start from a trained prefix: a PEFT folder, or a checkpoint of this library; its form holds. None starts
-            fresh.
+        init_from: start from a trained prefix: a PEFT folder, or a checkpoint of this library, sharded or not; its form holds.
+            None starts fresh.
         name: name of the adapter.
 
     Cost: 2 P times the width of all keys, for each layer; attention over P more keys, without the fastest kernels for packed
@@ -97,10 +105,8 @@ class PrefixTuning(Technique):
             raise Refusal(
                 f"PrefixTuning.network must be at least tokens ({tokens}) to begin as real tokens, got {network}."
             )
-        if init_from is not None and not Path(init_from).expanduser().exists():
-            raise Refusal(
-                f"PrefixTuning.init_from names {init_from!r}, which does not exist; give an adapter folder or a checkpoint."
-            )
+        check_source(init_from, "PrefixTuning")
+        one_start("PrefixTuning", init_from, text=text, start=None if start == "vocabulary" else start)
 
     def config(self) -> PrefixConfig:
         """The same as a plain configuration, for `inject_prefix`."""
@@ -132,74 +138,37 @@ class PrefixTuning(Technique):
             inject_prefix(root, self.config(), tokens=self._ids(module, root, seed), seed=seed, freeze_base=False)
             return
         source = Path(self.init_from).expanduser()
-        if source.is_dir() and not (source / ".metadata").exists():
+        if is_adapter_folder(source):
             encodes = bool(getattr(getattr(root, "config", None), "is_encoder_decoder", False))
             length = len(read_prefix(source)[0])
             self._agree(PrefixConfig(length=length, parts=("decoder",) if encodes else None), source)
             load_peft_prefix_(root, source, adapter_name=self.name, freeze_base=False)
-        else:
-            self._inject_from_checkpoint(root, f"{path}." if path else "", source, seed)
+            return
+        stored = stored_adapter(source, "PrefixTuning", self.name)
+        config = PrefixTuning(**{**stored.arguments, "name": self.name, "init_from": None}).config()
+        self._agree(config, source)
+        inject_prefix(root, config, seed=seed, freeze_base=False)
+        # Two prefixes are no more than one, so no file holds two and none has to be told from the other.
+        copy_adapter_(root, f"{path}." if path else "", stored, self.name, lambda each: ())
 
     def _ids(self, module: pl.LightningModule, root: Any, seed: int) -> list[int] | None:
         """Tokens whose keys and values the prefix begins with; None for a random one."""
         if self.start == "random":
             return None
-        tokenizer: Any = getattr(module, "tokenizer", None)
         if self.text is None:
             get = getattr(root, "get_input_embeddings", None)
             if get is None:
                 return [0] * self.tokens  # refused by `inject_prefix`
-            table: Any = innermost(get())
-            count = min(table.weight.shape[0], len(tokenizer) if hasattr(tokenizer, "__len__") else 10**9)
-            special = set(getattr(tokenizer, "all_special_ids", ()))
-            allowed = torch.tensor([i for i in range(count) if i not in special], device="cpu")
+            allowed = torch.tensor(vocabulary_ids(module, get()), device="cpu")
             generator = seeded_generator(seed, f"tokens.{self.name}")
             return allowed[torch.randint(len(allowed), (self.tokens,), generator=generator, device="cpu")].tolist()
-        if not callable(tokenizer):
-            raise Refusal(
-                f"PrefixTuning.text needs a tokenizer, and {type(module).__name__} has none; leave the text out."
-            )
-        ids = list(tokenizer(self.text, add_special_tokens=False)["input_ids"])
-        if not ids:
-            raise Refusal(f"PrefixTuning.text {self.text!r} has no tokens; write what to begin from, or leave it out.")
+        ids = text_ids(module, "PrefixTuning", self.text)
         return (ids * (self.tokens // len(ids) + 1))[: self.tokens]
 
-    def _inject_from_checkpoint(self, root: torch.nn.Module, prefix: str, source: Path, seed: int) -> None:
-        try:
-            checkpoint: dict[str, Any] = torch.load(source, map_location="cpu", weights_only=True)
-        except Exception as error:
-            raise Refusal(f"{source} cannot be read as a checkpoint: {error}") from error
-        recipes = [t for t in record_of(checkpoint)["techniques"] if t["class_path"].endswith(".PrefixTuning")]
-        if len(recipes) != 1:
-            raise Refusal(f"{source} holds {len(recipes)} prefixes; init_from needs a checkpoint with exactly one.")
-        stored = PrefixTuning(**{**recipes[0]["init_args"], "name": self.name}).config()
-        self._agree(stored, source)
-        before = {n for n, p in root.named_parameters() if p.requires_grad}
-        inject_prefix(root, stored, seed=seed, freeze_base=False)
-        mine = {p for x in injected_layers(root, self.name).values() for p in x.injected_parameters().values()}
-        state = checkpoint["state_dict"]
-        # What else is stored and trains here (a new head) starts from there too.
-        named = {n: p for n, p in root.named_parameters() if p in mine or (n in before and f"{prefix}{n}" in state)}
-        with torch.no_grad():
-            for name, parameter in named.items():
-                value = state.get(f"{prefix}{name}")
-                if value is None or value.shape != parameter.shape:
-                    raise Refusal(
-                        f"{source} has no {prefix}{name} of shape {tuple(parameter.shape)}; it was trained on another model."
-                    )
-                parameter.copy_(value)
-
     def _agree(self, stored: PrefixConfig, source: Path) -> None:
-        """A form that was given beside ``init_from`` may not contradict what is stored."""
+        """Keeps what is stored, and refuses what contradicts it."""
         self._stored = stored
-        parts = None if stored.parts is None else list(stored.parts)
-        for key, has, default in (
-            ("tokens", stored.length, 20),
-            ("network", stored.network, None),
-            ("parts", parts, None),
-        ):
-            if getattr(self, key) not in (default, has):
-                raise Refusal(
-                    f"PrefixTuning.{key} is {getattr(self, key)!r}, but the prefix in {source} has {has!r}; leave {key} out "
-                    "when init_from is given."
-                )
+        has = {"tokens": stored.length, "network": stored.network, "parts": stored.parts and list(stored.parts)}
+        asked = {key: getattr(self, key) for key in has}
+        default = {key: parameter.default for key, parameter in signature_of(PrefixTuning).items()}
+        agree("PrefixTuning", source, asked=asked, default=default, stored=has, kind="prefix")

@@ -57,7 +57,8 @@ def check(path: Path, *, resume: bool, ours: bool) -> dict[str, Any]:
     if not path.is_file():
         raise Refusal(f"There is no checkpoint {path}{near_file(path)}.")
     if not zipfile.is_zipfile(path):
-        more = "; an adapter starts a run through --lora.init_from" if path.suffix == ".safetensors" else ""
+        more = "; the folder of an adapter starts a run through the init_from of its technique (--lora.init_from, say)"
+        more = more if path.suffix == ".safetensors" else ""
         raise Refusal(f"{path} is not a checkpoint, or was cut short: it is no zip archive{more}.")
     import torch  # late: everything above is answered without it
 
@@ -74,11 +75,24 @@ def check(path: Path, *, resume: bool, ours: bool) -> dict[str, Any]:
 
         checkpoints.record_of(checkpoint)
     if resume and not all(key in checkpoint for key in RESUMABLE):
-        raise Refusal(
-            f"{path} holds weights alone, so fit cannot resume from it; it can be loaded, exported, "
-            "or start a new run through --lora.init_from."
-        )
+        raise Refusal(weights_alone(path, checkpoint))
     return checkpoint
+
+
+def weights_alone(path: Path, checkpoint: dict[str, Any]) -> str:
+    """Why ``fit`` does not resume from a file, and what to do with it."""
+    from lightning_ft.cli.slots import techniques
+    from lightning_ft.engine.arguments import signature_of
+    from lightning_ft.engine.checkpoints import anew
+
+    said = f"{path} holds weights alone, so fit cannot resume from it; "
+    record = checkpoint.get("lightning_ft")
+    if record is None:
+        return said + "resume from a checkpoint that was saved whole."
+    written = {one["class_path"] for one in record["techniques"]}
+    starts = {slot: cls for slot, cls in techniques().items() if "init_from" in signature_of(cls)}
+    slots = [slot for slot, cls in starts.items() if f"{cls.__module__}.{cls.__qualname__}" in written]
+    return said + f"load it, export it, or {anew(slots)}."
 
 
 def _sharded(path: Path, resume: bool) -> dict[str, Any]:
@@ -88,7 +102,7 @@ def _sharded(path: Path, resume: bool) -> dict[str, Any]:
     checkpoint = sharded_files.read_meta(path)
     checkpoints.record_of(checkpoint)
     if resume and not checkpoint.get(sharded_files.GROUPS):
-        raise Refusal(f"{path} holds weights alone, so fit cannot resume from it; it can be loaded and exported.")
+        raise Refusal(weights_alone(path, checkpoint))
     return checkpoint
 
 

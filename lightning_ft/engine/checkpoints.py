@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 import os
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -205,9 +205,10 @@ def check(attachment: Attachment, checkpoint: dict[str, Any]) -> dict[str, Any]:
         )
     if trainer.state.fn == TrainerFn.FITTING:
         if "optimizer_states" not in checkpoint:
+            slots = [technique.traits.slot for technique in attachment.techniques if hasattr(technique, "init_from")]
             raise Refusal(
                 "The checkpoint was saved with save_weights_only=True: it can be validated and exported, but fit cannot resume "
-                "from it; start anew from its weights with --lora.init_from, or resume from a full checkpoint."
+                f"from it; {anew(slots)}, or resume from a full checkpoint."
             )
         kinds = {technique["class_path"].rpartition(".")[2] for technique in record["techniques"]}
         present = {technique.state_key for technique in attachment.techniques}
@@ -231,6 +232,18 @@ def check(attachment: Attachment, checkpoint: dict[str, Any]) -> dict[str, Any]:
     return dict(record)
 
 
+def anew(slots: Iterable[str]) -> str:
+    """How a new run starts from what a file holds, as an imperative.
+
+    Args:
+        slots: of the techniques that trained it and can start from a file; none where the base itself was trained.
+    """
+    flags = " ".join(f"--{slot}.init_from" for slot in slots)
+    if flags:
+        return f"start anew from its weights with {flags}"
+    return "start anew from its weights (write them with lightning-ft merge, and name the folder by --model.base)"
+
+
 def record_of(checkpoint: dict[str, Any]) -> dict[str, Any]:
     """Our record in a checkpoint.
 
@@ -240,8 +253,8 @@ def record_of(checkpoint: dict[str, Any]) -> dict[str, Any]:
     record = checkpoint.get(KEY)
     if not isinstance(record, dict):
         raise Refusal(
-            "The checkpoint was not written by lightning_ft (it has no record of what was trained); give a PEFT adapter folder "
-            "to --lora.init_from, or a Hugging Face folder to --model.base."
+            "The checkpoint was not written by lightning_ft (it has no record of what was trained); give an adapter's folder to "
+            "the init_from of its technique (--lora.init_from, say), or a Hugging Face folder to --model.base."
         )
     if record.get("format") != FORMAT:
         raise Refusal(

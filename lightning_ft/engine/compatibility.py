@@ -33,8 +33,7 @@ class Situation:
     """Where a run takes place, in the words that `Cannot.meets` and `RULES` use.
 
     Attributes:
-        words: e.g. ``{"ddp", "several_ranks", "manual_optimization"}``.
-        describe: word -> how the user would say it.
+        words: e.g. ``{"ddp", "several_ranks", "manual_optimization"}``; `WORDS` has all of them, and how a message says each.
     """
 
     words: frozenset[str]
@@ -73,9 +72,16 @@ WORDS = {
 }
 """Every word of a situation, and how a message says it."""
 
+_FSDP2 = "FSDP2Strategy (--trainer.strategy fsdp2)"
+
 RULES = (
-    Rule(frozenset({"deepspeed"}), frozenset(), "it owns gradients, weights and files", "use ddp or FSDP2Strategy"),
-    Rule(frozenset({"fsdp1"}), frozenset(), "its flat parameters mix frozen and trained weights", "use FSDP2Strategy"),
+    Rule(frozenset({"deepspeed"}), frozenset(), "it owns gradients, weights and files", f"use ddp or {_FSDP2}"),
+    Rule(
+        frozenset({"fsdp1"}),
+        frozenset(),
+        "it cuts flat vectors of many weights, whose pieces lack the shapes that techniques and checkpoints go by",
+        f"use {_FSDP2}",
+    ),
     Rule(
         frozenset({"spawn"}),
         frozenset(),
@@ -92,7 +98,7 @@ RULES = (
         frozenset({"stock_fsdp2_files"}),
         frozenset(),
         "it could not resume from a file that holds trained parts only",
-        "use lightning_ft.engine.strategies.FSDP2Strategy, or save_distributed_checkpoint=False",
+        "use lightning_ft.FSDP2Strategy (--trainer.strategy fsdp2), or save_distributed_checkpoint=False",
     ),
     Rule(
         frozenset({"weight_averaging"}),

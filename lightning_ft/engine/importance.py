@@ -157,13 +157,12 @@ class _Estimate:
         self._sum(found)
 
     def _uncalled(self, called: set[str]) -> set[str]:
-        """Names that have a gradient although no layer of their own was called."""
-        flags = {n: float(_any(p.grad)) for n, p in self.parameters.items() if n not in called and p.grad is not None}
-        if self.sharded and flags:
-            among = torch.tensor(list(flags.values()), device=self.module.device)
-            dist.all_reduce(among)
-            flags = dict(zip(flags, among.tolist(), strict=True))
-        return {name for name, flag in flags.items() if flag}
+        """Names that have a gradient here although no layer of their own was called; `_anywhere` unites those of all ranks.
+
+        What was called may differ from rank to rank, so nothing is reduced here: T5's table of biases is a row of positions,
+        which looks like one of examples where there happen to be as many.
+        """
+        return {n for n, p in self.parameters.items() if n not in called and p.grad is not None and _any(p.grad)}
 
     def _disagree(
         self, batch: Any, keys: list[int], weights: Tensor, weighted: dict[str, tuple[Tensor, float]]

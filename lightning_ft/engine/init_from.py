@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_ft.engine.checkpoints import record_of
+from lightning_ft.engine.loading import read_checkpoint
 from lightning_ft.functional.errors import Refusal
 from lightning_ft.nn.registry import base_name, injected_layers
 
@@ -52,17 +53,14 @@ def stored_adapter(source: Path, technique: str, name: str) -> Stored:
     """What a checkpoint holds of one adapter.
 
     Args:
-        source: a checkpoint file.
+        source: a checkpoint file, or the folder of a sharded one.
         technique: name of the class, ``LoRA`` say.
         name: of the adapter; it decides only where the file holds several.
 
     Raises:
         Refusal: when the file cannot be read, holds none, or holds several and none of this name.
     """
-    try:
-        checkpoint: dict[str, Any] = torch.load(source, map_location="cpu", weights_only=True)
-    except Exception as error:
-        raise Refusal(f"{source} cannot be read as a checkpoint: {error}") from error
+    checkpoint = read_checkpoint(source)
     recipes = [t["init_args"] for t in record_of(checkpoint)["techniques"] if t["class_path"].endswith(f".{technique}")]
     beside = {arguments.get("name", "default"): arguments for arguments in recipes}
     chosen = next(iter(beside)) if len(beside) == 1 else name
@@ -74,6 +72,57 @@ def stored_adapter(source: Path, technique: str, name: str) -> Stored:
             "the name of the one that is meant."
         )
     return Stored(source, chosen, beside[chosen], beside, checkpoint["state_dict"])
+
+
+def agree(
+    technique: str,
+    source: Path,
+    *,
+    asked: Mapping[str, Any],
+    default: Mapping[str, Any],
+    stored: Mapping[str, Any],
+    free: Collection[str] = (),
+    kind: str = "adapter",
+) -> None:
+    """Refuses an argument beside ``init_from`` that contradicts what is stored, and would be of no effect.
+
+    Args:
+        technique: name of the class.
+        source: what ``init_from`` names.
+        asked: the arguments of this run by name; a list and a tuple of the same are the same.
+        default: what they are where none is given.
+        stored: those of the stored adapter.
+        free: names of arguments that this run decides, whatever is stored.
+        kind: what the message calls the adapter.
+
+    Raises:
+        Refusal: ``LoRA.r is 4, but the adapter in ... has 2; leave r out when init_from is given.``
+    """
+    for key, has in stored.items():
+        if key not in free and _settled(asked[key]) not in (_settled(default[key]), _settled(has)):
+            raise Refusal(
+                f"{technique}.{key} is {asked[key]!r}, but the {kind} in {source} has {has!r}; leave {key} out when init_from is "
+                "given."
+            )
+
+
+def _settled(value: Any) -> Any:
+    return tuple(value) if isinstance(value, list) else value
+
+
+def one_start(technique: str, init_from: str | None, **starts: Any) -> None:
+    """Refuses a second thing to begin from beside ``init_from``, whose values replace it.
+
+    Args:
+        technique: name of the class.
+        init_from: as it was given.
+        starts: argument -> its value, or None where it is not given.
+    """
+    given = [key for key, value in starts.items() if value is not None]
+    if init_from is not None and given:
+        raise Refusal(
+            f"{technique} has both init_from and {given[0]} {starts[given[0]]!r} to begin from; leave one of them out."
+        )
 
 
 def copy_adapter_(

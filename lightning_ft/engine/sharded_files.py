@@ -128,7 +128,7 @@ def read_whole(path: Path, *, optimizers: bool = True) -> dict[str, Any]:
     reader = Reader(path)
     found = reader.read_metadata()
     flat: dict[str, Any] = {
-        name: torch.empty(entry.size, dtype=entry.properties.dtype)
+        name: torch.empty(entry.size, dtype=entry.properties.dtype, device="cpu")
         if isinstance(entry, index.TensorStorageMetadata)
         else None
         for name, entry in found.state_dict_metadata.items()

@@ -14,7 +14,7 @@ class Cannot:
 
     Attributes:
         meets: what it is: a word of `lightning_ft.engine.compatibility.Situation` such as ``"deepspeed"``, ``"fsdp1"``,
-            ``"fsdp2"``, ``"quantised"``, ``"manual_optimization"``, ``"packed"``, ``"tied_head"``, or another slot.
+            ``"fsdp2"``, ``"quantised"``, ``"manual_optimization"`` (see its ``WORDS``), or another slot.
         why: the reason, as a clause that follows "because".
         fix: what the user can do instead, as an imperative.
     """
@@ -52,8 +52,9 @@ class Traits:
     Attributes:
         slot: the command line's named slot, e.g. ``lora`` for ``--lora.r 8``.
         edits: what it changes: the model's parts, loss terms, gradients, what the model reads, the weights that are left.
-        needs: what it must find: ``"reference"``, ``"generator"`` (a module with ``generate``), ``"embedding"``,
-            ``"adapter"`` (one to export), ``"imitation"`` (a module that learns the answers it is given, or a user's own).
+        needs: what it must find: ``"reference"``, ``"generator"`` (a module with ``generate``), ``"embedding"``, ``"attention"``
+            (of a Hugging Face model), ``"adapter"`` (one to export), ``"terms"`` or ``"tasks"`` (several of them),
+            ``"imitation"`` (a module that learns the answers it is given, or a user's own).
         keeps: one sentence on what stays in the model after training.
         suggested_lr: the rate that ``lr: null`` takes when this technique is the one that trains; None has no say.
         starts_as_identity: whether the first forward equals the model without it.

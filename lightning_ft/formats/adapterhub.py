@@ -36,11 +36,10 @@ from lightning_ft.formats.adapterhub_reading import (
 )
 from lightning_ft.formats.atomic import write_folder
 from lightning_ft.formats.heads import trained_head
-from lightning_ft.formats.peft_folder import refuse_others, shown, whole
+from lightning_ft.formats.peft_folder import refuse_others, shown, whole, whole_or_not_at_all
 from lightning_ft.functional.errors import Refusal
 from lightning_ft.nn.bottleneck import bottleneck_layers, inject_bottleneck
 from lightning_ft.nn.bottleneck_layers import BottleneckLayer
-from lightning_ft.nn.registry import injected_layers, replace_module
 from lightning_ft.nn.sublayers import Sublayer, sublayers
 
 # Layout and kind of a sublayer -> where below the block AdapterHub keeps its adapters; for these architectures.
@@ -203,9 +202,8 @@ def load_adapterhub_(
         places=tuple(kind for kind in config.places if kind in {place.kind for place in every}),
         dropout=config.dropout if dropout is None else dropout,
     )
-    before = {parameter: parameter.requires_grad for parameter in model.parameters()}
-    layers = list(inject_bottleneck(model, config, freeze_base=freeze_base).values())
-    try:
+    with whole_or_not_at_all(model):
+        layers = list(inject_bottleneck(model, config, freeze_base=freeze_base).values())
         prefix = f"{getattr(model, 'base_model_prefix', '')}."
         places = {k.removeprefix(prefix): t for x in layers for k, t in _named(x, name).items()}
         found = {_current(key).removeprefix(prefix): tensor for key, tensor in tensors.items()}
@@ -225,12 +223,6 @@ def load_adapterhub_(
                         f"{tuple(places[key].shape)} in this model."
                     )
                 places[key].copy_(tensor)
-    except BaseException:
-        for path, layer in reversed(injected_layers(model, adapter_name).items()):
-            replace_module(model, path, layer.base)
-        for parameter, state in before.items():
-            parameter.requires_grad_(state)
-        raise
     for layer in layers:
         layer.starts_as_identity = False
     return layers

@@ -28,6 +28,7 @@ from lightning_ft.formats.peft_folder import (
     target_modules,
     useful,
     whole,
+    whole_or_not_at_all,
     whole_places,
     write_peft,
 )
@@ -52,7 +53,7 @@ from lightning_ft.nn.lora import (
 )
 from lightning_ft.nn.lora_init import FROM_WEIGHT, difference
 from lightning_ft.nn.lora_layers import LoRAConv1D, LoRAConv2d, LoRAEmbedding, LoRALayer, layer_class
-from lightning_ft.nn.registry import base_name, injected_layers, innermost, pristine_modules, replace_module
+from lightning_ft.nn.registry import base_name, injected_layers, innermost, pristine_modules
 from lightning_ft.nn.select import ALL_LINEAR
 from lightning_ft.nn.trainable_tokens import HeadRows, TokenRows, input_embedding
 
@@ -209,9 +210,8 @@ def load_peft_(
     """
     config, tensors = read_peft(folder, adapter_name=adapter_name)
     config = _resolved(config if dropout is None else replace(config, dropout=dropout), model, tensors)
-    before = {parameter: parameter.requires_grad for parameter in model.parameters()}
-    layers = inject_lora(model, config, freeze_base=freeze_base)
-    try:
+    with whole_or_not_at_all(model):
+        layers = inject_lora(model, config, freeze_base=freeze_base)
         places: dict[str, Tensor] = {
             f"{n}.{k}": t for n, layer in layers.items() for k, t in layer.injected_parameters().items()
         }
@@ -220,12 +220,6 @@ def load_peft_(
         places |= whole_places(model, config.modules_to_save)
         _check_base(model, tensors, folder)
         copy_(places, {key: t for key, t in tensors.items() if not key.endswith(_BASE_SUFFIX)}, folder)
-    except BaseException:
-        for path, layer in injected_layers(model, adapter_name).items():
-            replace_module(model, path, layer.base)
-        for parameter, state in before.items():
-            parameter.requires_grad_(state)
-        raise
     for layer in injected_layers(model, adapter_name).values():
         layer.starts_as_identity = False
     return layers

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -14,7 +15,7 @@ from lightning_ft.formats.atomic import write_folder
 from lightning_ft.formats.heads import adapter_task, task_type, trained_head
 from lightning_ft.formats.peft_reading import CONFIG_FILE, PREFIX, WEIGHTS_FILE
 from lightning_ft.functional.errors import Refusal
-from lightning_ft.nn.registry import base_name, injected_layers, innermost, pristine_modules
+from lightning_ft.nn.registry import base_name, injected_layers, innermost, pristine_modules, replace_module
 from lightning_ft.nn.select import matches
 from lightning_ft.nn.targets import whole_modules
 
@@ -189,6 +190,51 @@ def whole_places(model: nn.Module, modules_to_save: Collection[str]) -> dict[str
     }
 
 
+def head_places(model: nn.Module, head: Mapping[str, Tensor], folder: str | Path) -> dict[str, nn.Parameter]:
+    """Return the parameters that a head goes into which a prefix's or prompt's folder stores whole, by pristine name.
+
+    Args:
+        model: The model, with the adapter or before it gets it.
+        head: The stored tensors by those names.
+        folder: For messages.
+
+    Raises:
+        Refusal: If the model has none of such a name and shape.
+    """
+    own = {base_name(name, model): parameter for name, parameter in model.named_parameters()}
+    wrong = [name for name, tensor in head.items() if name not in own or own[name].shape != tensor.shape]
+    if wrong:
+        raise Refusal(
+            f"{folder} does not fit this model: it stores {shown(wrong)} of other names or shapes; load the base, the task and "
+            "the number of classes that it was trained with."
+        )
+    return {name: own[name] for name in head}
+
+
+def fill_head_(places: Mapping[str, nn.Parameter], head: Mapping[str, Tensor]) -> None:
+    """Copy a stored head into its places, and let it train on."""
+    with torch.no_grad():
+        for name, tensor in head.items():
+            places[name].copy_(tensor)
+            places[name].requires_grad_(True)
+
+
+@contextmanager
+def whole_or_not_at_all(model: nn.Module) -> Iterator[None]:
+    """Inside, an adapter is injected and filled; should that fail, the model is as it was before."""
+    there = set(injected_layers(model).values())
+    before = {parameter: parameter.requires_grad for parameter in model.parameters()}
+    try:
+        yield
+    except BaseException:
+        for path, layer in reversed(injected_layers(model).items()):  # inner wrappers first
+            if layer not in there:
+                replace_module(model, path, layer.base)
+        for parameter, state in before.items():
+            parameter.requires_grad_(state)
+        raise
+
+
 def names_of(model: nn.Module) -> dict[str, nn.Module]:
     """Return all modules of the pristine model but itself, by name."""
     return {name: innermost(module) for name, (_, module) in pristine_modules(model).items() if name}
@@ -206,7 +252,8 @@ def shown(names: list[str]) -> str:
 
 
 __all__ = [
-    "common_config", "copy_", "end_of",
+    "common_config", "copy_", "end_of", "fill_head_", "head_places",
     "meant_adapter", "names_of", "refuse_others", "shown", "stored_modules", "stored_names",
-    "stored_state", "target_modules", "useful", "whole", "whole_places", "write_peft",
+    "stored_state", "target_modules", "useful", "whole", "whole_or_not_at_all", "whole_places",
+    "write_peft",
 ]  # fmt: skip

@@ -23,12 +23,13 @@ from lightning_ft.formats.peft_folder import (
     target_modules,
     useful,
     whole,
+    whole_or_not_at_all,
     whole_places,
 )
 from lightning_ft.formats.peft_reading import CONFIG_FILE, HARMLESS, PREFIX, patterns, read_json, read_tensors, several
 from lightning_ft.functional.errors import Refusal
 from lightning_ft.nn.ia3 import IA3Config, IA3Layer, ia3_names, inject_ia3, is_scalable
-from lightning_ft.nn.registry import base_name, injected_layers, innermost, replace_module
+from lightning_ft.nn.registry import base_name, injected_layers, innermost
 from lightning_ft.nn.select import is_conv1d
 
 _READ = {"target_modules", "feedforward_modules", "exclude_modules", "modules_to_save", "init_ia3_weights"}
@@ -141,17 +142,10 @@ def load_ia3_(
     """
     config, tensors = read_ia3(folder, adapter_name=adapter_name)
     config = _resolved(config, model)
-    before = {parameter: parameter.requires_grad for parameter in model.parameters()}
-    layers = inject_ia3(model, config, freeze_base=freeze_base)
-    try:
+    with whole_or_not_at_all(model):
+        layers = inject_ia3(model, config, freeze_base=freeze_base)
         places: dict[str, Tensor] = {f"{name}.ia3_scale": layer.ia3_scale for name, layer in layers.items()}
         copy_(places | whole_places(model, config.modules_to_save), tensors, folder)
-    except BaseException:
-        for path, layer in injected_layers(model, adapter_name).items():
-            replace_module(model, path, layer.base)
-        for parameter, state in before.items():
-            parameter.requires_grad_(state)
-        raise
     for layer in layers.values():
         layer.starts_as_identity = False
     return layers

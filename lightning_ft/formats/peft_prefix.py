@@ -20,42 +20,20 @@ from torch import Tensor, nn
 from lightning_ft.formats.heads import task_type
 from lightning_ft.formats.peft_folder import (
     common_config,
-    refuse_others,
-    shown,
+    fill_head_,
+    head_places,
     stored_names,
     stored_state,
     whole,
-    write_peft,
+    whole_or_not_at_all,
 )
 from lightning_ft.formats.peft_reading import CONFIG_FILE, PREFIX, read_json, read_tensors
 from lightning_ft.functional.errors import Refusal
-from lightning_ft.nn.prefix import PrefixAttention, PrefixConfig, inject_prefix, take_prefix_out
-from lightning_ft.nn.registry import base_name, injected_layers
+from lightning_ft.nn.prefix import PrefixAttention, PrefixConfig, inject_prefix
+from lightning_ft.nn.registry import injected_layers
 
 _KEY, _HEAD = "prompt_embeddings", "base_model."
 _TASKS = ("CAUSAL_LM", "SEQ_2_SEQ_LM", "SEQ_CLS", "TOKEN_CLS")
-
-
-def export_peft_prefix(
-    model: nn.Module, folder: str | Path, *, adapter_name: str = "prefix", base_model_name: str | None = None
-) -> Path:
-    """Write a prefix, with a head that was trained beside it, as a folder that PEFT loads.
-
-    Args:
-        model: The Hugging Face model that carries the prefix.
-        folder: Where to write; an earlier adapter there is replaced, anything else is refused.
-        adapter_name: Which prefix.
-        base_model_name: Recorded so that PEFT's ``Auto`` classes find the base; None reads it from the model.
-
-    Returns:
-        The folder.
-
-    Raises:
-        Refusal: If there is no such prefix, or the format cannot express it.
-    """
-    config = prefix_config(model, adapter_name=adapter_name, base_model_name=base_model_name)
-    refuse_others(model)
-    return write_peft(folder, config, prefix_state(model, adapter_name))
 
 
 def is_prefix(model: nn.Module, adapter_name: str) -> bool:
@@ -136,7 +114,7 @@ def load_peft_prefix_(
 
     Args:
         model: The model that the prefix was trained on, without it.
-        folder: A folder as PEFT or `export_peft_prefix` writes it.
+        folder: A folder as PEFT or `lightning_ft.formats.peft.export_peft` writes it.
         adapter_name: Name to give the prefix.
         freeze_base: As in `inject_prefix`; a stored head trains on.
 
@@ -147,36 +125,24 @@ def load_peft_prefix_(
         Refusal: As in `read_prefix`; if it is of another shape, or the head does not fit. The model is unchanged then.
     """
     table, head = read_prefix(folder)
-    own = {base_name(name, model): parameter for name, parameter in model.named_parameters()}
-    wrong = [name for name, tensor in head.items() if name not in own or own[name].shape != tensor.shape]
-    if wrong:
-        raise Refusal(
-            f"{folder} does not fit this model: it stores {shown(wrong)} of other names or shapes; load the base, the task and "
-            "the number of classes that it was trained with."
-        )
+    places = head_places(model, head, folder)
     parts: Any = ("decoder",) if _doubles(model) else None
-    before = {parameter: parameter.requires_grad for parameter in model.parameters()}
     config = PrefixConfig(length=len(table), parts=parts, adapter_name=adapter_name)
-    layers = inject_prefix(model, config, freeze_base=freeze_base)
     columns = torch.cat([table, table], 1) if _doubles(model) else table
     step = 4 if _doubles(model) else 2
-    shapes = {(layer.heads, layer.key_width, layer.value_heads, layer.value_width) for layer in layers.values()}
     heads, width = table.shape[2:]
-    if shapes != {(heads, width, heads, width)} or columns.shape[1] // step < len(layers):
-        take_prefix_out(model)
-        for parameter, state in before.items():
-            parameter.requires_grad_(state)
-        raise Refusal(
-            f"{folder} was trained on another base: its prefix has {table.shape[1] // 2} layers of {heads} heads of {width}, and "
-            f"this model's attention is otherwise ({len(layers)} layers); load the base that it was trained on."
-        )
+    with whole_or_not_at_all(model):
+        layers = inject_prefix(model, config, freeze_base=freeze_base)
+        shapes = {(layer.heads, layer.key_width, layer.value_heads, layer.value_width) for layer in layers.values()}
+        if shapes != {(heads, width, heads, width)} or columns.shape[1] // step < len(layers):
+            raise Refusal(
+                f"{folder} was trained on another base: its prefix has {table.shape[1] // 2} layers of {heads} heads of {width}, "
+                f"and this model's attention is otherwise ({len(layers)} layers); load the base that it was trained on."
+            )
     for number, layer in enumerate(layers.values()):
         keys, values = columns[:, step * number], columns[:, step * number + 1]  # (P, K, d)
         layer.fill(keys.transpose(0, 1), values.transpose(0, 1))
-    with torch.no_grad():
-        for name, tensor in head.items():
-            own[name].copy_(tensor)
-            own[name].requires_grad_(True)
+    fill_head_(places, head)
     return layers
 
 
@@ -225,7 +191,6 @@ def _layers(model: nn.Module, adapter_name: str) -> dict[str, PrefixAttention]:
 
 
 __all__ = [
-    "export_peft_prefix",
     "is_prefix",
     "load_peft_prefix_",
     "prefix_config",

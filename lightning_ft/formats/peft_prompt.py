@@ -17,42 +17,19 @@ from torch.func import functional_call
 from lightning_ft.formats.heads import task_type
 from lightning_ft.formats.peft_folder import (
     common_config,
-    refuse_others,
-    shown,
+    fill_head_,
+    head_places,
     stored_names,
     stored_state,
     whole,
-    write_peft,
 )
 from lightning_ft.formats.peft_reading import CONFIG_FILE, PREFIX, read_json, read_tensors
 from lightning_ft.functional.errors import Refusal
 from lightning_ft.nn.prompt import PromptTokens, inject_prompt, prompt_place
-from lightning_ft.nn.registry import base_name, injected_layers, innermost
+from lightning_ft.nn.registry import injected_layers, innermost
 
 _KEY, _HEAD = "prompt_embeddings", "base_model."
 _TASKS = ("CAUSAL_LM", "SEQ_2_SEQ_LM", "SEQ_CLS", "TOKEN_CLS")
-
-
-def export_peft_prompt(
-    model: nn.Module, folder: str | Path, *, adapter_name: str = "prompt", base_model_name: str | None = None
-) -> Path:
-    """Write a soft prompt, with a head that was trained beside it, as a folder that PEFT loads.
-
-    Args:
-        model: The Hugging Face model that carries the prompt.
-        folder: Where to write; an earlier adapter there is replaced, anything else is refused.
-        adapter_name: Which prompt.
-        base_model_name: Recorded so that PEFT's ``Auto`` classes find the base; None reads it from the model.
-
-    Returns:
-        The folder.
-
-    Raises:
-        Refusal: If there is no such prompt, or the format cannot express it.
-    """
-    config = prompt_config(model, adapter_name=adapter_name, base_model_name=base_model_name)
-    refuse_others(model)
-    return write_peft(folder, config, prompt_state(model, adapter_name))
 
 
 def is_prompt(model: nn.Module, adapter_name: str) -> bool:
@@ -127,7 +104,7 @@ def load_peft_prompt_(
 
     Args:
         model: The model that the prompt was trained on, without it.
-        folder: A folder as PEFT or `export_peft_prompt` writes it.
+        folder: A folder as PEFT or `lightning_ft.formats.peft.export_peft` writes it.
         adapter_name: Name to give the prompt.
         target: Name of the embedding, as in `inject_prompt`.
         network: Width of a network that starts around the stored vectors, as in `inject_prompt`.
@@ -138,13 +115,7 @@ def load_peft_prompt_(
         Refusal: As in `read_prompt`; if it is of another width, or the head does not fit. The model is unchanged then.
     """
     table, head = read_prompt(folder)
-    own = {base_name(name, model): parameter for name, parameter in model.named_parameters()}
-    wrong = [name for name, tensor in head.items() if name not in own or own[name].shape != tensor.shape]
-    if wrong:
-        raise Refusal(
-            f"{folder} does not fit this model: it stores {shown(wrong)} of other names or shapes; load the base, the task and "
-            "the number of classes that it was trained with."
-        )
+    places = head_places(model, head, folder)
     width = cast(Tensor, innermost(model.get_submodule(prompt_place(model, target)[0])).weight).shape[1]
     if table.shape[1] != width:
         raise Refusal(
@@ -154,9 +125,7 @@ def load_peft_prompt_(
     layer = inject_prompt(model, len(table), start="random", **options, freeze_base=freeze_base)
     with torch.no_grad():
         layer.prompt.copy_(table)
-        for name, tensor in head.items():
-            own[name].copy_(tensor)
-            own[name].requires_grad_(True)
+    fill_head_(places, head)
     return layer
 
 

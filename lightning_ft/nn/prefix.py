@@ -131,13 +131,6 @@ def inject_prefix(
     return layers
 
 
-def take_prefix_out(model: nn.Module) -> None:
-    """Take a prefix out of a model again, in place; what was frozen stays so."""
-    for path, layer in reversed(injected_layers(model).items()):
-        if layer.kind == "prefix":
-            replace_module(model, path, layer.base)
-
-
 def _chosen(model: Any, places: Places, config: PrefixConfig) -> list[str]:
     """The layers that get a prefix, in the order in which they run."""
     if not model.config.is_encoder_decoder:
@@ -210,5 +203,4 @@ __all__ = [
     "PrefixConfig",
     "PrefixNetwork",
     "inject_prefix",
-    "take_prefix_out",
 ]

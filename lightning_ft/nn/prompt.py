@@ -26,6 +26,7 @@ from lightning_ft.nn.prompt_network import PromptNetwork
 from lightning_ft.nn.registry import (
     InjectedLayer,
     base_name,
+    disabled,
     injected_layers,
     innermost,
     pristine_modules,
@@ -48,6 +49,7 @@ class PromptTokens(InjectedLayer):
         start: ``vocabulary``: the vectors of tokens that are drawn from the table, each once while there are enough;
             ``random``: uniform in [-1/2, 1/2], as in Lester et al.
         ids: Begin with the vectors of these tokens instead, repeated or cut to P.
+        among: The tokens of which ``vocabulary`` draws; None: all but the embedding's padding.
         network: Width of a network that changes the vectors before they stand in front of the row, see `PromptNetwork`; None: the
             vectors themselves stand there.
         adapter_name: Adapter that the layer belongs to.
@@ -66,6 +68,7 @@ class PromptTokens(InjectedLayer):
         *,
         start: Start = "vocabulary",
         ids: Sequence[int] | None = None,
+        among: Sequence[int] | None = None,
         network: int | None = None,
         adapter_name: str = "prompt",
         seed: int = 0,
@@ -74,6 +77,7 @@ class PromptTokens(InjectedLayer):
         super().__init__(base, adapter_name)
         self.tokens, self.start, self.seed, self.name = tokens, start, seed, name
         self.ids = None if ids is None else [ids[i % len(ids)] for i in range(tokens)]
+        self.among = among
         weight = cast(Tensor, innermost(base).weight)
         # At least fp32: steps of a small rate are lost in bf16.
         dtype = torch.promote_types(weight.dtype, torch.float32)
@@ -95,8 +99,10 @@ class PromptTokens(InjectedLayer):
             drawn = torch.rand(self.prompt.shape, generator=generator, dtype=torch.float32, device="cpu") - 0.5
         else:
             ids = self.ids if self.ids is not None else self._drawn(generator)
-            # Through the module, since some multiply what they look up.
-            drawn = self.base(torch.tensor(ids, device=self.prompt.device))
+            # Through the module, since some multiply what they look up; but without the prompts that another one lays there.
+            inner = {x.adapter_name for x in injected_layers(self.base).values() if isinstance(x, PromptTokens)}
+            with disabled(self.base, inner):
+                drawn = self.base(torch.tensor(ids, device=self.prompt.device))
         self.prompt.copy_(drawn)
         if self.network is not None:
             self.network.reset_parameters(self.seed, f"{self.adapter_name}:{self.name}")
@@ -108,7 +114,7 @@ class PromptTokens(InjectedLayer):
     def _drawn(self, generator: torch.Generator) -> list[int]:
         table = innermost(self)
         rows = cast(Tensor, table.weight).shape[0]
-        known = [i for i in range(rows) if i != getattr(table, "padding_idx", None)]
+        known = self.among or [i for i in range(rows) if i != getattr(table, "padding_idx", None)]
         order = torch.randperm(len(known), generator=generator, device="cpu").tolist()
         return [known[order[i % len(order)]] for i in range(self.tokens)]
 
@@ -264,6 +270,7 @@ def inject_prompt(
     *,
     start: Start = "vocabulary",
     ids: Sequence[int] | None = None,
+    among: Sequence[int] | None = None,
     network: int | None = None,
     target: str | None = None,
     adapter_name: str = "prompt",
@@ -277,6 +284,7 @@ def inject_prompt(
         tokens: Length P of the prompt.
         start: See `PromptTokens`.
         ids: Token ids to begin from.
+        among: Token ids to draw from; see `PromptTokens`.
         network: Width of a network around the vectors, see `PromptTokens`.
         target: Name of the embedding of a module of one's own; None takes its only one. A Hugging Face model says itself.
         adapter_name: Name of the adapter.
@@ -297,7 +305,7 @@ def inject_prompt(
     path, hooked, decoder = prompt_place(model, target)
     name = base_name(path, model)
     embedding = model.get_submodule(path)
-    options: Any = {"start": start, "ids": ids, "network": network}
+    options: Any = {"start": start, "ids": ids, "among": among, "network": network}
     layer = PromptTokens(embedding, tokens, **options, adapter_name=adapter_name, seed=seed, name=name)
     replace_module(model, path, layer)
     if hooked is not None:

@@ -61,6 +61,9 @@ def test_init_from_starts_where_the_adapter_ended(adapter, source, tmp_path):
     assert all(torch.equal(value, state(loaded)[name]) for name, value in state(net).items())
     with pytest.raises(Refusal, match=r"IA3\.target is \('net\.0',\), but the adapter in .* has"):
         rebuilt(IA3(["net.0"], init_from=str(files[source])))
+    for key, value in {"exclude": ["net.3"], "layers": "-4:", "modules_to_save": ["net.3"]}.items():
+        with pytest.raises(Refusal, match=rf"IA3\.{key} is .*, but the adapter in .* has .*; leave {key} out"):
+            rebuilt(IA3(**{key: value}, init_from=str(files[source])))
 
 
 def test_it_stacks_with_lora_on_the_same_layer_and_both_merge(tmp_path):

@@ -77,6 +77,11 @@ def test_a_fit_that_started_from_an_adapter_loads_without_it(adapter, source, tm
         ({"alpha": 5.0}, r"LoRA\.alpha is 5\.0"),
         ({"dora": True}, r"LoRA\.dora is True"),
         ({"target": ["net.3"]}, r"LoRA\.target is \('net\.3',\)"),
+        ({"exclude": ["net.3"]}, r"LoRA\.exclude is \('net\.3',\), but .* has \(\); leave exclude out"),
+        ({"layers": "-4:"}, r"LoRA\.layers is '-4:', but .* has None; leave layers out"),
+        ({"modules_to_save": ["net.3"]}, r"LoRA\.modules_to_save is \('net\.3',\)"),
+        ({"rank_pattern": {"0": 4}}, r"LoRA\.rank_pattern is \{'0': 4\}"),
+        ({"alpha_pattern": {"0": 4.0}}, r"LoRA\.alpha_pattern is \{'0': 4\.0\}"),
     ],
 )
 @pytest.mark.parametrize("source", ["checkpoint", "peft"])
@@ -92,7 +97,7 @@ def test_a_missing_adapter_is_refused_at_once():
 
 def test_a_file_that_is_no_checkpoint_is_refused(tmp_path):
     (tmp_path / "junk.ckpt").write_bytes(b"junk")
-    with pytest.raises(Refusal, match="junk.ckpt cannot be read as a checkpoint"):
+    with pytest.raises(Refusal, match="junk.ckpt is not a checkpoint that can be read"):
         rebuilt(LoRA(init_from=str(tmp_path / "junk.ckpt")))
 
 

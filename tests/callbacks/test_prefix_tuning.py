@@ -162,6 +162,8 @@ def test_sharded_it_trains_as_on_one_device(network, chat, tmp_path, two_ranks):
         ({"text": "a", "start": "random"}, "has both a text and start 'random'"),
         ({"text": ""}, "text is empty"),
         ({"tokens": 8, "network": 4}, r"network must be at least tokens \(8\)"),
+        ({"init_from": ".", "text": "a"}, "has both init_from and text 'a' to begin from; leave one of them out"),
+        ({"init_from": ".", "start": "random"}, "has both init_from and start 'random' to begin from"),
         ({"init_from": "nowhere"}, "init_from names 'nowhere', which does not exist"),
         ({"parts": []}, "must name encoder, decoder or cross"),
     ],

@@ -15,7 +15,7 @@ from lightning_ft.formats.peft import export_peft
 from lightning_ft.nn.prompt import PromptTokens
 from lightning_ft.nn.registry import injected_layers
 from tests.contract import Case, checks_for
-from tests.contract.subjects import AttentionNet, PlainNet, chat_job, fit, rows, state, trainer
+from tests.contract.subjects import AttentionNet, PlainNet, WordNet, chat_job, fit, rows, state, trainer
 from tests.modules import tasks
 from tests.tolerances import TOL
 
@@ -172,6 +172,8 @@ def test_sharded_it_trains_as_on_one_device(network, chat, tmp_path, two_ranks):
     [
         ({"text": "a", "start": "random"}, "has both a text and start 'random'"),
         ({"text": ""}, "text is empty"),
+        ({"init_from": ".", "text": "a"}, "has both init_from and text 'a' to begin from; leave one of them out"),
+        ({"init_from": ".", "start": "random"}, "has both init_from and start 'random' to begin from"),
         ({"init_from": "nowhere"}, "init_from names 'nowhere', which does not exist"),
         ({"tokens": -1}, "tokens"),
     ],
@@ -199,3 +201,30 @@ def test_a_module_of_ones_own_with_two_embeddings_is_told_by_target():
     ):
         rebuilt(Two(), PromptTuning(3))
     assert rebuilt(Two(), PromptTuning(3, target="words")).words(torch.tensor([[1, 2]])).shape == (1, 5, 4)
+
+
+def test_of_two_prompts_in_a_file_each_starts_from_its_own_and_at_its_own_place(tmp_path):
+    class Two(WordNet):
+        def __init__(self):
+            super().__init__()
+            self.places = nn.Embedding(5, 4)
+
+    net, keep = Two(), ModelCheckpoint(tmp_path, save_last=True, save_top_k=0)
+    both = PromptTuning(3, target="words", name="a"), PromptTuning(2, target="words", name="b")
+    fit(tmp_path, net, *both, keep, enable_checkpointing=True)
+    file = str(tmp_path / "last.ckpt")
+    again = rebuilt(Two(), PromptTuning(init_from=file, name="b"), PromptTuning(init_from=file, name="a"))
+    assert (
+        all(torch.equal(value, prompts(again)[name]) for name, value in prompts(net).items()) and len(prompts(net)) == 2
+    )
+    torch.testing.assert_close(again.eval()(rows()[0]), net.eval()(rows()[0]))
+    for name, length in (("a", 3), ("b", 2)):
+        alone = rebuilt(Two(), PromptTuning(init_from=file, name=name))
+        assert alone.words.prompt.shape == (length, 4)
+        assert any(torch.equal(alone.words.prompt, value) for value in prompts(net).values())
+    with pytest.raises(
+        Refusal, match="PromptTuning.target is 'places', but the prompt in .* has 'words'; leave target out"
+    ):
+        rebuilt(Two(), PromptTuning(init_from=file, name="a", target="places"))
+    with pytest.raises(Refusal, match="holds the PromptTuning adapters 'a', 'b' and none called 'prompt'"):
+        rebuilt(Two(), PromptTuning(init_from=file))

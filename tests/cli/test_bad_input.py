@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from lightning_ft.cli.checkpoint_argument import weights_alone
 from tests.cli.conftest import Outcome
 from tests.cli.standins import TinyModule
 
@@ -169,7 +170,7 @@ def test_foreign_checkpoints(run: Run, tmp_path: Path) -> None:
     refused(run(*GOOD, "--ckpt_path=plain.ckpt"), "not a checkpoint of a Lightning run", "weight")
     record = {"state_dict": {}, "pytorch-lightning_version": "2.6", "global_step": 1}
     torch.save(record, tmp_path / "weights.ckpt")
-    refused(run(*GOOD, "--ckpt_path=weights.ckpt"), "weights alone", "--tiny.init_from".replace("tiny", "lora"))
+    refused(run(*GOOD, "--ckpt_path=weights.ckpt"), "weights alone", "a checkpoint that was saved whole")
     refused(run(*GOOD, "--ckpt_path=plian.ckpt"), "did you mean plain.ckpt?")
 
     class Evil:
@@ -179,6 +180,17 @@ def test_foreign_checkpoints(run: Run, tmp_path: Path) -> None:
     torch.save({"state_dict": Evil()}, tmp_path / "evil.ckpt")
     refused(run(*GOOD, "--ckpt_path=evil.ckpt"), "evil.ckpt is not a checkpoint of ours")
     assert not (tmp_path / "pwned").exists()
+
+
+def test_weights_alone_start_a_new_run_by_what_was_trained() -> None:
+    path = "lightning_ft.callbacks.prefix_tuning.PrefixTuning"
+    for techniques, words in (
+        ([{"class_path": path, "init_args": {}}], "start anew from its weights with --prefix.init_from."),
+        ([], "write them with lightning-ft merge, and name the folder by --model.base)."),
+    ):
+        said = weights_alone(Path("a.ckpt"), {"lightning_ft": {"techniques": techniques}})
+        assert said.startswith("a.ckpt holds weights alone, so fit cannot resume from it; load it, export it, or ")
+        assert said.endswith(words)
 
 
 def test_commands(run: Run) -> None:

@@ -20,11 +20,13 @@ from tests.cli.conftest import call
     [
         (
             "fsdp",
-            "cannot work with FSDP1 (FSDPStrategy), because its flat parameters mix frozen and trained weights; use",
+            "cannot work with FSDP1 (FSDPStrategy), because it cuts flat vectors of many weights, whose pieces lack the shapes "
+            "that techniques and checkpoints go by; use FSDP2Strategy (--trainer.strategy fsdp2).",
         ),
         (
             "deepspeed",
-            "cannot work with DeepSpeed, because it owns gradients, weights and files; use ddp or FSDP2Strategy.",
+            "cannot work with DeepSpeed, because it owns gradients, weights and files; use ddp or FSDP2Strategy "
+            "(--trainer.strategy fsdp2).",
         ),
         ("deepspeed_stage_3_offload", "cannot work with DeepSpeed"),
         ("ddp_spawn", "cannot work with a strategy that spawns or forks its processes"),

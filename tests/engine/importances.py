@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from lightning_ft import BottleneckAdapter, LoRA, PrefixTuning
+from lightning_ft import SFT, BottleneckAdapter, LoRA, PrefixTuning, Seq2SeqData
 from lightning_ft.engine.importance import Importance, importance
 from lightning_ft.engine.likelihood import LogLikelihood, SquaredNorm
 from lightning_ft.engine.strategies import FSDP2Strategy
@@ -136,3 +137,30 @@ def chat_fisher(
         "module": None if strategy else module,
         "data": None if strategy else source,
     }
+
+
+def seq2seq_fisher(base: str, folder: str, sharded: bool = False) -> dict[str, Any]:
+    """Importances of a tiny T5; of two ranks the first has as many rows as tokens, the length of a row of its table of biases.
+
+    Args:
+        base: folder of the model.
+        folder: for everything else.
+        sharded: two ranks under FSDP2 with four rows each; else one process with all eight.
+    """
+    read = ["hello world yes"] * 4 + ["hello world yes no thank you"] * 4  # 4 and 7 tokens with the end token
+    rows = [{"prompt": text, "completion": ("yes no", "no")[n % 2]} for n, text in enumerate(read)]
+    path = Path(folder) / "rows.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    given = {"task": "seq2seq_lm", "lr": 0.1, "warmup_steps": 0, "schedule": "constant", "base_dtype": "float32"}
+    module = SFT(base, optimizer=torch.optim.SGD, **given)
+    dealt: dict[str, Any] = {"batch_size": 4 if sharded else 8, "shuffle": False}
+    source = Seq2SeqData(str(path), val_path=str(path), cache_dir=f"{folder}/cache", **dealt)
+    measure = AtTheEnd(double=False)
+    options: dict[str, Any] = {"max_steps": 1, "use_distributed_sampler": False, "limit_val_batches": 0}
+    if sharded:
+        options |= {"devices": 2, "strategy": FSDP2Strategy()}
+    trainer(Path(folder), measure, **options).fit(module, source)
+    found = measure.found
+    assert found is not None
+    shapes = [tuple(batch.source.ids.shape) for batch in source.in_order()["train"]]
+    return {"diagonal": whole(found.diagonal), "slow": found.slow, "shapes": shapes}

@@ -37,6 +37,14 @@ METHODS: dict[str, Callable[[], list[Any]]] = {
     "freeze": lambda: [Freeze(["norms"])],
     "gradual": lambda: [GradualUnfreezing(1, unit="step")],
 }
+#: Those that start from an adapter.
+STARTS: dict[str, Callable[..., Any]] = {
+    "lora": LoRA,
+    "adapter": BottleneckAdapter,
+    "prefix": PrefixTuning,
+    "prompt": PromptTuning,
+    "ia3": IA3,
+}
 #: Well conditioned, so that rounding stays rounding: Adam's own eps divides gradients near zero by themselves.
 ADAM = functools.partial(torch.optim.AdamW, eps=1e-2)
 
@@ -88,6 +96,20 @@ def train(
 def many(methods: list[str], **job: Any) -> dict[str, dict[str, Tensor]]:
     """One fit after another."""
     return {method: train(method=method, **job) for method in methods}
+
+
+def save_each(methods: list[str], save: str, **job: Any) -> None:
+    """A fit of each method with its checkpoints in a folder of its own."""
+    for method in methods:
+        train(method=method, save=f"{save}/{method}", **job)
+
+
+def started(base: str, folder: str, method: str, init_from: str) -> dict[str, Tensor]:
+    """What trains in a run that starts from an adapter, before its first step."""
+    module, source = chat_job(Path(base), Path(folder))
+    technique = STARTS[method](init_from=init_from)
+    trainer(Path(folder), technique, max_steps=0, limit_val_batches=0).fit(module, source)
+    return {name: p.detach().clone() for name, p in module.named_parameters() if p.requires_grad}
 
 
 def refused(**job: Any) -> str:

@@ -9,7 +9,8 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_ft import Refusal
 from tests.contract.subjects import AttentionNet, PlainNet, WordNet, rows, trainer
-from tests.engine.importances import AtTheEnd, chat_fisher, loop, nll
+from tests.engine.importances import AtTheEnd, chat_fisher, loop, nll, seq2seq_fisher
+from tests.modules.tasks import write_base
 from tests.tolerances import TOL
 
 KINDS = ["sample", "empirical", "predicted"]
@@ -366,4 +367,18 @@ def test_two_ranks_find_the_same(strategy, adapter, chat, tmp_path, two_ranks):
         assert bool(rank["slow"]) == (adapter in ("adapter", "prefix"))
         assert rank["kinds"] == {"DTensor" if strategy == "fsdp2" else "Tensor"}
         assert rank["trace"] == pytest.approx(alone["trace"], rel=1e-4)
+        close(rank["diagonal"], alone["diagonal"], torch.float32)
+
+
+def test_a_table_of_biases_that_fits_the_rows_of_one_rank_alone_keeps_no_rank_waiting(tmp_path, two_ranks):
+    base = write_base("t5", tmp_path / "base")
+    alone = seq2seq_fisher(str(base), str(tmp_path))
+    job = {"base": str(base), "folder": str(tmp_path), "sharded": True}
+    ranks = two_ranks.run("tests.engine.importances:seq2seq_fisher", timeout=60, **job)
+    assert [rank["shapes"] for rank in ranks] == [[(4, 4)], [(4, 7)]]
+    for rank in ranks:
+        assert {name for name in rank["slow"] if "relative_attention_bias" in name} == {
+            f"model.{side}.block.0.layer.0.SelfAttention.relative_attention_bias.weight"
+            for side in ("encoder", "decoder")
+        }
         close(rank["diagonal"], alone["diagonal"], torch.float32)

@@ -146,6 +146,23 @@ def test_shards_load_export_and_merge_without_a_process_group(
     assert json.loads((tmp_path / "export" / "adapter_config.json").read_text())["r"] == 4
 
 
+def test_shards_of_every_method_start_another_run_and_go_on_in_one_process(
+    bases: dict[str, Path], tmp_path: Path, two_ranks: TwoRanks
+) -> None:
+    job: dict[str, Any] = {"base": str(bases["chat"]), "folder": str(tmp_path)}
+    run = {**job, "kind": "chat", "rows": 4, "model": {"optimizer": jobs.ADAM, "lr": 0.02}}
+    saves = {"methods": list(jobs.STARTS), "save": str(tmp_path / "shards"), "placement": "fsdp2", "steps": 2}
+    two_ranks.run("tests.engine.placement_jobs:save_each", **run, **saves)
+    for method in jobs.STARTS:
+        shards = tmp_path / "shards" / method / "step=2.ckpt"
+        assert shards.is_dir()
+        trained = {n: p.detach() for n, p in lightning_ft.load(shards).named_parameters() if p.requires_grad}
+        close(jobs.started(**job, method=method, init_from=str(shards)), trained, f"{method} from its shards")
+        if method != "lora":  # that one goes on above
+            resumed = jobs.train(**run, method=method, steps=4, resume=str(shards))
+            close(resumed, jobs.train(**run, method=method, steps=4), f"{method} resumed")
+
+
 class Hostile:
     def __reduce__(self) -> Any:
         return os.system, ("false",)

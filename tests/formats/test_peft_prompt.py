@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from lightning_ft.formats.peft import export_peft
-from lightning_ft.formats.peft_prompt import export_peft_prompt, load_peft_prompt_, read_prompt
+from lightning_ft.formats.peft_prompt import load_peft_prompt_, prompt_config, read_prompt
 from lightning_ft.functional.errors import Refusal
 from lightning_ft.nn.prompt import inject_prompt
 from tests.models.architectures import V, build_for
@@ -99,9 +99,9 @@ def test_what_peft_writes_is_read(kind, task, word, tmp_path):
 def test_what_does_not_fit_is_refused(kind, task, word, tmp_path):
     model = build_for(kind, task)
     with pytest.raises(Refusal, match="carries no soft prompt called 'prompt'"):
-        export_peft_prompt(model, tmp_path / "none")
+        prompt_config(model)
     layer = inject_prompt(model, P)
-    export_peft_prompt(model, tmp_path / "adapter")
+    export_peft(model, tmp_path / "adapter", adapter_name="prompt")
     config = json.loads((tmp_path / "adapter/adapter_config.json").read_text())
     assert (config["num_virtual_tokens"], config["token_dim"], config["task_type"]) == (P, layer.prompt.shape[1], word)
     (tmp_path / "adapter/adapter_config.json").write_text(json.dumps({**config, "num_virtual_tokens": 9}))
@@ -114,4 +114,4 @@ def test_what_does_not_fit_is_refused(kind, task, word, tmp_path):
     with pytest.raises(
         Refusal, match="trained beside the adapter, .*; keep the checkpoint, or train the adapter alone"
     ):
-        export_peft_prompt(model, tmp_path / "beside")
+        export_peft(model, tmp_path / "beside", adapter_name="prompt")

@@ -189,7 +189,7 @@ def test_a_hostile_checkpoint_runs_nothing(base, rows, cache, tmp_path):
     torch.save({"state_dict": {}, "pytorch-lightning_version": "2.6.4", "lightning_ft": Bomb(mark)}, file)
     with pytest.raises(Refusal, match="not a checkpoint that can be read"):
         lightning_ft.load(file)
-    with pytest.raises(Refusal, match="cannot be read as a checkpoint"):
+    with pytest.raises(Refusal, match="is not a checkpoint that can be read"):
         ground.trainer(tmp_path, LoRA(init_from=str(file))).fit(ground.sft(base), ground.data(rows, cache))
     with pytest.raises((Refusal, pickle.UnpicklingError)):
         ground.trainer(tmp_path, LoRA()).fit(ground.sft(base), ground.data(rows, cache), ckpt_path=file)

@@ -82,7 +82,7 @@ def cells() -> list[Cell]:
 
 @cache
 def refusals(cell: Cell) -> tuple[str, ...]:
-    """Every sentence, or end of one, that may refuse the cell; empty for a legal one.
+    """Every sentence, or telling part of one, that may refuse the cell; empty for a legal one.
 
     It is read from the compatibility rules, from each technique's traits, and from what the library proves of a base.
     """
@@ -100,7 +100,6 @@ def _by_rules(cell: Cell) -> Iterator[str]:
     for technique in techniques:
         for cannot in technique.traits.cannot:
             if cannot.meets in words | slots:
-                yield f"{type(technique).__name__} cannot work with "
                 yield f"because {cannot.why}; {cannot.fix}."
 
 

@@ -6,6 +6,7 @@ import fcntl
 import hashlib
 import json
 import os
+import time
 from collections.abc import Iterable
 from functools import cache
 from pathlib import Path
@@ -17,6 +18,9 @@ from tests.matrix.cells import Cell
 FILE = Path(__file__).parent / "results.jsonl"
 WANTED = "MATRIX"
 """The environment's word for how much is run: ``all`` that is not yet known for this version; else a sample."""
+MINUTES = "MATRIX_MINUTES"
+"""The environment's word for how long cells are begun, from the import of this module on; without it there is no end."""
+BEGAN = time.monotonic()
 
 
 @cache
@@ -38,6 +42,14 @@ def note(cell: Cell, outcome: str, detail: str, seconds: float) -> None:
     with open(FILE, "a", encoding="utf-8") as out:
         fcntl.flock(out, fcntl.LOCK_EX)  # several processes write
         out.write(json.dumps(row, ensure_ascii=False) + "\n")
+
+
+def over() -> str | None:
+    """Why no further cell is begun; None while there is time."""
+    minutes = float(os.environ.get(MINUTES) or "inf")
+    if time.monotonic() - BEGAN < 60 * minutes:
+        return None
+    return f"{minutes:g} minutes are over; the cells that are left wait for the next call."
 
 
 def latest() -> dict[str, dict[str, Any]]:

@@ -55,6 +55,8 @@ def test_two_processes(cell: Cell, ground: Path, tmp_path: Path, two_ranks: TwoR
 
 def try_cell(cell: Cell, ground: Path, folder: Path, run: Any) -> None:
     """Runs a cell, compares it with what the rules say, and notes the outcome."""
+    if reason := results.over():
+        pytest.skip(reason)
     began = time.monotonic()
     try:
         outcome, detail = outcome_of(cell, ground, folder, run)

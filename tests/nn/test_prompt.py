@@ -218,6 +218,18 @@ def test_in_a_net_of_ones_own_the_embedding_gives_more():
         assert torch.equal(net(IDS), base)
 
 
+def test_two_prompts_in_a_net_of_ones_own_stand_before_one_another():
+    net = Reader().eval().requires_grad_(False)
+    first = inject_prompt(net, P)
+    second = inject_prompt(net, 2, adapter_name="second")
+    table = net.words.base.base.weight
+    assert ((second.prompt[:, None] == table).all(-1).sum(1) == 1).all(), "it begins as words, not as the other prompt"
+    rows = [second.prompt.expand(2, -1, -1), first.prompt.expand(2, -1, -1), table[IDS]]
+    close(net(IDS), net.encoder(torch.cat(rows, 1)).mean(1))
+    text = inject_prompt(Reader(), 2, ids=[5, 6])
+    assert torch.equal(text.prompt, text.base.weight[[5, 6]])
+
+
 def test_refusals():
     model = build("gpt2")
     layer = prompted(model)
