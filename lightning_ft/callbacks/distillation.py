@@ -9,7 +9,6 @@ from typing import Annotated, Any, ClassVar, Literal
 import lightning.pytorch as pl
 import torch
 from annotated_types import Ge, Gt, Le
-from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor, nn
 
 from lightning_ft.engine import own_student, teacher_targets
@@ -256,7 +255,7 @@ class Distillation(Technique):
                 "Distillation compares what a model makes of the answers that it imitates, as SFT does, and "
                 f"{type(module).__name__} compares answers with one another; distil first, or leave it out."
             )
-        origin = self._origin(ours)
+        origin = self._origin(ours, attachment)
         if ours and self.student is None and self.mask is None and self.teacher_module is None:
             self._inner.check(module, attachment)
             if self.targets is not None and module.task in CLASSIFIES:
@@ -289,8 +288,7 @@ class Distillation(Technique):
                 "Distillation in MultiTask gives one task the soft targets of a teacher that is named: leave targets, hidden, "
                 "cosine, attention, values, task and recipe out (MultiTask.weights weighs the task itself), and name a teacher."
             )
-        now, origin = self._now, self._origin(True)
-        assert origin is not None  # a teacher is named
+        now, origin = self._now, self._origin(True, attachment)
         mine = TaskTeacher(
             self.name,
             self.weight("soft_targets"),
@@ -311,10 +309,8 @@ class Distillation(Technique):
         )
         attachment.loss_term(f"{self.name}/soft_targets", mine.term)
 
-    def _origin(self, ours: bool) -> Origin | None:
-        """Where the teacher is; None for the model itself, a function, or targets that were kept."""
-        if self.quantize is not None:
-            check_mode(self.quantize)
+    def _origin(self, ours: bool, attachment: Attachment) -> Origin | None:
+        """Where the teacher is; None for the model itself, a function or targets that were kept, and where nobody asks for it."""
         if self.teacher == SELF or self.teacher_module is not None or self.targets is not None:
             return None
         if not ours:
@@ -322,6 +318,11 @@ class Distillation(Technique):
                 f"Distillation.teacher names {self.teacher!r}, but what calls it in a module of your own is not known; give "
                 "teacher_module, a function that builds it."
             )
+        known = self.teacher_width or self._width
+        if not attachment.fits and (known or not self._inner.states):
+            return None  # evaluations and `lightning_ft.load` outlive the teacher
+        if self.quantize is not None and attachment.fits:
+            check_mode(self.quantize)
         return origin_of(self.teacher, trust_remote_code=self.trust_remote_code, revision=self.revision)
 
     # -- edits ----------------------------------------------------------------------------------------------------------
@@ -329,13 +330,13 @@ class Distillation(Technique):
     def _project(self, module: Any, attachment: Attachment, origin: Origin | None) -> None:
         """Adds a matrix for each mapped layer where the widths differ: parameters of the module, trained and saved with it."""
         own = int(module.view.config.hidden_size)
-        self._width = self.teacher_width or (origin.width() if origin is not None else own)
+        self._width = self.teacher_width or (origin.width() if origin is not None else self._width or own)
         layers = self._inner.projected(module.view)
         add_projections(module, attachment, self._place, layers, own, self._width, self.projection_rate)
 
     def _prepare(self, module: Any, attachment: Attachment, origin: Origin | None, ours: bool) -> None:
         """Finds or loads the teacher, and begins to listen to the student."""
-        if not attachment.installed or attachment.trainer.state.fn != TrainerFn.FITTING:
+        if not attachment.installed or not attachment.fits:
             return  # `lightning_ft.load` and evaluations need no teacher
         device = attachment.trainer.strategy.root_device
         if not ours:

@@ -24,6 +24,7 @@ import lightning.pytorch as pl
 import torch
 import torch.distributed as dist
 from lightning.pytorch.strategies import ModelParallelStrategy
+from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities.model_helpers import is_overridden
 from lightning.pytorch.utilities.signature_utils import is_param_in_hook_signature
 from torch import Tensor, nn
@@ -104,6 +105,11 @@ class Attachment:
         if self._trainer is None:
             raise Refusal("There is no run: the attachment knows its Trainer only between setup and teardown.")
         return self._trainer
+
+    @property
+    def fits(self) -> bool:
+        """Whether the present run trains; in `lightning_ft.load` there is no run."""
+        return self._trainer is not None and self._trainer.state.fn == TrainerFn.FITTING
 
     # -- registration: techniques and modules call these from `register` -------------------------------------------
 

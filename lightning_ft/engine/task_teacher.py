@@ -57,9 +57,9 @@ class TaskTeacher:
                 f"The task {self.task!r} is {objective}, which compares answers and imitates none; teach another task."
             )
 
-    def load(self, module: Any, attachment: Attachment, origin: Origin, **options: Any) -> None:
+    def load(self, module: Any, attachment: Attachment, origin: Origin | None, **options: Any) -> None:
         """Loads the teacher, once the student is there; evaluations need none."""
-        if not attachment.installed or not attachment.trainer.training:
+        if origin is None or not attachment.installed or not attachment.trainer.training:
             return
         task, device = module.asked()[self.task], attachment.trainer.strategy.root_device
         used = shared_vocabulary(module.tokenizer, origin.tokenizer())

@@ -1,6 +1,7 @@
 """Distillation: the contract, and what only it does."""
 
 import copy
+import shutil
 
 import lightning.pytorch as pl
 import pytest
@@ -245,7 +246,7 @@ def test_self_is_the_model_before_the_fit_with_lora_and_without(chat, tmp_path):
         assert logged[0] == pytest.approx(logged[1], rel=1e-4, abs=1e-6) and logged[0][2] > 1e-4
 
 
-def test_a_lora_student_trains_its_factors_alone_and_the_teacher_is_in_no_file(chat, larger, tmp_path):
+def test_a_lora_student_trains_its_factors_alone_and_the_teacher_is_in_no_file(chat, larger, tmp_path, monkeypatch):
     technique = Distillation(str(larger), hidden=0.5, projection_rate=3.0, dtype="float32")
     module, rows_ = chat_job(chat, tmp_path, model={"optimizer": None, "lr": 1e-3, "weight_decay": 0.1})
     seen = {}
@@ -273,7 +274,21 @@ def test_a_lora_student_trains_its_factors_alone_and_the_teacher_is_in_no_file(c
     assert set(saved["state_dict"]) == set(trained)
     (recipe,) = [t for t in saved["lightning_ft"]["techniques"] if t["class_path"].endswith("Distillation")]
     assert recipe["init_args"]["teacher_width"] == seen["frozen"].config.hidden_size
-    loaded = lightning_ft.load(file)  # the teacher is not asked
+    shutil.copytree(larger, tmp_path / "gone")
+    again, rows_ = chat_job(chat, tmp_path)
+    technique = Distillation(str(tmp_path / "gone"), hidden=0.5, quantize="nf4", dtype="float32")
+    technique.quantize = None  # a checkpoint that asks for what this machine may lack
+    run_again = trainer(tmp_path, LoRA(2), technique, max_steps=1)
+    run_again.fit(again, rows_)
+    technique.quantize = "nf4"
+    run_again.save_checkpoint(tmp_path / "gone.ckpt")
+    shutil.rmtree(tmp_path / "gone")
+    monkeypatch.setattr("lightning_ft.callbacks.distillation.check_mode", lambda mode: pytest.fail("nobody packs"))
+    lightning_ft.load(tmp_path / "gone.ckpt")
+    run_again.validate(again, rows_, verbose=False)
+    with pytest.raises(Refusal, match="There is no folder"):
+        trainer(tmp_path, Distillation(str(tmp_path / "gone")), max_steps=1).fit(*chat_job(chat, tmp_path))
+    loaded = lightning_ft.load(file)
     assert torch.equal(
         loaded.distillation_projections["layer_2"].weight, module.distillation_projections["layer_2"].weight
     )
@@ -330,6 +345,25 @@ def test_a_checkpoint_and_an_adapter_teach_as_the_model_they_are(chat, tmp_path)
         _, watch, _ = chat_run(chat, tmp_path, technique, max_steps=1)
         logged.append(watch.logged[0]["train/distillation/soft_targets"])
     assert logged == pytest.approx([logged[0]] * 3, rel=1e-3) and logged[0] > 1e-3
+
+
+def test_a_checkpoint_of_an_ordinary_fit_shows_its_maps(bases, tmp_path):
+    """MiniLM's recipe with a teacher that was trained with another attention, as it teaches when it is written as a folder."""
+    teacher, rows_ = job(bases / "bert", tmp_path, "sequence_classification", batch_size=8)
+    run = trainer(tmp_path, max_steps=2, limit_val_batches=0)
+    run.fit(teacher, rows_)
+    run.save_checkpoint(tmp_path / "teacher.ckpt")
+    assert teacher.model.config._attn_implementation != "eager"
+    teacher.model.save_pretrained(tmp_path / "folder")
+    teacher.tokenizer.save_pretrained(tmp_path / "folder")
+    logged = []
+    for name in ("teacher.ckpt", "folder"):
+        options = {"attention": "eager", "optimizer": torch.optim.SGD, "lr": 0.1}
+        student, rows_ = job(bases / "bert", tmp_path, "sequence_classification", model=options, packing=False, batch_size=8)
+        technique, watch = Distillation(str(tmp_path / name), recipe="minilm", dtype="float32"), Watch()
+        trainer(tmp_path, technique, watch, max_steps=1, limit_val_batches=0).fit(student, rows_)
+        logged.append([watch.logged[0][f"train/distillation/{kind}"] for kind in ("attention", "values")])
+    assert logged[0] == pytest.approx(logged[1], rel=1e-3) and min(logged[0]) > 1e-7
 
 
 def test_distilbert_is_its_weights_and_hidden_states_are_transformers_own(bases, tmp_path):
