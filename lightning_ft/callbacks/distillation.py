@@ -344,7 +344,7 @@ class Distillation(Technique):
             self._caught = own_student.catch(module, self.student, attachment, teacher)
             self._known.meet(teacher.model if teacher is not None else None)
             return
-        self._students = self._inner.listen_to_student(module)
+        self._students = self._inner.listen_to_student(module, origin is None and self.targets is None)
         attachment.on_leave(self._students.detach)
         if self.targets is not None:
             self._kept = teacher_targets.TeacherTargets(Path(self.targets).expanduser())
@@ -409,8 +409,8 @@ class Distillation(Technique):
             found.append(replace(term, weight=self.weight("soft_targets")))
             self._note_factor(module, seen.result)
         if self._asked("attention") and not self._checked:
-            check_maps(seen, list(now.layers), "The student")
-            check_maps(said, list(now.layers.values()), "The teacher")
+            check_maps(seen, list(now.blocks), "The student")
+            check_maps(said, list(now.blocks.values()), "The teacher")
             self._checked = True
         project = dict(getattr(module, self._place, {}).items())
         weights = {kind: self.weight(kind) for kind in _INNER}

@@ -425,6 +425,41 @@ def test_minilm_compares_maps_and_relations_of_padded_rows(bases, tmp_path):
     assert "train/distillation/soft_targets" not in logged
 
 
+def test_embeddings_are_compared_beside_maps(bases, tmp_path):
+    """TinyBERT's layers: embeddings and blocks for hidden states, the blocks alone for maps and values."""
+    logged = []
+    for asked in ({"hidden": 1.0, "attention": 1.0, "values": 1.0}, {"hidden": 1.0}, {"attention": 1.0, "values": 1.0}):
+        _, watch = teach(
+            bases,
+            tmp_path,
+            "sequence_classification",
+            model={"attention": "eager", "optimizer": None, "lr": 1e-12},
+            data={"packing": False},
+            soft_targets=0.0,
+            layers={0: 0, 1: 2} if "hidden" in asked else {1: 2},
+            **asked,
+        )
+        logged.append(watch.logged[0])
+    for kind, alone in (("hidden", 1), ("attention", 2), ("values", 2)):
+        name = f"train/distillation/{kind}"
+        assert logged[0][name] == pytest.approx(logged[alone][name], rel=1e-4)
+    for layers, said in (({0: 0}, "pairs no two blocks"), ({}, "layers is empty")):
+        with pytest.raises(Refusal, match=said):
+            Distillation(attention=1.0, layers=layers)
+
+
+def test_the_model_s_own_later_block_teaches_an_earlier_one(chat, tmp_path):
+    """Value relations of two blocks of one model, as its copy teaches them."""
+    logged = []
+    for teacher in ("self", str(chat / "model")):
+        technique = Distillation(teacher, values=1.0, relation_heads=2, soft_targets=0.0, layers={1: 2}, dtype="float32")
+        _, watch, _ = chat_run(chat, tmp_path, technique, data={"packing": False})
+        logged.append([entry["train/distillation/values"] for entry in watch.logged])
+    assert logged[0] == pytest.approx(logged[1], rel=1e-4) and min(logged[0]) > 1e-4
+    with pytest.raises(Refusal, match="layers maps 1 to 3, but the student has 2 blocks"):
+        chat_run(chat, tmp_path, Distillation(values=1.0, layers={1: 3}), data={"packing": False})
+
+
 @pytest.mark.parametrize("task", ["sequence_classification", "token_classification"])
 def test_a_window_of_two_halves_is_one_batch(task, bases, tmp_path):
     """Rows of uneven length, the last window incomplete, all kinds of terms that packed rows allow."""
