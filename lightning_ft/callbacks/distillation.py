@@ -36,6 +36,7 @@ from lightning_ft.engine.traits import Cannot, Traits
 from lightning_ft.functional.distillation import Divergence, LayerMap
 from lightning_ft.functional.errors import Refusal
 from lightning_ft.models.classifier import CLASSIFIES
+from lightning_ft.models.dtype import compute_dtype
 from lightning_ft.models.observed import Observer, check_maps
 from lightning_ft.models.quantize import Mode, check_mode
 from lightning_ft.models.vocabulary import shared_vocabulary, sliced
@@ -80,11 +81,12 @@ class Distillation(Technique):
         projection_rate: factor of the learning rate of the matrices W that hidden states of another width get.
         teacher_width: of its hidden states; None asks the teacher. A checkpoint remembers it, so that it loads without the teacher.
         targets: a folder that `lightning-ft cache-teacher` wrote; no teacher is loaded then. None: the teacher is.
-        student: in a module of your own, the part whose outputs are compared; None: its only child.
-        mask: in a module of your own, the batch's entry that is True at the outputs to compare; None: the attention mask that the
+        student: in a module of your own, the part whose outputs are compared, classes last; None: its only child.
+        mask: in a module of your own, the batch's entry that is True at the outputs to compare; None: the attention_mask that the
             part was called with, if it was, else all.
         quantize: pack the teacher's linear layers into 4 or 8 bits, see `SFT`. None: not.
-        dtype: of the teacher's weights, as ``base_dtype`` of `SFT`.
+        dtype: of the teacher's weights, as ``base_dtype`` of `SFT`; with ``auto`` what ``teacher_module`` builds keeps its own, and
+            with ``self`` there are no others than the model's.
         chunk_size: tokens whose logits exist at one time.
         trust_remote_code: run Python code that the teacher's repository brings; only for authors you trust.
         revision: branch, tag or commit of the teacher's Hugging Face id; None is its main branch.
@@ -255,20 +257,14 @@ class Distillation(Technique):
                 "Distillation compares what a model makes of the answers that it imitates, as SFT does, and "
                 f"{type(module).__name__} compares answers with one another; distil first, or leave it out."
             )
-        origin = self._origin(ours, attachment)
-        if ours and self.student is None and self.mask is None and self.teacher_module is None:
-            self._inner.check(module, attachment)
-            if self.targets is not None and module.task in CLASSIFIES:
-                raise Refusal(
-                    "Distillation.targets keeps the likeliest tokens of language models, and the task is "
-                    f"{module.task}; leave it out."
-                )
-            if self._inner.states:
-                attachment.edit("inject", f"distillation:{self.name}", lambda m: self._project(m, attachment, origin))
-        elif ours and self.teacher_module is not None:
-            raise Refusal("Distillation.teacher_module is for modules of your own; SFT's teacher is named by teacher.")
-        if not ours:
+        if ours:
+            self._check_ours(module, attachment)
+        else:
             self._inner.check_own(module)
+            own_student.check(module, targets=self.targets, quantize=self.quantize)
+        origin = self._origin(ours, attachment)
+        if self._inner.states:
+            attachment.edit("inject", f"distillation:{self.name}", lambda m: self._project(m, attachment, origin))
         if self.teacher == SELF and self.teacher_module is None and self.targets is None:
             attachment.want_reference()
         attachment.edit(
@@ -280,13 +276,34 @@ class Distillation(Technique):
         )
         attachment.loss_term(self.name, self._terms if ours else self._own_term)
 
+    def _check_ours(self, module: Any, attachment: Attachment) -> None:
+        """Refuses what one of our modules cannot have."""
+        for name in ("teacher_module", "student", "mask"):
+            if getattr(self, name) is not None:
+                raise Refusal(
+                    f"Distillation.{name} is for modules of your own; of {type(module).__name__} the parts are known, and its "
+                    "teacher is named by teacher: leave it out."
+                )
+        self._inner.check(module, attachment)
+        if self.targets is not None and module.task in CLASSIFIES:
+            raise Refusal(
+                "Distillation.targets keeps the likeliest tokens of language models, and the task is "
+                f"{module.task}; leave it out."
+            )
+        if self.quantize is not None and self.teacher == SELF and self.targets is None:
+            raise Refusal(
+                "Distillation.quantize packs a teacher that is loaded, and self is the model that is trained; leave it out, or pack "
+                "that (--model.quantize)."
+            )
+
     def _teach_task(self, module: Any, attachment: Attachment) -> None:
         """In `MultiTask`: registers a term of the task that has this callback's name."""
-        soft = self.targets is None and self.teacher not in (SELF, None) and self.teacher_module is None
+        others = (self.targets, self.teacher_module, self.student, self.mask)
+        soft = self.teacher not in (SELF, None) and all(other is None for other in others)
         if not soft or self._asked(*_INNER) or self.weight("task") != 1:
             raise Refusal(
-                "Distillation in MultiTask gives one task the soft targets of a teacher that is named: leave targets, hidden, "
-                "cosine, attention, values, task and recipe out (MultiTask.weights weighs the task itself), and name a teacher."
+                "Distillation in MultiTask gives one task the soft targets of a teacher that is named: leave targets, student, "
+                "mask, hidden, cosine, attention, values, task and recipe out (MultiTask.weights weighs the task itself), and name a teacher."
             )
         now, origin = self._now, self._origin(True, attachment)
         mine = TaskTeacher(
@@ -340,7 +357,8 @@ class Distillation(Technique):
             return  # `lightning_ft.load` and evaluations need no teacher
         device = attachment.trainer.strategy.root_device
         if not ours:
-            teacher = Frozen(self.teacher_module()) if self.teacher_module is not None else None
+            dtype = compute_dtype(self.dtype, device) if self.dtype != "auto" else None
+            teacher = Frozen(self.teacher_module(), dtype=dtype) if self.teacher_module is not None else None
             self._caught = own_student.catch(module, self.student, attachment, teacher)
             self._known.meet(teacher.model if teacher is not None else None)
             return

@@ -125,6 +125,10 @@ class Attachment:
             raise Refusal(f"Two loss terms are named {name!r}; give one of the techniques another name.")
         self.step.extra.append((name, term))
 
+    def before_step(self, listener: Callable[[Any], None]) -> None:
+        """Registers what is told the batch before the module's own step runs on it."""
+        self.step.before.append(listener)
+
     def gradient_edit(self, edit: GradientEdit, *, first: bool = False) -> None:
         """Registers a closed-form edit of the gradients; ``first``: one that has to see them before any other has edited them."""
         self._gradient_edits.insert(0 if first else len(self._gradient_edits), edit)
@@ -418,6 +422,8 @@ class Attachment:
                 self.step.begin_window()
             seed_batch(self.seed, progress.total_batch_idx, trainer.global_rank)
             self.step.own = None
+            for listener in self.step.before:
+                listener(batch)
             output = original(*args, **kwargs)
             return self.step.total(batch, output)
 

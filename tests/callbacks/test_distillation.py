@@ -10,7 +10,8 @@ import torch.nn.functional as F  # noqa: N812
 import transformers as hf
 
 import lightning_ft
-from lightning_ft import Distillation, LoRA, Refusal
+from lightning_ft import AGEM, Distillation, LoRA, Refusal, Replay
+from lightning_ft.engine.own_student import logits_of
 from lightning_ft.functional import distillation as maths
 from tests.callbacks.distillation_jobs import on_ranks
 from tests.contract import Case, checks_for
@@ -536,6 +537,116 @@ def test_a_module_of_your_own_by_hand(tmp_path):
         optimizer.step()
     for name, value in state(hand).items():
         torch.testing.assert_close(state(net)[name], value, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("technique", [lambda: Replay(8, rows=2), lambda: AGEM(8, rows=2)], ids=["replay", "agem"])
+def test_rows_that_are_run_again_are_not_the_step(technique, tmp_path):
+    """A later step finds one call of the part: its own."""
+    net, watch = PlainNet(), Watch()
+    fit(tmp_path, net, technique(), Distillation(teacher_module=wide), watch, max_steps=4)
+    assert len(watch.logged) == 4 and watch.logged[3]["train/distillation/soft_targets"] > 0
+
+
+class Read(torch.nn.Module):
+    """Words of padded rows: (B, T) numbers and their mask -> (B, T, 3)."""
+
+    def __init__(self):
+        super().__init__()
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(2)
+            self.table = torch.nn.Embedding(5, 3)
+
+    def forward(self, ids, attention_mask=None):
+        return self.table(ids)
+
+
+class Reader(pl.LightningModule):
+    """A module of your own that gives its part the mask by place."""
+
+    def __init__(self):
+        super().__init__()
+        self.net = Read()
+
+    def training_step(self, batch, batch_idx):
+        return self.net(batch["ids"], batch["mask"]).sum() * 0.0
+
+    def configure_optimizers(self):
+        return torch.optim.SGD(self.parameters(), lr=0.0)
+
+
+def read_rows():
+    mask = torch.tensor([[1, 1, 0], [1, 0, 0]])
+    ids = torch.tensor([[1, 2, 0], [3, 0, 0]])
+    return {"ids": ids, "mask": mask, "labels": torch.where(mask == 1, torch.tensor([[0, 1, 2]]), -100), "real": mask * 1.0}
+
+
+def read_fit(tmp_path, **arguments):
+    def other():
+        net = Read()
+        with torch.no_grad():
+            net.table.weight.neg_()
+        return net
+
+    module, watch, rows_ = Reader(), Watch(), read_rows()
+    loader = torch.utils.data.DataLoader(
+        [{name: value[n] for name, value in rows_.items()} for n in range(2)], batch_size=2
+    )
+    trainer(tmp_path, Distillation(teacher_module=other, **arguments), watch, max_steps=1).fit(module, loader)
+    return module, watch.logged[0]["train/distillation/soft_targets"]
+
+
+@pytest.mark.parametrize("mask", [None, "mask", "real"])
+def test_padding_is_left_out_however_the_mask_is_given(mask, tmp_path):
+    module, found = read_fit(tmp_path, mask=mask)
+    z = module.net.table.weight.detach().double()[[1, 2, 3]]
+    p, q = z.log_softmax(-1), (-z).log_softmax(-1)
+    assert found == pytest.approx(float((q.exp() * (q - p)).sum(-1).mean()), rel=1e-5)
+
+
+def test_labels_are_no_mask(tmp_path):
+    with pytest.raises(Refusal, match="names 'labels', which holds -100 and not only 0 and 1"):
+        read_fit(tmp_path, mask="labels")
+
+
+class Parts(PlainNet):
+    """A body and a head, which under autocast is called with bfloat16."""
+
+    def __init__(self):
+        super().__init__()
+        self.head = torch.nn.Linear(3, 2)
+
+    def training_step(self, batch, batch_idx):
+        return F.cross_entropy(self.head(self.net(batch[0].to(self.dtype))).float(), batch[1] % 2)
+
+
+@pytest.mark.parametrize("dtype", ["auto", "float32", "bfloat16"])
+@pytest.mark.parametrize("precision", ["bf16-mixed", "bf16-true", "32-true"])
+def test_a_teacher_of_your_own_computes_in_its_own_dtype(precision, dtype, tmp_path):
+    built = torch.nn.Linear(3, 2)
+    watch, seen = Watch(), []
+    built.register_forward_hook(lambda module, given, output: seen.append(output.dtype))
+    technique = Distillation(teacher_module=lambda: built, student="head", dtype=dtype)
+    fit(tmp_path, Parts(), technique, watch, max_steps=1, precision=precision)
+    assert seen == [torch.bfloat16 if dtype == "bfloat16" else torch.float32]
+    assert watch.logged[0]["train/distillation/soft_targets"] > 0
+
+
+def test_arguments_that_would_say_nothing_are_refused(chat, larger, tmp_path):
+    for given, said in (({"student": "model"}, "student"), ({"mask": "mask"}, "mask")):
+        with pytest.raises(Refusal, match=f"Distillation.{said} is for modules of your own"):
+            chat_run(chat, tmp_path, Distillation(str(larger), hidden=1.0, **given))
+    with pytest.raises(Refusal, match="quantize packs a teacher that is loaded, and self is the model"):
+        chat_run(chat, tmp_path, Distillation(quantize="nf4"))
+    with pytest.raises(Refusal, match="targets keeps what a language model predicts"):
+        fit(tmp_path, PlainNet(), Distillation(targets=str(tmp_path)))
+    with pytest.raises(Refusal, match="quantize packs a teacher that is loaded by its name"):
+        fit(tmp_path, PlainNet(), Distillation(teacher_module=wide, quantize="nf4"))
+
+
+def test_classes_in_the_middle_are_refused():
+    with pytest.raises(Refusal, match=r"gives \(2, 3, 4, 4\), of which nothing says where the classes are"):
+        logits_of(torch.zeros(2, 3, 4, 4))
+    assert logits_of({"logits": torch.zeros(2, 4, 3)}).shape == (2, 4, 3)
 
 
 def test_what_cannot_be_compared_is_refused(chat, larger, bases, tmp_path):
