@@ -9,7 +9,7 @@ from typing import Annotated, Any, ClassVar, Literal
 import lightning.pytorch as pl
 import torch
 from annotated_types import Ge, Gt, Le
-from torch import Tensor, nn
+from torch import nn
 
 from lightning_ft.engine import own_student, teacher_targets
 from lightning_ft.engine.arguments import arguments_of
@@ -20,6 +20,7 @@ from lightning_ft.engine.inner_layers import InnerLayers
 from lightning_ft.engine.known_teacher import KnownTeacher
 from lightning_ft.engine.module import DtypePolicy
 from lightning_ft.engine.projections import add_projections, check_projections
+from lightning_ft.engine.student import check_student
 from lightning_ft.engine.task_teacher import TaskTeacher
 from lightning_ft.engine.teacher import (
     SELF,
@@ -51,7 +52,7 @@ class Distillation(Technique):
     ``task L + soft_targets T^2 KL(q || p) + hidden |h_s W - h_t|^2 / D + cosine (1 - cos) + attention KL + values KL`` is what it
     minimises: L the module's own loss, p and q softmax of the student's and the teacher's logits over the temperature T. Each
     term is a mean over scored tokens (language models, words) or rows, exact for any batch size, accumulation, packing and
-    number of ranks.
+    number of ranks; in a module of your own the mean of each micro-batch, as the loss that stands beside it.
     With `MultiTask` one that has the name of a task teaches that task, by soft targets: one callback a teacher. With `SFT` of any
     task, and with a LightningModule of your own, whose outputs are caught in its own step.
 
@@ -80,7 +81,8 @@ class Distillation(Technique):
         relation_heads: into how many heads values are split; None: as many as both models have.
         projection_rate: factor of the learning rate of the matrices W that hidden states of another width get.
         teacher_width: of its hidden states; None asks the teacher. A checkpoint remembers it, so that it loads without the teacher.
-        targets: a folder that `lightning-ft cache-teacher` wrote; no teacher is loaded then. None: the teacher is.
+        targets: a folder that `lightning-ft cache-teacher` wrote; no teacher is loaded then, and ``teacher``, if it is named, must
+            be the one that was kept. None: the teacher is loaded.
         student: in a module of your own, the part whose outputs are compared, classes last; None: its only child.
         mask: in a module of your own, the batch's entry that is True at the outputs to compare; None: the attention_mask that the
             part was called with, if it was, else all.
@@ -97,7 +99,7 @@ class Distillation(Technique):
 
     Logs:
         ``train/NAME/soft_targets``, ``hidden``, ``cosine``, ``attention``, ``values``, before their weights, NAME being ``name``;
-        and ``train/NAME/t2``, the factor that is in the first.
+        and ``train/NAME/t2``, the factor that is in the first: T^2, 1 for numbers, which T does not divide.
 
     Cost: a forward pass of the teacher; of language models a second pass over the student's output layer, a chunk at a time.
 
@@ -252,13 +254,9 @@ class Distillation(Technique):
         if getattr(module, "trains_several_tasks", False):
             self._teach_task(module, attachment)
             return
-        if ours and not getattr(module, "imitates", False):
-            raise Refusal(
-                "Distillation compares what a model makes of the answers that it imitates, as SFT does, and "
-                f"{type(module).__name__} compares answers with one another; distil first, or leave it out."
-            )
         if ours:
-            self._check_ours(module, attachment)
+            check_student(module, arguments_of(self))
+            self._inner.check(module, attachment)
         else:
             self._inner.check_own(module)
             own_student.check(module, targets=self.targets, quantize=self.quantize)
@@ -276,34 +274,14 @@ class Distillation(Technique):
         )
         attachment.loss_term(self.name, self._terms if ours else self._own_term)
 
-    def _check_ours(self, module: Any, attachment: Attachment) -> None:
-        """Refuses what one of our modules cannot have."""
-        for name in ("teacher_module", "student", "mask"):
-            if getattr(self, name) is not None:
-                raise Refusal(
-                    f"Distillation.{name} is for modules of your own; of {type(module).__name__} the parts are known, and its "
-                    "teacher is named by teacher: leave it out."
-                )
-        self._inner.check(module, attachment)
-        if self.targets is not None and module.task in CLASSIFIES:
-            raise Refusal(
-                "Distillation.targets keeps the likeliest tokens of language models, and the task is "
-                f"{module.task}; leave it out."
-            )
-        if self.quantize is not None and self.teacher == SELF and self.targets is None:
-            raise Refusal(
-                "Distillation.quantize packs a teacher that is loaded, and self is the model that is trained; leave it out, or pack "
-                "that (--model.quantize)."
-            )
-
     def _teach_task(self, module: Any, attachment: Attachment) -> None:
         """In `MultiTask`: registers a term of the task that has this callback's name."""
         others = (self.targets, self.teacher_module, self.student, self.mask)
         soft = self.teacher not in (SELF, None) and all(other is None for other in others)
         if not soft or self._asked(*_INNER) or self.weight("task") != 1:
             raise Refusal(
-                "Distillation in MultiTask gives one task the soft targets of a teacher that is named: leave targets, student, "
-                "mask, hidden, cosine, attention, values, task and recipe out (MultiTask.weights weighs the task itself), and name a teacher."
+                "Distillation in MultiTask gives one task the soft targets of a teacher that is named: leave targets, student, mask, "
+                "hidden, cosine, attention, values, task and recipe out (MultiTask.weights weighs the task), and name a teacher."
             )
         now, origin = self._now, self._origin(True, attachment)
         mine = TaskTeacher(
@@ -314,6 +292,7 @@ class Distillation(Technique):
                 objective.of_tokens(view, hidden, batch, other, replace(now, size=size)).sum
             ),
             self._known.meet,
+            lambda kind: self._note_factor(module, kind),
         )
         mine.check(module)
         options = {"quantize": self.quantize, "dtype": self.dtype}
@@ -366,7 +345,8 @@ class Distillation(Technique):
         attachment.on_leave(self._students.detach)
         if self.targets is not None:
             self._kept = teacher_targets.TeacherTargets(Path(self.targets).expanduser())
-            size = self._kept.check(module.tokenizer, self._now.temperature, vocabulary_of(module.view))
+            named = None if self.teacher == SELF else self.teacher
+            size = self._kept.check(module.tokenizer, self._now.temperature, vocabulary_of(module.view), named)
             self._now = replace(self._now, size=size)
             self._known.meet(self._kept.about.teacher)
         elif origin is None:
@@ -413,6 +393,7 @@ class Distillation(Technique):
         if self._kept is not None:
             kept = self._kept.of(batch, module.device)
             term = objective.of_tokens(module.view, seen.result, batch, kept.block, now, kept=True)
+            self._note_factor(module, task)
             return [replace(term, weight=self.weight("soft_targets"))]
         assert self._teacher is not None
         said = self._teacher.see(batch)
@@ -425,7 +406,7 @@ class Distillation(Technique):
                 other = self._teacher.at_scored(said, batch, now.size)
                 term = objective.of_tokens(module.view, seen.result, batch, other, now)
             found.append(replace(term, weight=self.weight("soft_targets")))
-            self._note_factor(module, seen.result)
+            self._note_factor(module, task)
         if self._asked("attention") and not self._checked:
             check_maps(seen, list(now.blocks), "The student")
             check_maps(said, list(now.blocks.values()), "The teacher")
@@ -442,11 +423,12 @@ class Distillation(Technique):
         kind = "numbers" if student.shape[-1] == 1 else "one"
         losses = objective.class_losses(student, teacher, kind, self._now)
         term = Term(f"{self.name}/soft_targets", losses.sum(), float(len(losses)), "row", self.weight("soft_targets"))
-        self._note_factor(module, losses)
+        self._note_factor(module, kind)
         return term
 
-    def _note_factor(self, module: pl.LightningModule, like: Tensor) -> None:
-        Attachment.of(module).step.observe({f"{self.name}/t2": (like.new_tensor(self._now.factor), 1.0)})
+    def _note_factor(self, module: pl.LightningModule, kind: str) -> None:
+        factor = 1.0 if kind in ("numbers", "regression") else self._now.factor  # numbers have no temperature
+        Attachment.of(module).step.observe({f"{self.name}/t2": (torch.tensor(factor, device=module.device), 1.0)})
 
     # -- state ------------------------------------------------------------------------------------------------------------
 

@@ -60,6 +60,7 @@ class Attachment:
         self.edits = Edits(module)
         self.late: set[str] = set()
         self.rates: dict[str, float] = {}
+        self.grouped: dict[str, str] = {}
         self._restored_state: dict[str, Any] = {}
         self._installed = False
         self._forget_run()
@@ -180,6 +181,15 @@ class Attachment:
         """
         for name, factor in factors.items():
             self.rates[name] = self.rates.get(name, 1.0) * factor
+
+    def group(self, group: str, names: Iterable[str]) -> None:
+        """Gives some parameters a group of their own in our modules' optimizer; called by a model edit.
+
+        Args:
+            group: which parameters are together.
+            names: as in the module's ``named_parameters()``.
+        """
+        self.grouped.update(dict.fromkeys(names, group))
 
     def on_leave(self, cleanup: Callable[[], None]) -> None:
         """Runs when the attachment leaves the module."""

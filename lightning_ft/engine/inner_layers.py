@@ -34,7 +34,9 @@ class InnerLayers:
         if not isinstance(self.layers, dict) or not self:
             return
         if not self.layers:
-            raise Refusal("Distillation.layers is empty, so that no layers would be compared; name pairs {student: teacher}.")
+            raise Refusal(
+                "Distillation.layers is empty, so that no layers would be compared; name pairs {student: teacher}."
+            )
         if (self.attention or self.values) and not any(own > 0 and other > 0 for own, other in self.layers.items()):
             raise Refusal(
                 f"Distillation.layers {self.layers} pairs no two blocks, and attention and values are made in blocks, which are "

@@ -79,7 +79,9 @@ class Caught:
             with self._teacher.on(next(self.part.parameters()).device) as teacher:
                 # Autocast is off for the teacher, and what the part was called with may have come out of autocast layers.
                 dtype = next((p.dtype for p in teacher.parameters() if p.is_floating_point()), None)
-                given = apply_to_collection((args, kwargs), Tensor, lambda x: x.to(dtype) if x.is_floating_point() else x)
+                given = apply_to_collection(
+                    (args, kwargs), Tensor, lambda x: x.to(dtype) if x.is_floating_point() else x
+                )
                 return teacher(*given[0], **given[1])
         with ExitStack() as stack:
             stack.enter_context(self._attachment.reference())
@@ -114,11 +116,12 @@ class Caught:
                 f"Distillation.mask is {tuple(found.shape)} where the outputs are {tuple(student.shape)}; it must have one entry "
                 "for each row of logits."
             )
-        if found.dtype != torch.bool and bool(((found != 0) & (found != 1)).any()):
+        other = found[(found != 0) & (found != 1)] if found.dtype != torch.bool else found[:0]
+        if other.numel():
+            what = f"names {mask!r}" if mask is not None else "is the attention mask"
             raise Refusal(
-                f"Distillation.mask {'names ' + repr(mask) if mask is not None else 'is the attention mask'}, which holds "
-                f"{float(found[(found != 0) & (found != 1)][0]):g} and not only 0 and 1 (labels are no mask); name an entry that is "
-                "True at the outputs to compare."
+                f"Distillation.mask {what}, which holds {other[0]:g} and not only 0 and 1 (labels are no mask); name one that "
+                "is True at the outputs to compare."
             )
         return found.reshape(-1).bool().nonzero()[:, 0]
 
@@ -137,8 +140,8 @@ def check(module: Any, *, targets: str | None, quantize: str | None) -> None:
     name = type(module).__name__
     if targets is not None:
         raise Refusal(
-            f"Distillation.targets keeps what a language model predicts of the tokens of this library's data, which {name} does not "
-            "read; leave it out, and give teacher_module."
+            f"Distillation.targets keeps what a language model predicts of this library's data, which {name} does not read; "
+            "leave it out, and give teacher_module."
         )
     if quantize is not None:
         raise Refusal(

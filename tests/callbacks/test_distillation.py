@@ -10,7 +10,7 @@ import torch.nn.functional as F  # noqa: N812
 import transformers as hf
 
 import lightning_ft
-from lightning_ft import AGEM, Distillation, LoRA, Refusal, Replay
+from lightning_ft import AGEM, DPO, GRPO, Distillation, LoRA, OnPolicyDistillation, PromptData, Refusal, Replay
 from lightning_ft.engine.own_student import logits_of
 from lightning_ft.functional import distillation as maths
 from tests.callbacks.distillation_jobs import on_ranks
@@ -151,7 +151,7 @@ def test_every_task_learns_what_the_formula_says(task, bases, tmp_path):
     logged = watch.logged[0]
     assert logged["train/distillation/soft_targets"] == pytest.approx(expected, rel=1e-4)
     assert logged["train/loss"] == pytest.approx(logged["train/sft"] + 0.7 * expected, rel=1e-4)
-    assert logged["train/distillation/t2"] == 4.0
+    assert logged["train/distillation/t2"] == (1.0 if task == "regression" else 4.0)  # T divides no number
 
 
 @pytest.fixture(scope="module")
@@ -360,7 +360,9 @@ def test_a_checkpoint_of_an_ordinary_fit_shows_its_maps(bases, tmp_path):
     logged = []
     for name in ("teacher.ckpt", "folder"):
         options = {"attention": "eager", "optimizer": torch.optim.SGD, "lr": 0.1}
-        student, rows_ = job(bases / "bert", tmp_path, "sequence_classification", model=options, packing=False, batch_size=8)
+        student, rows_ = job(
+            bases / "bert", tmp_path, "sequence_classification", model=options, packing=False, batch_size=8
+        )
         technique, watch = Distillation(str(tmp_path / name), recipe="minilm", dtype="float32"), Watch()
         trainer(tmp_path, technique, watch, max_steps=1, limit_val_batches=0).fit(student, rows_)
         logged.append([watch.logged[0][f"train/distillation/{kind}"] for kind in ("attention", "values")])
@@ -453,7 +455,9 @@ def test_the_model_s_own_later_block_teaches_an_earlier_one(chat, tmp_path):
     """Value relations of two blocks of one model, as its copy teaches them."""
     logged = []
     for teacher in ("self", str(chat / "model")):
-        technique = Distillation(teacher, values=1.0, relation_heads=2, soft_targets=0.0, layers={1: 2}, dtype="float32")
+        technique = Distillation(
+            teacher, values=1.0, relation_heads=2, soft_targets=0.0, layers={1: 2}, dtype="float32"
+        )
         _, watch, _ = chat_run(chat, tmp_path, technique, data={"packing": False})
         logged.append([entry["train/distillation/values"] for entry in watch.logged])
     assert logged[0] == pytest.approx(logged[1], rel=1e-4) and min(logged[0]) > 1e-4
@@ -468,13 +472,53 @@ def test_a_window_of_two_halves_is_one_batch(task, bases, tmp_path):
     for size, accumulate in ((8, 1), (4, 2)):
         base = bases / "bert"
         options = {"optimizer": torch.optim.SGD, "lr": 0.1}
-        module, rows_ = job(base, tmp_path, task, model=options, shuffle=False, batch_size=size)
+        module, rows_ = job(base, tmp_path, task, model=options, n=28, shuffle=False, batch_size=size)
         technique = Distillation(str(bases / TEACHERS[task]), hidden=0.3, cosine=0.2, layers="uniform", dtype="float32")
-        run = trainer(tmp_path, technique, max_steps=3, accumulate_grad_batches=accumulate, limit_val_batches=0)
+        watch = Watch()
+        run = trainer(
+            tmp_path,
+            technique,
+            watch,
+            max_epochs=1,
+            max_steps=-1,
+            accumulate_grad_batches=accumulate,
+            limit_val_batches=0,
+        )
         run.fit(module, rows_)
+        assert run.global_step == 4 and len(watch.batches[-1].rows) == 4  # 28 rows: half of the last window
         ends.append(state(module))
     for name, value in ends[0].items():
         torch.testing.assert_close(value, ends[1][name], rtol=1e-4, atol=1e-5)
+
+
+def test_projections_are_a_group_of_their_own(chat, larger, tmp_path):
+    """At the rate of all others, too."""
+    technique = Distillation(str(larger), hidden=0.5, dtype="float32")
+    module, rows_ = chat_job(chat, tmp_path, model={"optimizer": None, "weight_decay": 0.1})
+    run = trainer(tmp_path, technique, max_steps=1)
+    run.fit(module, rows_)
+    matrix = module.distillation_projections["layer_2"].weight
+    (group,) = [g for g in run.optimizers[0].param_groups if any(p is matrix for p in g["params"])]
+    assert len(group["params"]) == 1 and group["weight_decay"] == 0.1
+
+
+def test_padding_that_both_have_is_not_compared(chat, larger, tmp_path):
+    """A student as wide as its teacher, both wider than their tokenizer; the rows beyond it get no gradient."""
+    own = tmp_path / "padded"
+    config = hf.AutoConfig.from_pretrained(chat / "model")
+    config.vocab_size = hf.AutoConfig.from_pretrained(larger).vocab_size
+    config.tie_word_embeddings = False
+    torch.manual_seed(4)
+    hf.LlamaForCausalLM(config).save_pretrained(own / "model")
+    tokenizer = hf.AutoTokenizer.from_pretrained(larger)
+    tokenizer.save_pretrained(own / "model")
+    shutil.copy(chat / "rows.jsonl", own)
+    used = len(tokenizer)
+    assert config.vocab_size > used
+    technique = Distillation(str(larger), task=0.0, dtype="float32")
+    _, _, steps = chat_run(own, tmp_path, technique, max_steps=1)
+    gradient = steps.gradients[0]["model.lm_head.weight"]
+    assert gradient[used:].abs().max() == 0 < gradient[:used].abs().max()
 
 
 # Everything that works packed, and what wants padded rows; "self" asks the reference.
@@ -577,7 +621,12 @@ class Reader(pl.LightningModule):
 def read_rows():
     mask = torch.tensor([[1, 1, 0], [1, 0, 0]])
     ids = torch.tensor([[1, 2, 0], [3, 0, 0]])
-    return {"ids": ids, "mask": mask, "labels": torch.where(mask == 1, torch.tensor([[0, 1, 2]]), -100), "real": mask * 1.0}
+    return {
+        "ids": ids,
+        "mask": mask,
+        "labels": torch.where(mask == 1, torch.tensor([[0, 1, 2]]), -100),
+        "real": mask * 1.0,
+    }
 
 
 def read_fit(tmp_path, **arguments):
@@ -666,6 +715,14 @@ def test_what_cannot_be_compared_is_refused(chat, larger, bases, tmp_path):
         run(Distillation(str(larger), hidden=1.0, layers={9: 1}))
     with pytest.raises(Refusal, match="There is no folder"):
         run(Distillation(str(tmp_path / "nowhere" / "a b")))
+    prompts = PromptData(str(chat / "rows.jsonl"), cache_dir=str(tmp_path / "cache"))
+    for module, said in (
+        (OnPolicyDistillation(str(chat / "model"), teacher=str(larger)), "has a teacher of its own"),
+        (GRPO(str(chat / "model"), rewards={"long": lambda answers, **_: [0.0] * len(answers)}), "rewards of answers"),
+        (DPO(str(chat / "model")), "compares answers with one another"),
+    ):
+        with pytest.raises(Refusal, match=f"{type(module).__name__} .*{said}"):
+            trainer(tmp_path, Distillation(str(larger)), max_steps=1).fit(module, prompts)
     with pytest.raises(Refusal, match="teacher_module is for modules of your own"):
         run(Distillation(teacher_module=wide))
     with pytest.raises(Refusal, match="what calls it in a module of your own is not known"):
