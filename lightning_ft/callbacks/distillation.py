@@ -280,8 +280,8 @@ class Distillation(Technique):
         soft = self.teacher not in (SELF, None) and all(other is None for other in others)
         if not soft or self._asked(*_INNER) or self.weight("task") != 1:
             raise Refusal(
-                "Distillation in MultiTask gives one task the soft targets of a teacher that is named: leave targets, student, mask, "
-                "hidden, cosine, attention, values, task and recipe out (MultiTask.weights weighs the task), and name a teacher."
+                "Distillation in MultiTask gives one task the soft targets of a teacher that is named: leave targets, student, "
+                "mask, hidden, cosine, attention, values, task and recipe out (MultiTask.weights weighs it), and name a teacher."
             )
         now, origin = self._now, self._origin(True, attachment)
         mine = TaskTeacher(
