@@ -10,8 +10,10 @@ import torch.nn.functional as F  # noqa: N812
 import transformers as hf
 
 import lightning_ft
-from lightning_ft import AGEM, DPO, GRPO, Distillation, LoRA, OnPolicyDistillation, PromptData, Refusal, Replay
+from lightning_ft import AGEM, DPO, GRPO, Distillation, LoRA, OnPolicyDistillation, Refusal, Replay
 from lightning_ft.engine.own_student import logits_of
+from lightning_ft.engine.rewards import Reward
+from lightning_ft.engine.student import check_student
 from lightning_ft.functional import distillation as maths
 from tests.callbacks.distillation_jobs import on_ranks
 from tests.contract import Case, checks_for
@@ -715,14 +717,6 @@ def test_what_cannot_be_compared_is_refused(chat, larger, bases, tmp_path):
         run(Distillation(str(larger), hidden=1.0, layers={9: 1}))
     with pytest.raises(Refusal, match="There is no folder"):
         run(Distillation(str(tmp_path / "nowhere" / "a b")))
-    prompts = PromptData(str(chat / "rows.jsonl"), cache_dir=str(tmp_path / "cache"))
-    for module, said in (
-        (OnPolicyDistillation(str(chat / "model"), teacher=str(larger)), "has a teacher of its own"),
-        (GRPO(str(chat / "model"), rewards={"long": lambda answers, **_: [0.0] * len(answers)}), "rewards of answers"),
-        (DPO(str(chat / "model")), "compares answers with one another"),
-    ):
-        with pytest.raises(Refusal, match=f"{type(module).__name__} .*{said}"):
-            trainer(tmp_path, Distillation(str(larger)), max_steps=1).fit(module, prompts)
     with pytest.raises(Refusal, match="teacher_module is for modules of your own"):
         run(Distillation(teacher_module=wide))
     with pytest.raises(Refusal, match="what calls it in a module of your own is not known"):
@@ -737,6 +731,16 @@ def test_what_cannot_be_compared_is_refused(chat, larger, bases, tmp_path):
     with pytest.raises(Refusal, match="has no trained head|has no head"):
         module, data = job(bases / "bert", tmp_path, "regression")
         trainer(tmp_path, Distillation(str(bases / "bert")), max_steps=1).fit(module, data)
+
+
+def test_modules_that_imitate_nothing_say_what_they_do():
+    for module, said in (
+        (OnPolicyDistillation("base", teacher="other"), "has a teacher of its own"),
+        (GRPO("base", rewards={"short": Reward(length=3)}), "learns from rewards of answers"),
+        (DPO("base"), "compares answers with one another"),
+    ):
+        with pytest.raises(Refusal, match=f"and {type(module).__name__} {said}"):
+            check_student(module, {})
 
 
 def test_a_prefix_and_a_prompt_learn_predictions_and_no_layers(chat, larger, tmp_path):
