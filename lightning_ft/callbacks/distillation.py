@@ -9,8 +9,7 @@ from typing import Annotated, Any, ClassVar, Literal
 import lightning.pytorch as pl
 import torch
 from annotated_types import Ge, Gt, Le
-from lightning.pytorch.trainer.states import TrainerFn
-from torch import Tensor, nn
+from torch import nn
 
 from lightning_ft.engine import own_student, teacher_targets
 from lightning_ft.engine.arguments import arguments_of
@@ -21,6 +20,7 @@ from lightning_ft.engine.inner_layers import InnerLayers
 from lightning_ft.engine.known_teacher import KnownTeacher
 from lightning_ft.engine.module import DtypePolicy
 from lightning_ft.engine.projections import add_projections, check_projections
+from lightning_ft.engine.student import check_student
 from lightning_ft.engine.task_teacher import TaskTeacher
 from lightning_ft.engine.teacher import (
     SELF,
@@ -37,6 +37,7 @@ from lightning_ft.engine.traits import Cannot, Traits
 from lightning_ft.functional.distillation import Divergence, LayerMap
 from lightning_ft.functional.errors import Refusal
 from lightning_ft.models.classifier import CLASSIFIES
+from lightning_ft.models.dtype import compute_dtype
 from lightning_ft.models.observed import Observer, check_maps
 from lightning_ft.models.quantize import Mode, check_mode
 from lightning_ft.models.vocabulary import shared_vocabulary, sliced
@@ -51,7 +52,7 @@ class Distillation(Technique):
     ``task L + soft_targets T^2 KL(q || p) + hidden |h_s W - h_t|^2 / D + cosine (1 - cos) + attention KL + values KL`` is what it
     minimises: L the module's own loss, p and q softmax of the student's and the teacher's logits over the temperature T. Each
     term is a mean over scored tokens (language models, words) or rows, exact for any batch size, accumulation, packing and
-    number of ranks.
+    number of ranks; in a module of your own the mean of each micro-batch, as the loss that stands beside it.
     With `MultiTask` one that has the name of a task teaches that task, by soft targets: one callback a teacher. With `SFT` of any
     task, and with a LightningModule of your own, whose outputs are caught in its own step.
 
@@ -80,12 +81,14 @@ class Distillation(Technique):
         relation_heads: into how many heads values are split; None: as many as both models have.
         projection_rate: factor of the learning rate of the matrices W that hidden states of another width get.
         teacher_width: of its hidden states; None asks the teacher. A checkpoint remembers it, so that it loads without the teacher.
-        targets: a folder that `lightning-ft cache-teacher` wrote; no teacher is loaded then. None: the teacher is.
-        student: in a module of your own, the part whose outputs are compared; None: its only child.
-        mask: in a module of your own, the batch's entry that is True at the outputs to compare; None: the attention mask that the
+        targets: a folder that `lightning-ft cache-teacher` wrote; no teacher is loaded then, and ``teacher``, if it is named, must
+            be the one that was kept. None: the teacher is loaded.
+        student: in a module of your own, the part whose outputs are compared, classes last; None: its only child.
+        mask: in a module of your own, the batch's entry that is True at the outputs to compare; None: the attention_mask that the
             part was called with, if it was, else all.
         quantize: pack the teacher's linear layers into 4 or 8 bits, see `SFT`. None: not.
-        dtype: of the teacher's weights, as ``base_dtype`` of `SFT`.
+        dtype: of the teacher's weights, as ``base_dtype`` of `SFT`; with ``auto`` what ``teacher_module`` builds keeps its own, and
+            with ``self`` there are no others than the model's.
         chunk_size: tokens whose logits exist at one time.
         trust_remote_code: run Python code that the teacher's repository brings; only for authors you trust.
         revision: branch, tag or commit of the teacher's Hugging Face id; None is its main branch.
@@ -96,7 +99,7 @@ class Distillation(Technique):
 
     Logs:
         ``train/NAME/soft_targets``, ``hidden``, ``cosine``, ``attention``, ``values``, before their weights, NAME being ``name``;
-        and ``train/NAME/t2``, the factor that is in the first.
+        and ``train/NAME/t2``, the factor that is in the first: T^2, 1 for numbers, which T does not divide.
 
     Cost: a forward pass of the teacher; of language models a second pass over the student's output layer, a chunk at a time.
 
@@ -251,25 +254,15 @@ class Distillation(Technique):
         if getattr(module, "trains_several_tasks", False):
             self._teach_task(module, attachment)
             return
-        if ours and not getattr(module, "imitates", False):
-            raise Refusal(
-                "Distillation compares what a model makes of the answers that it imitates, as SFT does, and "
-                f"{type(module).__name__} compares answers with one another; distil first, or leave it out."
-            )
-        origin = self._origin(ours)
-        if ours and self.student is None and self.mask is None and self.teacher_module is None:
+        if ours:
+            check_student(module, arguments_of(self))
             self._inner.check(module, attachment)
-            if self.targets is not None and module.task in CLASSIFIES:
-                raise Refusal(
-                    "Distillation.targets keeps the likeliest tokens of language models, and the task is "
-                    f"{module.task}; leave it out."
-                )
-            if self._inner.states:
-                attachment.edit("inject", f"distillation:{self.name}", lambda m: self._project(m, attachment, origin))
-        elif ours and self.teacher_module is not None:
-            raise Refusal("Distillation.teacher_module is for modules of your own; SFT's teacher is named by teacher.")
-        if not ours:
+        else:
             self._inner.check_own(module)
+            own_student.check(module, targets=self.targets, quantize=self.quantize)
+        origin = self._origin(ours, attachment)
+        if self._inner.states:
+            attachment.edit("inject", f"distillation:{self.name}", lambda m: self._project(m, attachment, origin))
         if self.teacher == SELF and self.teacher_module is None and self.targets is None:
             attachment.want_reference()
         attachment.edit(
@@ -283,14 +276,14 @@ class Distillation(Technique):
 
     def _teach_task(self, module: Any, attachment: Attachment) -> None:
         """In `MultiTask`: registers a term of the task that has this callback's name."""
-        soft = self.targets is None and self.teacher not in (SELF, None) and self.teacher_module is None
+        others = (self.targets, self.teacher_module, self.student, self.mask)
+        soft = self.teacher not in (SELF, None) and all(other is None for other in others)
         if not soft or self._asked(*_INNER) or self.weight("task") != 1:
             raise Refusal(
-                "Distillation in MultiTask gives one task the soft targets of a teacher that is named: leave targets, hidden, "
-                "cosine, attention, values, task and recipe out (MultiTask.weights weighs the task itself), and name a teacher."
+                "Distillation in MultiTask gives one task the soft targets of a teacher that is named: leave targets, student, "
+                "mask, hidden, cosine, attention, values, task and recipe out (MultiTask.weights weighs it), and name a teacher."
             )
-        now, origin = self._now, self._origin(True)
-        assert origin is not None  # a teacher is named
+        now, origin = self._now, self._origin(True, attachment)
         mine = TaskTeacher(
             self.name,
             self.weight("soft_targets"),
@@ -299,6 +292,7 @@ class Distillation(Technique):
                 objective.of_tokens(view, hidden, batch, other, replace(now, size=size)).sum
             ),
             self._known.meet,
+            lambda kind: self._note_factor(module, kind),
         )
         mine.check(module)
         options = {"quantize": self.quantize, "dtype": self.dtype}
@@ -311,10 +305,8 @@ class Distillation(Technique):
         )
         attachment.loss_term(f"{self.name}/soft_targets", mine.term)
 
-    def _origin(self, ours: bool) -> Origin | None:
-        """Where the teacher is; None for the model itself, a function, or targets that were kept."""
-        if self.quantize is not None:
-            check_mode(self.quantize)
+    def _origin(self, ours: bool, attachment: Attachment) -> Origin | None:
+        """Where the teacher is; None for the model itself, a function or targets that were kept, and where nobody asks for it."""
         if self.teacher == SELF or self.teacher_module is not None or self.targets is not None:
             return None
         if not ours:
@@ -322,6 +314,11 @@ class Distillation(Technique):
                 f"Distillation.teacher names {self.teacher!r}, but what calls it in a module of your own is not known; give "
                 "teacher_module, a function that builds it."
             )
+        known = self.teacher_width or self._width
+        if not attachment.fits and (known or not self._inner.states):
+            return None  # evaluations and `lightning_ft.load` outlive the teacher
+        if self.quantize is not None and attachment.fits:
+            check_mode(self.quantize)
         return origin_of(self.teacher, trust_remote_code=self.trust_remote_code, revision=self.revision)
 
     # -- edits ----------------------------------------------------------------------------------------------------------
@@ -329,25 +326,27 @@ class Distillation(Technique):
     def _project(self, module: Any, attachment: Attachment, origin: Origin | None) -> None:
         """Adds a matrix for each mapped layer where the widths differ: parameters of the module, trained and saved with it."""
         own = int(module.view.config.hidden_size)
-        self._width = self.teacher_width or (origin.width() if origin is not None else own)
+        self._width = self.teacher_width or (origin.width() if origin is not None else self._width or own)
         layers = self._inner.projected(module.view)
         add_projections(module, attachment, self._place, layers, own, self._width, self.projection_rate)
 
     def _prepare(self, module: Any, attachment: Attachment, origin: Origin | None, ours: bool) -> None:
         """Finds or loads the teacher, and begins to listen to the student."""
-        if not attachment.installed or attachment.trainer.state.fn != TrainerFn.FITTING:
+        if not attachment.installed or not attachment.fits:
             return  # `lightning_ft.load` and evaluations need no teacher
         device = attachment.trainer.strategy.root_device
         if not ours:
-            teacher = Frozen(self.teacher_module()) if self.teacher_module is not None else None
+            dtype = compute_dtype(self.dtype, device) if self.dtype != "auto" else None
+            teacher = Frozen(self.teacher_module(), dtype=dtype) if self.teacher_module is not None else None
             self._caught = own_student.catch(module, self.student, attachment, teacher)
             self._known.meet(teacher.model if teacher is not None else None)
             return
-        self._students = self._inner.listen_to_student(module)
+        self._students = self._inner.listen_to_student(module, origin is None and self.targets is None)
         attachment.on_leave(self._students.detach)
         if self.targets is not None:
             self._kept = teacher_targets.TeacherTargets(Path(self.targets).expanduser())
-            size = self._kept.check(module.tokenizer, self._now.temperature, vocabulary_of(module.view))
+            named = None if self.teacher == SELF else self.teacher
+            size = self._kept.check(module.tokenizer, self._now.temperature, vocabulary_of(module.view), named)
             self._now = replace(self._now, size=size)
             self._known.meet(self._kept.about.teacher)
         elif origin is None:
@@ -394,6 +393,7 @@ class Distillation(Technique):
         if self._kept is not None:
             kept = self._kept.of(batch, module.device)
             term = objective.of_tokens(module.view, seen.result, batch, kept.block, now, kept=True)
+            self._note_factor(module, task)
             return [replace(term, weight=self.weight("soft_targets"))]
         assert self._teacher is not None
         said = self._teacher.see(batch)
@@ -406,10 +406,10 @@ class Distillation(Technique):
                 other = self._teacher.at_scored(said, batch, now.size)
                 term = objective.of_tokens(module.view, seen.result, batch, other, now)
             found.append(replace(term, weight=self.weight("soft_targets")))
-            self._note_factor(module, seen.result)
+            self._note_factor(module, task)
         if self._asked("attention") and not self._checked:
-            check_maps(seen, list(now.layers), "The student")
-            check_maps(said, list(now.layers.values()), "The teacher")
+            check_maps(seen, list(now.blocks), "The student")
+            check_maps(said, list(now.blocks.values()), "The teacher")
             self._checked = True
         project = dict(getattr(module, self._place, {}).items())
         weights = {kind: self.weight(kind) for kind in _INNER}
@@ -423,11 +423,12 @@ class Distillation(Technique):
         kind = "numbers" if student.shape[-1] == 1 else "one"
         losses = objective.class_losses(student, teacher, kind, self._now)
         term = Term(f"{self.name}/soft_targets", losses.sum(), float(len(losses)), "row", self.weight("soft_targets"))
-        self._note_factor(module, losses)
+        self._note_factor(module, kind)
         return term
 
-    def _note_factor(self, module: pl.LightningModule, like: Tensor) -> None:
-        Attachment.of(module).step.observe({f"{self.name}/t2": (like.new_tensor(self._now.factor), 1.0)})
+    def _note_factor(self, module: pl.LightningModule, kind: str) -> None:
+        factor = 1.0 if kind in ("numbers", "regression") else self._now.factor  # numbers have no temperature
+        Attachment.of(module).step.observe({f"{self.name}/t2": (torch.tensor(factor, device=module.device), 1.0)})
 
     # -- state ------------------------------------------------------------------------------------------------------------
 

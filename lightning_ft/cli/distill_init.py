@@ -26,6 +26,12 @@ def distill_init_command(argv: list[str]) -> None:
     required(config, "base", "output")
     if (config.keep is None) == (config.layers is None):
         raise Refusal("Give one of --keep (how many blocks) and --layers (which).")
+    base = Path(config.base).expanduser()
+    if base.is_file() or (base / ".metadata").exists():
+        raise Refusal(
+            f"--base {config.base} is a checkpoint, and no folder of a model; write that first: lightning-ft merge --ckpt_path "
+            f"{config.base} --output FOLDER."
+        )
     output = Path(config.output).expanduser()
     if output.is_file() or (output.is_dir() and any(output.iterdir())):
         raise Refusal(f"--output {output} already holds something, and nothing is overwritten; give a new folder.")

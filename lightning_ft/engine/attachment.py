@@ -24,6 +24,7 @@ import lightning.pytorch as pl
 import torch
 import torch.distributed as dist
 from lightning.pytorch.strategies import ModelParallelStrategy
+from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities.model_helpers import is_overridden
 from lightning.pytorch.utilities.signature_utils import is_param_in_hook_signature
 from torch import Tensor, nn
@@ -59,6 +60,7 @@ class Attachment:
         self.edits = Edits(module)
         self.late: set[str] = set()
         self.rates: dict[str, float] = {}
+        self.grouped: dict[str, str] = {}
         self._restored_state: dict[str, Any] = {}
         self._installed = False
         self._forget_run()
@@ -105,6 +107,11 @@ class Attachment:
             raise Refusal("There is no run: the attachment knows its Trainer only between setup and teardown.")
         return self._trainer
 
+    @property
+    def fits(self) -> bool:
+        """Whether the present run trains; in `lightning_ft.load` there is no run."""
+        return self._trainer is not None and self._trainer.state.fn == TrainerFn.FITTING
+
     # -- registration: techniques and modules call these from `register` -------------------------------------------
 
     def edit(
@@ -118,6 +125,10 @@ class Attachment:
         if any(existing == name for existing, _ in self.step.extra):
             raise Refusal(f"Two loss terms are named {name!r}; give one of the techniques another name.")
         self.step.extra.append((name, term))
+
+    def before_step(self, listener: Callable[[Any], None]) -> None:
+        """Registers what is told the batch before the module's own step runs on it."""
+        self.step.before.append(listener)
 
     def gradient_edit(self, edit: GradientEdit, *, first: bool = False) -> None:
         """Registers a closed-form edit of the gradients; ``first``: one that has to see them before any other has edited them."""
@@ -170,6 +181,15 @@ class Attachment:
         """
         for name, factor in factors.items():
             self.rates[name] = self.rates.get(name, 1.0) * factor
+
+    def group(self, group: str, names: Iterable[str]) -> None:
+        """Gives some parameters a group of their own in our modules' optimizer; called by a model edit.
+
+        Args:
+            group: which parameters are together.
+            names: as in the module's ``named_parameters()``.
+        """
+        self.grouped.update(dict.fromkeys(names, group))
 
     def on_leave(self, cleanup: Callable[[], None]) -> None:
         """Runs when the attachment leaves the module."""
@@ -412,6 +432,8 @@ class Attachment:
                 self.step.begin_window()
             seed_batch(self.seed, progress.total_batch_idx, trainer.global_rank)
             self.step.own = None
+            for listener in self.step.before:
+                listener(batch)
             output = original(*args, **kwargs)
             return self.step.total(batch, output)
 

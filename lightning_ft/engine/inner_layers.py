@@ -30,6 +30,19 @@ class InnerLayers:
     layers: LayerMap | dict[int, int]
     relation_heads: int | None
 
+    def __post_init__(self) -> None:
+        if not isinstance(self.layers, dict) or not self:
+            return
+        if not self.layers:
+            raise Refusal(
+                "Distillation.layers is empty, so that no layers would be compared; name pairs {student: teacher}."
+            )
+        if (self.attention or self.values) and not any(own > 0 and other > 0 for own, other in self.layers.items()):
+            raise Refusal(
+                f"Distillation.layers {self.layers} pairs no two blocks, and attention and values are made in blocks, which are "
+                "numbered from 1 (0 being the embeddings); add a pair, or leave attention and values out."
+            )
+
     def __bool__(self) -> bool:
         return self.states or self.attention or self.values
 
@@ -69,15 +82,19 @@ class InnerLayers:
         observer.attach()
         return observer
 
-    def listen_to_student(self, module: Any) -> Observer:
+    def listen_to_student(self, module: Any, itself: bool) -> Observer:
         """The same of one of our modules, before the teacher's layers are known.
+
+        Args:
+            module: ours.
+            itself: whether it is its own teacher, so that the teacher's layers are listened to by the same observer.
 
         Raises:
             Refusal: single rows are compared, and the data would be packed.
         """
         count = Observer(module.view).layers
-        wanted = self.layers if isinstance(self.layers, dict) else layer_map(self.layers, count, count)
-        observer = self.listen(module.view, wanted)
+        pairs = layer_map(self.layers, count, count) if itself or not isinstance(self.layers, dict) else self.layers
+        observer = self.listen(module.view, {*pairs, *(pairs.values() if itself else ())})
         observer.watch()
         if (self.attention or self.values) and module.admission.packing and module.datamodule.packing is not False:
             observer.detach()
@@ -106,8 +123,6 @@ class InnerLayers:
         if not self:
             return {}, None
         layers = layer_map(self.layers, Observer(student).layers, Observer(teacher).layers)
-        if self.attention or self.values:
-            layers = {own: other for own, other in layers.items() if own > 0 and other > 0}
         heads = [int(view.config.num_attention_heads) for view in (student, teacher)]
         if self.attention and heads[0] != heads[1]:
             raise Refusal(

@@ -26,6 +26,7 @@ def load(
     module: pl.LightningModule | None = None,
     *,
     base: str | None = None,
+    attention: str | None = None,
     unquantised: bool = False,
     techniques: Sequence[type[Technique]] = (),
 ) -> Any:
@@ -36,6 +37,7 @@ def load(
             needs no process group. It is read without pickle.
         module: your own module, freshly constructed, for checkpoints of modules that are not ours.
         base: another place of the same base model (it has moved, say); its weights are compared by fingerprint.
+        attention: another implementation than the run's, as of `SFT` (``eager`` keeps its maps); the same up to rounding.
         unquantised: leave the base as its file has it, though the run had packed it (``quantize``): to merge, export, or train
             on in full. What was trained then meets weights that differ from the packed ones by their rounding.
         techniques: classes of your own techniques that the run used, where they are not imported yet: a file may not
@@ -59,6 +61,8 @@ def load(
             )
         recipe = record["module"]
         arguments = {**recipe["init_args"], **({"base": base} if base is not None else {})}
+        if attention is not None and "attention" in arguments:
+            arguments["attention"] = attention
         if unquantised and "quantize" in arguments:
             arguments["quantize"] = None
         module = _built(recipe["class_path"], arguments, pl.LightningModule, (), "construct it and pass module=it")

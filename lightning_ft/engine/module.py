@@ -244,7 +244,12 @@ class FineTuningModule(pl.LightningModule):
         for name, factor in attachment.rates.items():
             rates[name] = rates.get(name, 1.0) * factor
         groups = parameter_groups(
-            self, lr=self.resolved_lr(), weight_decay=self.weight_decay, rates=rates, late=attachment.late
+            self,
+            lr=self.resolved_lr(),
+            weight_decay=self.weight_decay,
+            rates=rates,
+            late=attachment.late,
+            apart=attachment.grouped,
         )
         optimizer = build_optimizer(groups, self._optimizer_factory())
         scheduler = build_scheduler(

@@ -32,6 +32,7 @@ def parameter_groups(
     weight_decay: float,
     rates: Mapping[str, float] | None = None,
     late: Collection[str] = (),
+    apart: Mapping[str, str] | None = None,
 ) -> list[dict[str, Any]]:
     """Groups of the trainable parameters by (rate, decay), each with the ``names`` of what it holds.
 
@@ -41,6 +42,7 @@ def parameter_groups(
         lr: rate of every group that ``rates`` does not change.
         weight_decay: of matrices that are not embeddings; 0 for all else.
         rates: name of a parameter -> factor of ``lr`` (LoRA+, layer-wise decay, a head of its own).
+        apart: name of a parameter -> the group that is its own, whatever rate and decay others have.
 
     Raises:
         Refusal: when nothing is trainable.
@@ -49,14 +51,15 @@ def parameter_groups(
     layers = injected_layers(module).items()
     factors = {f"{path}.{name}" for path, layer in layers if layer.decays for name in layer.injected_parameters()}
     embeddings |= {id(p) for _, layer in layers if not layer.decays for p in layer.injected_parameters().values()}
-    groups: dict[tuple[float, float], dict[str, Any]] = {}
+    groups: dict[tuple[float, float, str], dict[str, Any]] = {}
     for name, parameter in module.named_parameters():
         if not parameter.requires_grad and name not in late:
             continue
         matrix = parameter.ndim >= 2 and (id(parameter) not in embeddings or name in factors)
         rate = lr * (rates or {}).get(name, 1.0)
         decay = weight_decay if matrix else 0.0
-        group = groups.setdefault((rate, decay), {"params": [], "lr": rate, "weight_decay": decay, "names": []})
+        key = (rate, decay, (apart or {}).get(name, ""))
+        group = groups.setdefault(key, {"params": [], "lr": rate, "weight_decay": decay, "names": []})
         group["params"].append(parameter)
         group["names"].append(name)
     if not groups:

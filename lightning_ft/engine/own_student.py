@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Mapping
 from contextlib import ExitStack
 from typing import Any
 
 import lightning.pytorch as pl
 import torch
+from lightning_utilities.core.apply_func import apply_to_collection
 from torch import Tensor, nn
 
 from lightning_ft.engine.attachment import Attachment
@@ -34,12 +36,12 @@ class Caught:
         self._calls: list[tuple[tuple[Any, ...], dict[str, Any], Any]] = []
 
     def hook(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
-        """A forward hook."""
-        if torch.is_grad_enabled():
+        """A forward hook; what another technique runs again (`Attachment.rerun`) is not the step."""
+        if torch.is_grad_enabled() and not self._attachment.step.muted:
             self._calls.append((args, kwargs, output))
 
-    def forget(self) -> None:
-        """Of what was caught so far."""
+    def forget(self, batch: Any = None) -> None:
+        """Of what was caught so far: where a step begins, of what ran after the one before."""
         self._calls = []
 
     def compared(self, batch: Any, mask: str | None) -> tuple[Tensor, Tensor]:
@@ -67,7 +69,7 @@ class Caught:
                 f"The teacher gives {tuple(teacher.shape)} where the student's part gives {tuple(student.shape)}; they must "
                 "predict the same things."
             )
-        chosen = self._chosen(batch, mask, kwargs, student)
+        chosen = self._chosen(batch, mask, args, kwargs, student)
         pairs = (z.reshape(-1, z.shape[-1]) for z in (student, teacher))
         both = [z if chosen is None else z[chosen] for z in pairs]
         return both[0], both[1]
@@ -75,13 +77,29 @@ class Caught:
     def _say(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         if self._teacher is not None:
             with self._teacher.on(next(self.part.parameters()).device) as teacher:
-                return teacher(*args, **kwargs)
+                # Autocast is off for the teacher, and what the part was called with may have come out of autocast layers.
+                dtype = next((p.dtype for p in teacher.parameters() if p.is_floating_point()), None)
+                given = apply_to_collection(
+                    (args, kwargs), Tensor, lambda x: x.to(dtype) if x.is_floating_point() else x
+                )
+                return teacher(*given[0], **given[1])
         with ExitStack() as stack:
             stack.enter_context(self._attachment.reference())
             stack.enter_context(evaluating(self.part))
             return self.part(*args, **kwargs)
 
-    def _chosen(self, batch: Any, mask: str | None, kwargs: dict[str, Any], student: Tensor) -> Tensor | None:
+    def _attention_mask(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """What the part was called with as ``attention_mask``, by name or by place."""
+        if args and "attention_mask" not in kwargs:
+            try:
+                return inspect.signature(self.part.forward).bind(*args, **kwargs).arguments.get("attention_mask")
+            except (TypeError, ValueError):  # a forward that does not say its arguments
+                return None
+        return kwargs.get("attention_mask")
+
+    def _chosen(
+        self, batch: Any, mask: str | None, args: tuple[Any, ...], kwargs: dict[str, Any], student: Tensor
+    ) -> Tensor | None:
         """(N,) places that count in the flattened outputs, or None for all."""
         if mask is not None:
             found = batch.get(mask) if isinstance(batch, Mapping) else getattr(batch, mask, None)
@@ -90,7 +108,7 @@ class Caught:
                     f"Distillation.mask names {mask!r}, which the batch does not have; name an entry that holds a tensor."
                 )
         else:
-            found = kwargs.get("attention_mask")
+            found = self._attention_mask(args, kwargs)
             if not isinstance(found, Tensor) or found.shape != student.shape[:-1]:
                 return None
         if found.shape != student.shape[:-1]:
@@ -98,7 +116,38 @@ class Caught:
                 f"Distillation.mask is {tuple(found.shape)} where the outputs are {tuple(student.shape)}; it must have one entry "
                 "for each row of logits."
             )
+        other = found[(found != 0) & (found != 1)] if found.dtype != torch.bool else found[:0]
+        if other.numel():
+            what = f"names {mask!r}" if mask is not None else "is the attention mask"
+            raise Refusal(
+                f"Distillation.mask {what}, which holds {other[0]:g} and not only 0 and 1 (labels are no mask); name one that "
+                "is True at the outputs to compare."
+            )
         return found.reshape(-1).bool().nonzero()[:, 0]
+
+
+def check(module: Any, *, targets: str | None, quantize: str | None) -> None:
+    """Refuses what only models that this library loads can have, before anything is trained.
+
+    Args:
+        module: the user's.
+        targets: as of `Distillation`.
+        quantize: as of `Distillation`.
+
+    Raises:
+        Refusal: one of them is asked for.
+    """
+    name = type(module).__name__
+    if targets is not None:
+        raise Refusal(
+            f"Distillation.targets keeps what a language model predicts of this library's data, which {name} does not read; "
+            "leave it out, and give teacher_module."
+        )
+    if quantize is not None:
+        raise Refusal(
+            f"Distillation.quantize packs a teacher that is loaded by its name; that of {name} is what teacher_module builds: pack "
+            "it there."
+        )
 
 
 def catch(module: pl.LightningModule, name: str | None, attachment: Attachment, teacher: Frozen[Any] | None) -> Caught:
@@ -126,13 +175,14 @@ def catch(module: pl.LightningModule, name: str | None, attachment: Attachment, 
         raise Refusal(f"Distillation.student names {name!r}, which the module does not have; name a part of it.")
     caught = Caught(places[name], attachment, teacher)
     handle = places[name].register_forward_hook(caught.hook, with_kwargs=True)
+    attachment.before_step(caught.forget)
     attachment.on_leave(handle.remove)
     attachment.on_leave(caught.forget)
     return caught
 
 
 def logits_of(output: Any) -> Tensor:
-    """The logits (..., C) in what a module gave: a tensor, or what is called ``logits`` in it.
+    """The logits (N, C) or (B, T, C) in what a module gave: a tensor, or what is called ``logits`` in it.
 
     Raises:
         Refusal: there are none.
@@ -143,7 +193,12 @@ def logits_of(output: Any) -> Tensor:
             f"The part that is compared gives {type(output).__name__} and no logits (rows, classes); name by student one that "
             "gives them."
         )
+    if found.dim() > 3:
+        raise Refusal(
+            f"The part that is compared gives {tuple(found.shape)}, of which nothing says where the classes are; name by student a "
+            "part that gives (rows, places, classes): of images (B, C, H, W) logits.flatten(2).transpose(1, 2)."
+        )
     return found
 
 
-__all__ = ["Caught", "catch", "logits_of"]
+__all__ = ["Caught", "catch", "check", "logits_of"]

@@ -44,8 +44,9 @@ def add_projections(
         matrix.weight = nn.Parameter(drawn * own**-0.5)
         matrices[key(number)] = matrix
     module.add_module(place, matrices)
-    if rate != 1.0:
-        attachment.rate(dict.fromkeys([f"{place}.{name}.weight" for name in matrices], float(rate)))
+    names = [f"{place}.{name}.weight" for name in matrices]
+    attachment.rate(dict.fromkeys(names, float(rate)))
+    attachment.group(place, names)
 
 
 def check_projections(module: Any, place: str, layers: Collection[int], own: int, width: int) -> None:

@@ -45,6 +45,7 @@ class Step:
     """The terms of a run's steps.
 
     Attributes:
+        before: called with each batch before the module's own step.
         extra: (name, function) of each term that techniques add.
         own: the terms that a module of ours handed over from inside its step; None for a user's own step.
         own_weight: factor of the module's own loss, which techniques beside it may make smaller.
@@ -60,6 +61,7 @@ class Step:
     def __init__(self, attachment: Attachment) -> None:
         """Args: attachment: whose module steps."""
         self.attachment = attachment
+        self.before: list[Callable[[Any], None]] = []
         self.extra: list[tuple[str, LossTerm]] = []
         self.own: list[Term] | None = None
         self.own_weight = 1.0

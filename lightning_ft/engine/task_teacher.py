@@ -29,6 +29,7 @@ class TaskTeacher:
         of_logits: (student's, teacher's, kind) -> (N,) losses; kind is ``one``, ``several`` or ``numbers``.
         of_tokens: (view, (1, T, D) hidden states, batch, teacher's logits of a slice, how many tokens are compared) -> the sum.
         know: is told the teacher's module.
+        note: is told in each step what the task is, ``numbers`` or other, for what is logged beside the term.
     """
 
     def __init__(
@@ -38,8 +39,10 @@ class TaskTeacher:
         of_logits: Callable[[Tensor, Tensor, str], Tensor],
         of_tokens: Callable[..., Tensor],
         know: Callable[[nn.Module], None],
+        note: Callable[[str], None],
     ) -> None:
-        self.task, self.weight, self.of_logits, self.of_tokens, self.know = task, weight, of_logits, of_tokens, know
+        self.task, self.weight, self.of_logits, self.of_tokens = task, weight, of_logits, of_tokens
+        self.know, self.note = know, note
         self.teacher: Teacher | None = None
         self.size: int | None = None
 
@@ -57,9 +60,9 @@ class TaskTeacher:
                 f"The task {self.task!r} is {objective}, which compares answers and imitates none; teach another task."
             )
 
-    def load(self, module: Any, attachment: Attachment, origin: Origin, **options: Any) -> None:
+    def load(self, module: Any, attachment: Attachment, origin: Origin | None, **options: Any) -> None:
         """Loads the teacher, once the student is there; evaluations need none."""
-        if not attachment.installed or not attachment.trainer.training:
+        if origin is None or not attachment.installed or not attachment.trainer.training:
             return
         task, device = module.asked()[self.task], attachment.trainer.strategy.root_device
         used = shared_vocabulary(module.tokenizer, origin.tokenizer())
@@ -87,6 +90,9 @@ class TaskTeacher:
         flat, outcomes = module.computed
         own = outcomes[self.task]
         weight = weight * self.weight
+        self.note(
+            module.asked()[self.task].objective
+        )  # whether this rank has rows of it or not, so that all log the same
         mine = batch.columns.get(f"rows/{task.number}")
         if own is None or mine is None:
             return Term(name, flat.sum() * 0.0, batch.counts.get(task.unit, 0.0), task.unit, weight)

@@ -123,7 +123,7 @@ def load_teacher(
         labels: the student's classes, which must be the teacher's.
         multi_label: whether a row may have several.
         packing: whether it will read packed rows.
-        attention: as of `SFT`; a checkpoint keeps its own.
+        attention: as of `SFT`; of a checkpoint ``auto`` is what it was trained with.
         quantize: pack its linear layers.
         dtype: of its weights, as ``base_dtype`` of `SFT`.
         device: where it computes.
@@ -155,7 +155,7 @@ def load_teacher(
 
 def _loaded(origin: Origin, task: str, labels: list[str] | None, multi_label: bool, attention: str) -> Any:
     if origin.kind == "checkpoint":
-        module = load(origin.name)
+        module = load(origin.name, attention=None if attention == "auto" else attention)
         if module.task != task:
             raise Refusal(
                 f"The teacher {origin.name} was trained for the task {module.task}, and the student's is {task}; take a teacher of "

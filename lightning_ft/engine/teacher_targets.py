@@ -166,16 +166,17 @@ class TeacherTargets:
         )
         self._rest = np.memmap(folder / _REST, dtype="<f4", mode="r", shape=(n,)) if n else np.empty(0, "<f4")
 
-    def check(self, tokenizer: Any, temperature: float, width: int) -> int | None:
-        """Refuses another tokenizer, or another temperature.
+    def check(self, tokenizer: Any, temperature: float, width: int, teacher: str | None = None) -> int | None:
+        """Refuses another tokenizer, another temperature, or another teacher.
 
         Args:
             tokenizer: of the student.
             temperature: of the run.
             width: how many tokens the student's output layer has.
+            teacher: whose word is wanted, as the user calls it; None: whoever's it is.
 
         Returns:
-            How many tokens to compare; None: all, where both output layers are of one width.
+            How many tokens to compare; None: all, where no output layer is padded.
 
         Raises:
             Refusal: naming both.
@@ -189,6 +190,11 @@ class TeacherTargets:
             raise Refusal(
                 f"The targets in {self.folder} were kept at temperature {self.about.temperature:g}, and this run's is "
                 f"{temperature:g}: what was left out cannot be divided anew; set the same, or write them again."
+            )
+        if teacher is not None and not _same(teacher, self.about.name):
+            raise Refusal(
+                f"The targets in {self.folder} are what {self.about.name} predicts, and this run's teacher is {teacher}; write its "
+                "own, or leave teacher out."
             )
         return sliced(width, self.about.vocabulary, self.about.used)
 
@@ -218,6 +224,11 @@ class TeacherTargets:
             _tensor(self._tokens[places].astype(np.int64), device),
             _tensor(self._rest[places], device),
         )
+
+
+def _same(one: str, other: str) -> bool:
+    """Whether two names are of one model: equal, or one place."""
+    return one == other or Path(one).expanduser().resolve() == Path(other).expanduser().resolve()
 
 
 def _tensor(values: np.ndarray, device: torch.device) -> Tensor:

@@ -89,8 +89,10 @@ class Observer:
     def layers(self) -> int:
         """How many blocks the stack has."""
         config = self.view.config
-        count = getattr(config, "num_decoder_layers", None) if hasattr(self.view, "decoder") else None
-        return int(count or config.num_hidden_layers)
+        # T5 counts num_decoder_layers; BART, Marian and Pegasus decoder_layers, their num_hidden_layers being the encoder's.
+        names = ("num_decoder_layers", "decoder_layers") if hasattr(self.view, "decoder") else ()
+        counts = (getattr(config, name, None) for name in names)
+        return int(next((count for count in counts if count), None) or config.num_hidden_layers)
 
     @property
     def width(self) -> int:

@@ -36,7 +36,7 @@ def shared_vocabulary(student: Any, teacher: Any) -> int:
 
 
 def sliced(student: int, teacher: int, used: int) -> int | None:
-    """How many tokens to compare, None where both output layers are of one width.
+    """How many tokens to compare, None where neither output layer has more than are used.
 
     Args:
         student: tokens that the student's output layer has.
@@ -52,7 +52,7 @@ def sliced(student: int, teacher: int, used: int) -> int | None:
             f"The {who}'s output layer has {min(student, teacher)} tokens and its tokenizer {used}; resize the layer, or take the "
             "tokenizer that belongs to it."
         )
-    return None if student == teacher else used
+    return None if student == teacher == used else used
 
 
 __all__ = ["shared_vocabulary", "sliced"]

@@ -66,6 +66,11 @@ class Settings:
             )
 
     @property
+    def blocks(self) -> dict[int, int]:
+        """``layers`` without the embeddings, which have no maps and no values."""
+        return {own: other for own, other in self.layers.items() if own > 0 and other > 0}
+
+    @property
     def factor(self) -> float:
         """What soft targets are multiplied by."""
         return self.temperature**2 if self.scale_t2 else 1.0
@@ -224,7 +229,7 @@ def of_values(student: Seen, teacher: Seen, batch: Batch, settings: Settings) ->
 def _of_rows(kind: str, losses: Callable[[int, int, Tensor], Tensor], batch: Batch, settings: Settings) -> Term:
     assert batch.bounds is None, "packed rows have no maps"
     mask = batch.mask if batch.mask is not None else torch.ones_like(batch.ids, dtype=torch.bool)
-    found = torch.stack([losses(own, other, mask) for own, other in settings.layers.items()]).mean(0)  # (B,)
+    found = torch.stack([losses(own, other, mask) for own, other in settings.blocks.items()]).mean(0)  # (B,)
     return Term(f"{settings.names}/{kind}", _real(found, batch).sum(), batch.counts["row"], unit="row")
 
 

@@ -1,6 +1,7 @@
 """Distillation: the contract, and what only it does."""
 
 import copy
+import shutil
 
 import lightning.pytorch as pl
 import pytest
@@ -9,7 +10,10 @@ import torch.nn.functional as F  # noqa: N812
 import transformers as hf
 
 import lightning_ft
-from lightning_ft import Distillation, LoRA, Refusal
+from lightning_ft import AGEM, DPO, GRPO, Distillation, LoRA, OnPolicyDistillation, Refusal, Replay
+from lightning_ft.engine.own_student import logits_of
+from lightning_ft.engine.rewards import Reward
+from lightning_ft.engine.student import check_student
 from lightning_ft.functional import distillation as maths
 from tests.callbacks.distillation_jobs import on_ranks
 from tests.contract import Case, checks_for
@@ -149,7 +153,7 @@ def test_every_task_learns_what_the_formula_says(task, bases, tmp_path):
     logged = watch.logged[0]
     assert logged["train/distillation/soft_targets"] == pytest.approx(expected, rel=1e-4)
     assert logged["train/loss"] == pytest.approx(logged["train/sft"] + 0.7 * expected, rel=1e-4)
-    assert logged["train/distillation/t2"] == 4.0
+    assert logged["train/distillation/t2"] == (1.0 if task == "regression" else 4.0)  # T divides no number
 
 
 @pytest.fixture(scope="module")
@@ -245,7 +249,7 @@ def test_self_is_the_model_before_the_fit_with_lora_and_without(chat, tmp_path):
         assert logged[0] == pytest.approx(logged[1], rel=1e-4, abs=1e-6) and logged[0][2] > 1e-4
 
 
-def test_a_lora_student_trains_its_factors_alone_and_the_teacher_is_in_no_file(chat, larger, tmp_path):
+def test_a_lora_student_trains_its_factors_alone_and_the_teacher_is_in_no_file(chat, larger, tmp_path, monkeypatch):
     technique = Distillation(str(larger), hidden=0.5, projection_rate=3.0, dtype="float32")
     module, rows_ = chat_job(chat, tmp_path, model={"optimizer": None, "lr": 1e-3, "weight_decay": 0.1})
     seen = {}
@@ -273,7 +277,21 @@ def test_a_lora_student_trains_its_factors_alone_and_the_teacher_is_in_no_file(c
     assert set(saved["state_dict"]) == set(trained)
     (recipe,) = [t for t in saved["lightning_ft"]["techniques"] if t["class_path"].endswith("Distillation")]
     assert recipe["init_args"]["teacher_width"] == seen["frozen"].config.hidden_size
-    loaded = lightning_ft.load(file)  # the teacher is not asked
+    shutil.copytree(larger, tmp_path / "gone")
+    again, rows_ = chat_job(chat, tmp_path)
+    technique = Distillation(str(tmp_path / "gone"), hidden=0.5, quantize="nf4", dtype="float32")
+    technique.quantize = None  # a checkpoint that asks for what this machine may lack
+    run_again = trainer(tmp_path, LoRA(2), technique, max_steps=1)
+    run_again.fit(again, rows_)
+    technique.quantize = "nf4"
+    run_again.save_checkpoint(tmp_path / "gone.ckpt")
+    shutil.rmtree(tmp_path / "gone")
+    monkeypatch.setattr("lightning_ft.callbacks.distillation.check_mode", lambda mode: pytest.fail("nobody packs"))
+    lightning_ft.load(tmp_path / "gone.ckpt")
+    run_again.validate(again, rows_, verbose=False)
+    with pytest.raises(Refusal, match="There is no folder"):
+        trainer(tmp_path, Distillation(str(tmp_path / "gone")), max_steps=1).fit(*chat_job(chat, tmp_path))
+    loaded = lightning_ft.load(file)
     assert torch.equal(
         loaded.distillation_projections["layer_2"].weight, module.distillation_projections["layer_2"].weight
     )
@@ -330,6 +348,27 @@ def test_a_checkpoint_and_an_adapter_teach_as_the_model_they_are(chat, tmp_path)
         _, watch, _ = chat_run(chat, tmp_path, technique, max_steps=1)
         logged.append(watch.logged[0]["train/distillation/soft_targets"])
     assert logged == pytest.approx([logged[0]] * 3, rel=1e-3) and logged[0] > 1e-3
+
+
+def test_a_checkpoint_of_an_ordinary_fit_shows_its_maps(bases, tmp_path):
+    """MiniLM's recipe with a teacher that was trained with another attention, as it teaches when it is written as a folder."""
+    teacher, rows_ = job(bases / "bert", tmp_path, "sequence_classification", batch_size=8)
+    run = trainer(tmp_path, max_steps=2, limit_val_batches=0)
+    run.fit(teacher, rows_)
+    run.save_checkpoint(tmp_path / "teacher.ckpt")
+    assert teacher.model.config._attn_implementation != "eager"
+    teacher.model.save_pretrained(tmp_path / "folder")
+    teacher.tokenizer.save_pretrained(tmp_path / "folder")
+    logged = []
+    for name in ("teacher.ckpt", "folder"):
+        options = {"attention": "eager", "optimizer": torch.optim.SGD, "lr": 0.1}
+        student, rows_ = job(
+            bases / "bert", tmp_path, "sequence_classification", model=options, packing=False, batch_size=8
+        )
+        technique, watch = Distillation(str(tmp_path / name), recipe="minilm", dtype="float32"), Watch()
+        trainer(tmp_path, technique, watch, max_steps=1, limit_val_batches=0).fit(student, rows_)
+        logged.append([watch.logged[0][f"train/distillation/{kind}"] for kind in ("attention", "values")])
+    assert logged[0] == pytest.approx(logged[1], rel=1e-3) and min(logged[0]) > 1e-7
 
 
 def test_distilbert_is_its_weights_and_hidden_states_are_transformers_own(bases, tmp_path):
@@ -391,6 +430,43 @@ def test_minilm_compares_maps_and_relations_of_padded_rows(bases, tmp_path):
     assert "train/distillation/soft_targets" not in logged
 
 
+def test_embeddings_are_compared_beside_maps(bases, tmp_path):
+    """TinyBERT's layers: embeddings and blocks for hidden states, the blocks alone for maps and values."""
+    logged = []
+    for asked in ({"hidden": 1.0, "attention": 1.0, "values": 1.0}, {"hidden": 1.0}, {"attention": 1.0, "values": 1.0}):
+        _, watch = teach(
+            bases,
+            tmp_path,
+            "sequence_classification",
+            model={"attention": "eager", "optimizer": None, "lr": 1e-12},
+            data={"packing": False},
+            soft_targets=0.0,
+            layers={0: 0, 1: 2} if "hidden" in asked else {1: 2},
+            **asked,
+        )
+        logged.append(watch.logged[0])
+    for kind, alone in (("hidden", 1), ("attention", 2), ("values", 2)):
+        name = f"train/distillation/{kind}"
+        assert logged[0][name] == pytest.approx(logged[alone][name], rel=1e-4)
+    for layers, said in (({0: 0}, "pairs no two blocks"), ({}, "layers is empty")):
+        with pytest.raises(Refusal, match=said):
+            Distillation(attention=1.0, layers=layers)
+
+
+def test_the_model_s_own_later_block_teaches_an_earlier_one(chat, tmp_path):
+    """Value relations of two blocks of one model, as its copy teaches them."""
+    logged = []
+    for teacher in ("self", str(chat / "model")):
+        technique = Distillation(
+            teacher, values=1.0, relation_heads=2, soft_targets=0.0, layers={1: 2}, dtype="float32"
+        )
+        _, watch, _ = chat_run(chat, tmp_path, technique, data={"packing": False})
+        logged.append([entry["train/distillation/values"] for entry in watch.logged])
+    assert logged[0] == pytest.approx(logged[1], rel=1e-4) and min(logged[0]) > 1e-4
+    with pytest.raises(Refusal, match="layers maps 1 to 3, but the student has 2 blocks"):
+        chat_run(chat, tmp_path, Distillation(values=1.0, layers={1: 3}), data={"packing": False})
+
+
 @pytest.mark.parametrize("task", ["sequence_classification", "token_classification"])
 def test_a_window_of_two_halves_is_one_batch(task, bases, tmp_path):
     """Rows of uneven length, the last window incomplete, all kinds of terms that packed rows allow."""
@@ -398,13 +474,53 @@ def test_a_window_of_two_halves_is_one_batch(task, bases, tmp_path):
     for size, accumulate in ((8, 1), (4, 2)):
         base = bases / "bert"
         options = {"optimizer": torch.optim.SGD, "lr": 0.1}
-        module, rows_ = job(base, tmp_path, task, model=options, shuffle=False, batch_size=size)
+        module, rows_ = job(base, tmp_path, task, model=options, n=28, shuffle=False, batch_size=size)
         technique = Distillation(str(bases / TEACHERS[task]), hidden=0.3, cosine=0.2, layers="uniform", dtype="float32")
-        run = trainer(tmp_path, technique, max_steps=3, accumulate_grad_batches=accumulate, limit_val_batches=0)
+        watch = Watch()
+        run = trainer(
+            tmp_path,
+            technique,
+            watch,
+            max_epochs=1,
+            max_steps=-1,
+            accumulate_grad_batches=accumulate,
+            limit_val_batches=0,
+        )
         run.fit(module, rows_)
+        assert run.global_step == 4 and len(watch.batches[-1].rows) == 4  # 28 rows: half of the last window
         ends.append(state(module))
     for name, value in ends[0].items():
         torch.testing.assert_close(value, ends[1][name], rtol=1e-4, atol=1e-5)
+
+
+def test_projections_are_a_group_of_their_own(chat, larger, tmp_path):
+    """At the rate of all others, too."""
+    technique = Distillation(str(larger), hidden=0.5, dtype="float32")
+    module, rows_ = chat_job(chat, tmp_path, model={"optimizer": None, "weight_decay": 0.1})
+    run = trainer(tmp_path, technique, max_steps=1)
+    run.fit(module, rows_)
+    matrix = module.distillation_projections["layer_2"].weight
+    (group,) = [g for g in run.optimizers[0].param_groups if any(p is matrix for p in g["params"])]
+    assert len(group["params"]) == 1 and group["weight_decay"] == 0.1
+
+
+def test_padding_that_both_have_is_not_compared(chat, larger, tmp_path):
+    """A student as wide as its teacher, both wider than their tokenizer; the rows beyond it get no gradient."""
+    own = tmp_path / "padded"
+    config = hf.AutoConfig.from_pretrained(chat / "model")
+    config.vocab_size = hf.AutoConfig.from_pretrained(larger).vocab_size
+    config.tie_word_embeddings = False
+    torch.manual_seed(4)
+    hf.LlamaForCausalLM(config).save_pretrained(own / "model")
+    tokenizer = hf.AutoTokenizer.from_pretrained(larger)
+    tokenizer.save_pretrained(own / "model")
+    shutil.copy(chat / "rows.jsonl", own)
+    used = len(tokenizer)
+    assert config.vocab_size > used
+    technique = Distillation(str(larger), task=0.0, dtype="float32")
+    _, _, steps = chat_run(own, tmp_path, technique, max_steps=1)
+    gradient = steps.gradients[0]["model.lm_head.weight"]
+    assert gradient[used:].abs().max() == 0 < gradient[:used].abs().max()
 
 
 # Everything that works packed, and what wants padded rows; "self" asks the reference.
@@ -469,6 +585,121 @@ def test_a_module_of_your_own_by_hand(tmp_path):
         torch.testing.assert_close(state(net)[name], value, rtol=1e-4, atol=1e-6)
 
 
+@pytest.mark.parametrize("technique", [lambda: Replay(8, rows=2), lambda: AGEM(8, rows=2)], ids=["replay", "agem"])
+def test_rows_that_are_run_again_are_not_the_step(technique, tmp_path):
+    """A later step finds one call of the part: its own."""
+    net, watch = PlainNet(), Watch()
+    fit(tmp_path, net, technique(), Distillation(teacher_module=wide), watch, max_steps=4)
+    assert len(watch.logged) == 4 and watch.logged[3]["train/distillation/soft_targets"] > 0
+
+
+class Read(torch.nn.Module):
+    """Words of padded rows: (B, T) numbers and their mask -> (B, T, 3)."""
+
+    def __init__(self):
+        super().__init__()
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(2)
+            self.table = torch.nn.Embedding(5, 3)
+
+    def forward(self, ids, attention_mask=None):
+        return self.table(ids)
+
+
+class Reader(pl.LightningModule):
+    """A module of your own that gives its part the mask by place."""
+
+    def __init__(self):
+        super().__init__()
+        self.net = Read()
+
+    def training_step(self, batch, batch_idx):
+        return self.net(batch["ids"], batch["mask"]).sum() * 0.0
+
+    def configure_optimizers(self):
+        return torch.optim.SGD(self.parameters(), lr=0.0)
+
+
+def read_rows():
+    mask = torch.tensor([[1, 1, 0], [1, 0, 0]])
+    ids = torch.tensor([[1, 2, 0], [3, 0, 0]])
+    return {
+        "ids": ids,
+        "mask": mask,
+        "labels": torch.where(mask == 1, torch.tensor([[0, 1, 2]]), -100),
+        "real": mask * 1.0,
+    }
+
+
+def read_fit(tmp_path, **arguments):
+    def other():
+        net = Read()
+        with torch.no_grad():
+            net.table.weight.neg_()
+        return net
+
+    module, watch, rows_ = Reader(), Watch(), read_rows()
+    loader = torch.utils.data.DataLoader(
+        [{name: value[n] for name, value in rows_.items()} for n in range(2)], batch_size=2
+    )
+    trainer(tmp_path, Distillation(teacher_module=other, **arguments), watch, max_steps=1).fit(module, loader)
+    return module, watch.logged[0]["train/distillation/soft_targets"]
+
+
+@pytest.mark.parametrize("mask", [None, "mask", "real"])
+def test_padding_is_left_out_however_the_mask_is_given(mask, tmp_path):
+    module, found = read_fit(tmp_path, mask=mask)
+    z = module.net.table.weight.detach().double()[[1, 2, 3]]
+    p, q = z.log_softmax(-1), (-z).log_softmax(-1)
+    assert found == pytest.approx(float((q.exp() * (q - p)).sum(-1).mean()), rel=1e-5)
+
+
+def test_labels_are_no_mask(tmp_path):
+    with pytest.raises(Refusal, match="names 'labels', which holds -100 and not only 0 and 1"):
+        read_fit(tmp_path, mask="labels")
+
+
+class Parts(PlainNet):
+    """A body and a head, which under autocast is called with bfloat16."""
+
+    def __init__(self):
+        super().__init__()
+        self.head = torch.nn.Linear(3, 2)
+
+    def training_step(self, batch, batch_idx):
+        return F.cross_entropy(self.head(self.net(batch[0].to(self.dtype))).float(), batch[1] % 2)
+
+
+@pytest.mark.parametrize("dtype", ["auto", "float32", "bfloat16"])
+@pytest.mark.parametrize("precision", ["bf16-mixed", "bf16-true", "32-true"])
+def test_a_teacher_of_your_own_computes_in_its_own_dtype(precision, dtype, tmp_path):
+    built = torch.nn.Linear(3, 2)
+    watch, seen = Watch(), []
+    built.register_forward_hook(lambda module, given, output: seen.append(output.dtype))
+    technique = Distillation(teacher_module=lambda: built, student="head", dtype=dtype)
+    fit(tmp_path, Parts(), technique, watch, max_steps=1, precision=precision)
+    assert seen == [torch.bfloat16 if dtype == "bfloat16" else torch.float32]
+    assert watch.logged[0]["train/distillation/soft_targets"] > 0
+
+
+def test_arguments_that_would_say_nothing_are_refused(chat, larger, tmp_path):
+    for given, said in (({"student": "model"}, "student"), ({"mask": "mask"}, "mask")):
+        with pytest.raises(Refusal, match=f"Distillation.{said} is for modules of your own"):
+            chat_run(chat, tmp_path, Distillation(str(larger), hidden=1.0, **given))
+    with pytest.raises(Refusal, match="quantize packs a teacher that is loaded, and self is the model"):
+        chat_run(chat, tmp_path, Distillation(quantize="nf4"))
+    with pytest.raises(Refusal, match="targets keeps what a language model predicts"):
+        fit(tmp_path, PlainNet(), Distillation(targets=str(tmp_path)))
+    with pytest.raises(Refusal, match="quantize packs a teacher that is loaded by its name"):
+        fit(tmp_path, PlainNet(), Distillation(teacher_module=wide, quantize="nf4"))
+
+
+def test_classes_in_the_middle_are_refused():
+    with pytest.raises(Refusal, match=r"gives \(2, 3, 4, 4\), of which nothing says where the classes are"):
+        logits_of(torch.zeros(2, 3, 4, 4))
+    assert logits_of({"logits": torch.zeros(2, 4, 3)}).shape == (2, 4, 3)
+
+
 def test_what_cannot_be_compared_is_refused(chat, larger, bases, tmp_path):
     def run(technique, **settings):
         module, data = chat_job(chat, tmp_path, **settings)
@@ -500,6 +731,16 @@ def test_what_cannot_be_compared_is_refused(chat, larger, bases, tmp_path):
     with pytest.raises(Refusal, match="has no trained head|has no head"):
         module, data = job(bases / "bert", tmp_path, "regression")
         trainer(tmp_path, Distillation(str(bases / "bert")), max_steps=1).fit(module, data)
+
+
+def test_modules_that_imitate_nothing_say_what_they_do():
+    for module, said in (
+        (OnPolicyDistillation("base", teacher="other"), "has a teacher of its own"),
+        (GRPO("base", rewards={"short": Reward(length=3)}), "learns from rewards of answers"),
+        (DPO("base"), "compares answers with one another"),
+    ):
+        with pytest.raises(Refusal, match=f"and {type(module).__name__} {said}"):
+            check_student(module, {})
 
 
 def test_a_prefix_and_a_prompt_learn_predictions_and_no_layers(chat, larger, tmp_path):

@@ -1,6 +1,6 @@
 """distill-init and cache-teacher: a student's folder, a teacher's targets, and training by both."""
 
-import json
+import csv
 from collections.abc import Callable
 from pathlib import Path
 
@@ -39,9 +39,9 @@ def config(tiny_model: Path, rows: Path, tmp_path: Path) -> Path:
     return path
 
 
-def logged(folder: Path) -> list[float]:
-    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    return [line["train/distillation/soft_targets"] for line in lines if "train/distillation/soft_targets" in line]
+def logged(folder: Path, name: str) -> set[float]:
+    with open(folder / "metrics.csv", newline="") as file:
+        return {float(line[name]) for line in csv.DictReader(file) if line[name]}
 
 
 def trained(folder: Path) -> dict[str, torch.Tensor]:
@@ -56,9 +56,13 @@ def test_all_tokens_kept_train_as_the_teacher_itself(real: Run, config: Path, tm
     kept = real("cache-teacher", "--config", str(config), "--output", "targets", "--top_k", "100000")
     assert kept.code == 0, kept.err
     assert "train by it with --distillation.targets targets" in kept.out
-    given = ("--distillation.targets=targets", "--distillation.teacher=nowhere")
+    (tmp_path / "teacher").rename(tmp_path / "away")  # nobody asks for it
+    given = ("--distillation.targets=targets",)
+    other = real("fit", "--config", str(config), *given, "--distillation.teacher=nowhere", "--name=other", *QUIET)
+    assert other.code == 2 and "and this run's teacher is nowhere" in other.err
     by_file = real("fit", "--config", str(config), *given, "--name=kept", *QUIET)
     assert by_file.code == 0, by_file.err
+    assert logged(Path("runs/kept"), "train/distillation/t2") == {4.0}
     whole, other = trained(Path("runs/live")), trained(Path("runs/kept"))
     for name, value in whole.items():
         torch.testing.assert_close(other[name], value, rtol=1e-3, atol=1e-5)
@@ -70,6 +74,7 @@ def test_all_tokens_kept_train_as_the_teacher_itself(real: Run, config: Path, tm
         "fit", "--config", str(config), *given, "--data.max_length=8", "--data.truncation=start", "--name=cut", *QUIET
     )
     assert cut.code == 2 and ("is not among the targets" in cut.err or "truncation" in cut.err), cut.err
+    (tmp_path / "away").rename(tmp_path / "teacher")
     assert real("cache-teacher", "--config", str(config), "--output", "few", "--top_k", "2").code == 0
     both = [TeacherTargets(Path(name)) for name in ("targets", "few")]
     assert both[1].about.top_k == 2 and both[0].about.tokens == both[1].about.tokens
@@ -130,4 +135,7 @@ def test_layers_that_are_not_there_are_refused(real: Run, config: Path, tmp_path
     ):
         outcome = real(*given, *words)
         assert outcome.code == 2 and said in outcome.err
+    Path("last.ckpt").write_bytes(b"")
+    outcome = real("distill-init", "--base", "last.ckpt", "--keep", "2", "--output", "student")
+    assert outcome.code == 2 and "lightning-ft merge --ckpt_path last.ckpt --output FOLDER" in outcome.err
     assert not Path("student").exists()

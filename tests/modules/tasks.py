@@ -71,10 +71,12 @@ def rows_of(task: str, n: int = 32) -> list[dict[str, Any]]:
     return found
 
 
-def job(base: Path, folder: Path, task: str, *, model: dict[str, Any] | None = None, **data: Any) -> tuple[SFT, Any]:
+def job(
+    base: Path, folder: Path, task: str, *, model: dict[str, Any] | None = None, n: int = 32, **data: Any
+) -> tuple[SFT, Any]:
     """(module, data) of a task over rows in ``folder``."""
     path = folder / f"{task}.jsonl"
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows_of(task)))
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows_of(task, n)))
     name = "sequence_classification" if task == "multi_label" else task
     options = {"lr": 5e-3, "schedule": "constant", "warmup_steps": 0, "base_dtype": "float32", **(model or {})}
     cls: Callable[..., Any] = Seq2SeqData if task == "seq2seq_lm" else ClassificationData

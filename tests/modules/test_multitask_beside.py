@@ -84,7 +84,9 @@ def test_a_teacher_for_each_task(tmp_path: Path) -> None:
 
     class Watch(Steps):
         def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
-            found.update({n: float(v) for n, v in trainer.callback_metrics.items() if n.endswith("soft_targets")})
+            found.update(
+                {n: float(v) for n, v in trainer.callback_metrics.items() if n.endswith(("soft_targets", "t2"))}
+            )
 
         def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
             self.expected = {}
@@ -110,7 +112,8 @@ def test_a_teacher_for_each_task(tmp_path: Path) -> None:
     watch = Watch()
     callbacks = [Distillation(path, name=name, temperature=2.0, dtype="float32") for name, path in teachers.items()]
     fit(tmp_path, module, data, *callbacks, watch, max_steps=1, limit_val_batches=0)
-    assert set(found) == {f"train/{name}/soft_targets" for name in teachers}
+    assert set(found) == {f"train/{name}/{kind}" for name in teachers for kind in ("soft_targets", "t2")}
+    assert (found["train/classes/t2"], found["train/numbers/t2"]) == (4.0, 1.0)
     for name in teachers:
         assert found[f"train/{name}/soft_targets"] == pytest.approx(watch.expected[name], rel=1e-4)
 
