@@ -89,6 +89,21 @@ def test_on_the_command_line(job, tmp_path, capsys, monkeypatch):
 
 
 def test_what_is_refused(job):
+@pytest.mark.parametrize("rates", ["per_parameter", "per_step"])
+def test_rates_follow_a_head_that_is_cut(job, tmp_path, rates):
+    """As many steps as classes: rates of a step each are as many as those of the head's bias, and are not cut."""
+    made = MAML(str(job / "bert"), inner="head", rates=rates, inner_lr=0.5, steps=3, lr=0.05, eval_steps=[])
+    saver = ModelCheckpoint(tmp_path, save_last=True, every_n_train_steps=1)
+    fit(tmp_path, made, words(job / "words.csv", job), saver, max_steps=1, enable_checkpointing=True)
+    meta = lightning_ft.load(tmp_path / "last.ckpt")
+    meta.keep_classes_(2)
+    name = next(name for name in meta.inner_names if name.endswith("classifier.bias"))
+    rate = dict(meta.named_parameters())["inner_rates." + name.replace(".", "/")]
+    before = dict(made.named_parameters())["inner_rates." + name.replace(".", "/")]
+    assert torch.equal(rate, before if rates == "per_step" else before[:2])
+    assert len(lightning_ft.adapt(tmp_path / "last.ckpt", job / "2.jsonl", cache_dir=str(job / "c")).view.labels) == 2
+
+
     with pytest.raises(Refusal, match="have 4 classes, and MAML has learned to tell 3 apart"):
         lightning_ft.adapt(job / "lora/last.ckpt", job / "4.jsonl", cache_dir=str(job / "cache"))
     with pytest.raises(Refusal, match=r"module=MAML\(net"):

@@ -287,7 +287,8 @@ class AdaptingModule(EpisodeModule):
             return
         layer = self.view.output_layer()[1]
         cut = {id(p): nn.Parameter(p[:count].clone(), requires_grad=p.requires_grad) for p in layer.parameters()}
-        rates: Any = getattr(self, "inner_rates", {})
+        # Rates of a number each are cut with it; those of a step each stay, though they may be as many.
+        rates: Any = self.inner_rates if getattr(self, "rates", "fixed") == "per_parameter" else {}
         for name, parameter in self.named_parameters():
             key = name.replace(".", "/")
             if id(parameter) in cut and key in rates and rates[key].numel() == parameter.numel():
