@@ -320,6 +320,20 @@ class EpisodeModule(FineTuningModule):
         """Computes and forgets what a validation measured."""
         self._log_evaluation("val")
 
+    def on_validation_epoch_start(self) -> None:
+        """Forgets what a validation measured that was interrupted."""
+        super().on_validation_epoch_start()
+        self._forget_evaluation()
+
+    def on_test_epoch_start(self) -> None:
+        """As for validation."""
+        super().on_test_epoch_start()
+        self._forget_evaluation()
+
+    def _forget_evaluation(self) -> None:
+        if self.evaluation is not None:
+            self.evaluation.reset()
+
     def on_test_epoch_end(self) -> None:
         """Computes and forgets what a test measured."""
         self._log_evaluation("test")
