@@ -213,21 +213,6 @@ def test_folders_of_their_own_share_no_class(tmp_path):
         EpisodeData(str(tmp_path / "a"), test_path=str(tmp_path / "c"), way=2, shot=1, query=1).setup("test")
 
 
-def test_folders_that_are_refused(tmp_path):
-    (tmp_path / "only").mkdir()
-    np.save(tmp_path / "only/a.npy", np.zeros(2))
-    with pytest.raises(Refusal, match="each class needs one"):
-        EpisodeData(str(tmp_path)).check_files("fit")
-    (tmp_path / "second").mkdir()
-    np.save(tmp_path / "second/a.npy", np.zeros(3))
-    made = EpisodeData(str(tmp_path), way=2, shot=1, query=1)
-    with pytest.raises(Refusal, match="has 1 different rows"):
-        made.setup("fit")
-    for name, size in (("only", 2), ("second", 3)):
-        np.save(tmp_path / name / "b.npy", np.zeros(size))
-    made = EpisodeData(str(tmp_path), way=2, shot=1, query=1)
-    made.setup("fit")
-    with pytest.raises(Refusal, match="all must be alike"):
 def test_hidden_files_are_passed_over(tmp_path):
     for name in ("a", "b"):
         (tmp_path / name / ".hidden").mkdir(parents=True)
@@ -255,6 +240,21 @@ def test_what_was_read_is_kept_up_to_a_number_of_bytes(tmp_path, monkeypatch):
     assert reader._bytes == sum(item.nbytes for item in reader._kept.values()) == 80
 
 
+def test_folders_that_are_refused(tmp_path):
+    (tmp_path / "only").mkdir()
+    np.save(tmp_path / "only/a.npy", np.zeros(2))
+    with pytest.raises(Refusal, match="each class needs one"):
+        EpisodeData(str(tmp_path)).check_files("fit")
+    (tmp_path / "second").mkdir()
+    np.save(tmp_path / "second/a.npy", np.zeros(3))
+    made = EpisodeData(str(tmp_path), way=2, shot=1, query=1)
+    with pytest.raises(Refusal, match="has 1 different rows"):
+        made.setup("fit")
+    for name, size in (("only", 2), ("second", 3)):
+        np.save(tmp_path / name / "b.npy", np.zeros(size))
+    made = EpisodeData(str(tmp_path), way=2, shot=1, query=1)
+    made.setup("fit")
+    with pytest.raises(Refusal, match="all must be alike"):
         list(made.train_dataloader())
 
 
@@ -280,6 +280,26 @@ def test_a_function_of_tasks():
 
 def wrong(rng, count):
     return (rng.random((count, 2)),) * 3
+
+
+def fails(rng, count):
+    return len(rng)  # a TypeError of its own
+
+
+def test_tasks_are_copies_in_the_order_asked_for():
+    """Side by side, apart and over a block's end; what a net writes into them reaches no later epoch."""
+    drawn = sines()._drawn("train")
+    x = drawn.episodes(0, np.arange(130)).support.inputs
+    for numbers in ([5], [3, 4, 5], [62, 63, 64, 65], [3, 5, 9], [9, 5]):
+        found = drawn.episodes(0, np.array(numbers))
+        assert torch.equal(found.support.inputs, torch.stack([x[n] for n in numbers]))
+        found.support.inputs.zero_()
+    assert torch.equal(drawn.episodes(0, np.arange(130)).support.inputs, x)
+
+
+def test_an_error_inside_a_function_stays_what_it_is():
+    with pytest.raises(TypeError, match="has no len"):
+        list(EpisodeData(tasks=f"{__name__}.fails").train_dataloader())
 
 
 def test_functions_that_are_refused():
