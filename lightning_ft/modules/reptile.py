@@ -26,8 +26,9 @@ class Reptile(AdaptingModule):
 
     ``theta <- theta + lr * mean over tasks of (phi_k - theta)``: phi_k is what k steps on a task's support rows make of theta, and
     no gradient goes through them, so that steps are cheap and may be many. No query rows are used in training. The difference
-    theta - phi_k is handed to the outer optimizer as if it were a gradient, so that accumulation, clipping, DDP and whatever edits
-    gradients work as usual.
+    theta - phi_k is handed to the outer optimizer as if it were a gradient, so that accumulation, DDP and whatever edits gradients
+    work as usual. Leave ``gradient_clip_val`` out: it bounds the length of the way, which is several units after a few steps of
+    Adam over a base, where gradients are clipped at 1.
 
     Args:
         base: the model to start from, for texts, with a new head of as many classes as an episode has. None: see ``net``.
