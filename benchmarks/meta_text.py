@@ -47,6 +47,11 @@ ROWS: dict[str, dict[str, Any]] = {
 }
 
 
+def clip_of(module: type) -> float | None:
+    """The gradient norm at which a step is clipped; Reptile's is the length of a way, of several units, and stays as it is."""
+    return None if module is Reptile else 1.0
+
+
 def cell(row: dict[str, Any], data: dict[str, Any], base: str, *, shot: int, seed: int) -> dict[str, Any]:
     """Trains (or not) and tests one row; the split of classes and the test episodes follow from the seed alone.
 
@@ -67,7 +72,7 @@ def cell(row: dict[str, Any], data: dict[str, Any], base: str, *, shot: int, see
         accelerator="auto",
         devices=1,
         max_epochs=1,
-        gradient_clip_val=1.0,
+        gradient_clip_val=clip_of(row["module"]),
         logger=False,
         limit_val_batches=0,
         num_sanity_val_steps=0,

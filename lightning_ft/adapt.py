@@ -7,13 +7,20 @@ from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
+import numpy as np
 import torch
 
+from lightning_ft.data.collate_labelled import LabelledSegment, collate_labelled
 from lightning_ft.data.episode_data import EpisodeData
+from lightning_ft.data.frames import Frame
+from lightning_ft.data.prefixes import plain_ids
+from lightning_ft.data.sources import open_source
 from lightning_ft.data.text_tasks import answer_rows
 from lightning_ft.engine.adapting import AdaptingModule
 from lightning_ft.engine.attachment import Attachment
 from lightning_ft.engine.checkpoints import kept_keys
+from lightning_ft.engine.loading import of_kind, read_recipe
+from lightning_ft.engine.scoring import row_logits
 from lightning_ft.functional.errors import Refusal
 from lightning_ft.load import load
 from lightning_ft.modules.sft import SFT
@@ -56,34 +63,49 @@ def adapt(
 
         module = lightning_ft.adapt("runs/maml_lora_text/checkpoints/last.ckpt", "my_20_examples.jsonl")
     """
-    meta = load(path, base=base)
-    if not isinstance(meta, AdaptingModule):
-        raise Refusal(
-            f"{path} was written by {type(meta).__name__}, which has no inner loop; give a checkpoint of MAML or Reptile."
-        )
-    if meta.base is None:
-        raise Refusal(
-            "adapt makes a classifier of texts; of a net's checkpoint call load(..., module=...) and module.adapt_."
-        )
-    if meta.writes:
+    recipe = adapting_recipe(path)
+    data = None
+    if recipe["init_args"].get("task") == "causal_lm":
         if text_column is not None or label_column is not None:
             raise Refusal(
                 "text_column and label_column are of examples with classes, and this checkpoint learned to write; leave them out."
             )
+        open_source(str(support))
+    else:
+        data = EpisodeData(
+            str(support),
+            text_column=text_column,
+            label_column=label_column,
+            max_length=max_length,
+            cache_dir=cache_dir,
+        )
+        data.check_files("fit")
+    meta: AdaptingModule = load(path, base=base)  # what can be told without the base is refused above
+    if meta.base is None:
+        raise Refusal(
+            "adapt makes a classifier of texts; of a net's checkpoint call load(..., module=...) and module.adapt_."
+        )
+    if data is None:
         meta.adapt_(answer_rows(str(support), meta.tokenizer, max_length=max_length), steps=steps)
         return _plain(meta, None)
-    data = EpisodeData(
-        str(support),
-        text_column=text_column,
-        label_column=label_column,
-        max_length=max_length,
-        cache_dir=cache_dir,
-    )
     data.use_tokenizer(meta.tokenizer)
     rows, labels = data.everything()
     meta.keep_classes_(len(labels))
     meta.adapt_(rows, steps=steps)
     return _plain(meta, labels)
+
+
+def adapting_recipe(path: str | Path) -> dict[str, Any]:
+    """``class_path`` and ``init_args`` of the module of a checkpoint, which has an inner loop.
+
+    Raises:
+        Refusal: it has none, or there is no such checkpoint.
+    """
+    recipe = read_recipe(Path(path).expanduser())
+    if not of_kind(recipe, AdaptingModule):
+        name = recipe.get("class_path", "a LightningModule of your own").rpartition(".")[2]
+        raise Refusal(f"{path} was written by {name}, which has no inner loop; give a checkpoint of MAML or Reptile.")
+    return recipe
 
 
 def _plain(meta: AdaptingModule, labels: list[str] | None) -> SFT:
@@ -129,29 +151,39 @@ def save(module: SFT, folder: str | Path) -> Path:
 
 
 @torch.no_grad()
-def classify(module: SFT, texts: Sequence[str], *, batch_size: int = 32) -> Iterator[tuple[str, float]]:
-    """The most likely class of each text, and its probability.
+def classify(
+    module: SFT, texts: Sequence[str], *, batch_size: int = 32, max_length: int | None = 128
+) -> Iterator[tuple[str, float]]:
+    """The most likely class of each text, and its probability; texts are framed, cut and padded as those adapted on were.
 
     Args:
         module: an adapted classifier.
         texts: any number.
         batch_size: texts at once.
+        max_length: most tokens of a text, as for `adapt`; longer ones are cut. None: as many as the model can read.
     """
-    tokenizer: Any = module.tokenizer
-    labels = module.view.labels
+    frame, labels = Frame.of(module.tokenizer, pair=False), module.view.labels
+    room = min(max_length or _longest(module), _longest(module)) - frame.size
+    none = np.empty(0, dtype=np.int64)
     for begin in range(0, len(texts), batch_size):
-        rows = tokenizer(
-            list(texts[begin : begin + batch_size]),
-            padding=True,
-            truncation=True,
-            max_length=_longest(module),
-            return_tensors="pt",
-        )
-        mask = rows["attention_mask"].bool()
-        positions = (mask.long().cumsum(-1) - 1).clamp(min=0)
-        types = rows.get("token_type_ids")
-        logits = module.view.row_logits(rows["input_ids"], positions, mask=mask, types=types)
-        for line in logits.float().softmax(-1):
+        chosen = texts[begin : begin + batch_size]
+        ids = plain_ids(module.tokenizer, chosen)
+        segments = []
+        for at, text in enumerate(chosen):
+            own = np.array(ids[text][:room], dtype=np.int64)
+            segments.append(
+                LabelledSegment(
+                    ids=frame.ids(own, none),
+                    spans=none.reshape(0, 2),
+                    row=begin + at,
+                    types=frame.types_of(len(own), 0),
+                    at=none,
+                    classes=none,
+                    target=None,
+                )
+            )
+        # Padded on the right, whatever side the tokenizer pads: the last token of a row is what a decoder classifies by.
+        for line in row_logits(module.view, collate_labelled(segments, packed=False)).softmax(-1):
             number = int(line.argmax())
             yield labels[number], float(line[number])
 
@@ -161,4 +193,4 @@ def _longest(module: SFT) -> int:
     return int(getattr(module.view.config, "max_position_embeddings", None) or 512)
 
 
-__all__ = ["CHECKPOINT", "adapt", "classify", "save"]
+__all__ = ["CHECKPOINT", "adapt", "adapting_recipe", "classify", "save"]

@@ -2,13 +2,14 @@
 
 import csv
 import json
+import sys
 
 import pytest
 import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
 
 import lightning_ft
-from lightning_ft import MAML, SFT, LoRA, PrefixTuning, Refusal
+from lightning_ft import MAML, SFT, LoRA, PrefixTuning, ProtoNet, Refusal
 from lightning_ft.adapt import classify, save
 from lightning_ft.engine.attachment import Attachment
 from tests.cli.conftest import call
@@ -88,8 +89,60 @@ def test_on_the_command_line(job, tmp_path, capsys, monkeypatch):
     assert call(capsys, "adapt", *words_).code == 2
 
 
+@pytest.mark.parametrize("rates", ["per_parameter", "per_step"])
+def test_rates_follow_a_head_that_is_cut(job, tmp_path, rates):
+    """As many steps as classes: rates of a step each are as many as those of the head's bias, and are not cut."""
+    made = MAML(str(job / "bert"), inner="head", rates=rates, inner_lr=0.5, steps=3, lr=0.05, eval_steps=[])
+    saver = ModelCheckpoint(tmp_path, save_last=True, every_n_train_steps=1)
+    fit(tmp_path, made, words(job / "words.csv", job), saver, max_steps=1, enable_checkpointing=True)
+    meta = lightning_ft.load(tmp_path / "last.ckpt")
+    meta.keep_classes_(2)
+    name = next(name for name in meta.inner_names if name.endswith("classifier.bias"))
+    rate = dict(meta.named_parameters())["inner_rates." + name.replace(".", "/")]
+    before = dict(made.named_parameters())["inner_rates." + name.replace(".", "/")]
+    assert torch.equal(rate, before if rates == "per_step" else before[:2])
+    assert len(lightning_ft.adapt(tmp_path / "last.ckpt", job / "2.jsonl", cache_dir=str(job / "c")).view.labels) == 2
+
+
 def test_what_is_refused(job):
     with pytest.raises(Refusal, match="have 4 classes, and MAML has learned to tell 3 apart"):
         lightning_ft.adapt(job / "lora/last.ckpt", job / "4.jsonl", cache_dir=str(job / "cache"))
     with pytest.raises(Refusal, match=r"module=MAML\(net"):
         lightning_ft.adapt(job / "net/last.ckpt", job / "2.jsonl")
+
+
+@pytest.fixture
+def no_base(monkeypatch):
+    """A base model that is asked for is an error."""
+    monkeypatch.setattr(sys.modules["lightning_ft.adapt"], "load", lambda *_, **__: pytest.fail("the base was loaded"))
+
+
+def test_what_is_refused_before_the_base_is_loaded(job, tmp_path, capsys, no_base):
+    words_ = ["adapt", "--ckpt_path", str(job / "lora/last.ckpt"), "--output", str(tmp_path / "out"), "--support"]
+    missing = call(capsys, *words_, str(tmp_path / "nothing.jsonl"))
+    assert missing.code == 2 and "nothing.jsonl" in missing.err
+    (tmp_path / "other.jsonl").write_text('{"a": 1}\n')
+    assert call(capsys, *words_, str(tmp_path / "other.jsonl")).code == 2
+    proto = ProtoNet(str(job / "bert"))
+    saver = ModelCheckpoint(tmp_path / "proto", save_last=True, every_n_train_steps=1)
+    fit(tmp_path, proto, words(job / "words.csv", job), saver, max_steps=1, enable_checkpointing=True)
+    words_[2] = str(tmp_path / "proto/last.ckpt")
+    other = call(capsys, *words_, str(job / "2.jsonl"))
+    assert other.code == 2 and "was written by ProtoNet, which has no inner loop" in other.err
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_a_decoder_classifies_by_its_last_token(tmp_path, side):
+    """Rows of unequal length and each alone are told the same, on whichever side the tokenizer pads."""
+    made = SFT(str(write_base("llama", tmp_path / "llama")), task="sequence_classification", labels=["a", "b", "c"])
+    Attachment.of(made).rebuild([], seed=0)
+    made.eval()
+    made.tokenizer.padding_side = side
+    said = ["hello", "hello world you thank yes", "no no no no no no no no", "yes you"]
+    with torch.no_grad():
+        alone = [made.model(**made.tokenizer(text, return_tensors="pt")).logits[0].softmax(-1) for text in said]
+    assert [p for _, p in classify(made, said)] == pytest.approx([float(line.max()) for line in alone], rel=1e-4)
+    assert [label for label, _ in classify(made, said)] == ["abc"[int(line.argmax())] for line in alone]
+    cut = list(classify(made, said, max_length=3))
+    size = len(made.tokenizer("hello world you thank yes")["input_ids"])
+    assert size > 3 and cut[1] != list(classify(made, said))[1]

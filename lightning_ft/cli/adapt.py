@@ -49,9 +49,12 @@ def adapt_command(argv: list[str]) -> None:
     if output.is_file() or (output.is_dir() and any(output.iterdir())):
         raise Refusal(f"--output {output} already holds something, and nothing is overwritten; give a new folder.")
     checkpoint_argument.check(path, resume=False, ours=True)
-    from lightning_ft.adapt import adapt, classify, save
+    from lightning_ft.adapt import adapt, adapting_recipe, classify, save
     from lightning_ft.data.sources import open_source
 
+    writes = adapting_recipe(path)["init_args"].get("task") == "causal_lm"
+    if writes and config.predict:
+        raise Refusal("--predict classifies texts, and this checkpoint learned to write; leave it out, and generate.")
     texts = open_source(config.predict, any_columns=True).column(config.text_column or "text") if config.predict else []
     if not all(isinstance(text, str) and text for text in texts):
         raise Refusal(f"--predict {config.predict}: each row needs a text ({config.text_column or 'text'}).")
@@ -66,18 +69,16 @@ def adapt_command(argv: list[str]) -> None:
         max_length=config.max_length,
     )
     seconds = time.perf_counter() - begin
-    writes = module.task == "causal_lm"
-    if writes and texts:
-        raise Refusal("--predict classifies texts, and this checkpoint learned to write; leave it out, and generate.")
     saved = save(module, output)
     what = "a language model" if writes else f"a classifier of {', '.join(module.view.labels)}"
     print(f"{saved}: {what}, adapted in {seconds:.1f} s, loading included.")
     if writes:
         print(f"lightning-ft generate --ckpt_path {saved} --prompt TEXT writes with it.")
     elif texts:
+        said = classify(module, texts, max_length=config.max_length)
         lines = [
             json.dumps({"text": text, "label": label, "probability": round(probability, 4)}, ensure_ascii=False)
-            for text, (label, probability) in zip(texts, classify(module, texts), strict=True)
+            for text, (label, probability) in zip(texts, said, strict=True)
         ]
         (output / "predictions.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
         print(f"{output / 'predictions.jsonl'}: {len(lines)} rows.")

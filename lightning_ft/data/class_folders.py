@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+from collections import OrderedDict
 from collections.abc import Mapping, Sequence
-from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +27,9 @@ def classes_in(folder: Path) -> dict[str, list[Path]]:
     found: dict[str, list[Path]] = {}
     for child in sorted(folder.iterdir()):
         if child.is_dir() and not child.name.startswith("."):
-            files = sorted(p for p in child.rglob("*") if p.suffix.lower() in (*IMAGES, *TENSORS))
+            inside = (p for p in child.rglob("*") if p.suffix.lower() in (*IMAGES, *TENSORS))
+            # "._1.png" is what macOS keeps beside 1.png, and no image.
+            files = sorted(p for p in inside if not any(part.startswith(".") for part in p.relative_to(child).parts))
             if files:
                 found[child.name] = files
     if len(found) < 2:
@@ -65,18 +67,26 @@ def files_of_splits(
     return files
 
 
+def pools_of_files(classes: Mapping[str, list[Path]]) -> tuple[list[Path], dict[str, np.ndarray]]:
+    """All files one after the other; class -> the numbers of its own."""
+    items = [file for files in classes.values() for file in files]
+    ends = np.cumsum([0, *(len(files) for files in classes.values())])
+    return items, {name: np.arange(begin, end) for name, begin, end in zip(classes, ends[:-1], ends[1:], strict=True)}
+
+
 class FileReader:
     """Reads items as float32 tensors of one shape, and keeps what it has read.
 
     Args:
         image_size: height and width to which images are resized (bilinear, the whole image).
         channels: 1 for grey, 3 for RGB.
-        kept: items that stay in memory.
+        kept_bytes: of the items that stay in memory, those used last: 2 GiB hold 100,000 images of 84 x 84.
     """
 
-    def __init__(self, *, image_size: int, channels: int, kept: int = 50_000) -> None:
-        self.image_size, self.channels = image_size, channels
-        self._read = lru_cache(maxsize=kept)(self._item)
+    def __init__(self, *, image_size: int, channels: int, kept_bytes: int = 2 << 30) -> None:
+        self.image_size, self.channels, self.kept_bytes = image_size, channels, kept_bytes
+        self._kept: OrderedDict[Path, np.ndarray] = OrderedDict()
+        self._bytes = 0
         self._shape: tuple[tuple[int, ...], Path] | None = None
 
     def batch(self, files: list[Path]) -> torch.Tensor:
@@ -107,6 +117,17 @@ class FileReader:
             sides.append(Rows(x, y))
         return Episode(*sides)
 
+    def _read(self, file: Path) -> np.ndarray:
+        """An item from memory or from its file; what was not used for the longest gives way."""
+        if file in self._kept:
+            self._kept.move_to_end(file)
+            return self._kept[file]
+        self._kept[file] = item = self._item(file)
+        self._bytes += item.nbytes
+        while self._bytes > self.kept_bytes:
+            self._bytes -= self._kept.popitem(last=False)[1].nbytes
+        return item
+
     def _item(self, file: Path) -> np.ndarray:
         suffix = file.suffix.lower()
         try:
@@ -132,4 +153,4 @@ class FileReader:
         return pixels[None] if self.channels == 1 else np.ascontiguousarray(pixels.transpose(2, 0, 1))
 
 
-__all__ = ["FileReader", "classes_in", "files_of_splits"]
+__all__ = ["FileReader", "classes_in", "files_of_splits", "pools_of_files"]

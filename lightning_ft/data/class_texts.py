@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections import Counter
+from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -9,7 +11,7 @@ import numpy as np
 from datasets import Dataset
 
 from lightning_ft.data.collate_labelled import LabelledSegment, collate_labelled
-from lightning_ft.data.episode_draw import refuse_shared, split_classes
+from lightning_ft.data.episode_draw import Draw, refuse_known, refuse_shared, split_classes
 from lightning_ft.data.frames import Frame
 from lightning_ft.data.labelled_rows import LabelledRows, select_labelled, tokenise_labelled
 from lightning_ft.data.labels import Asked, Columns, answers_of, asked_of, columns_of
@@ -19,7 +21,7 @@ from lightning_ft.data.planned import PlannedData
 from lightning_ft.data.preview import Piece, pieces_between
 from lightning_ft.data.sources import Source, open_source
 from lightning_ft.data.token_rows import TokenRows
-from lightning_ft.engine.episodes import Rows
+from lightning_ft.engine.episodes import Episode, Rows
 from lightning_ft.functional.errors import Refusal
 
 _EVALUATED: tuple[Split, ...] = ("val", "test")
@@ -34,6 +36,15 @@ class ClassTexts(PlannedData):
     label_column: str | None
     cache_dir: str | None
     _asked: Asked | None
+    _dealt: dict[str, list[str]] | None = None
+    _first_seed: int | None = None
+
+    @property
+    def _seed(self) -> int:
+        """As given, else that of ``seed_everything`` at the first use: a later call of it does not deal the classes anew."""
+        if self._first_seed is None:
+            self._first_seed = super()._seed
+        return self._first_seed
 
     @property
     def reads_no_files(self) -> bool:
@@ -68,6 +79,30 @@ class ClassTexts(PlannedData):
             )
         return mixed(kept), chosen
 
+    def pools_of(self, split: Split) -> tuple[Any, dict[str, np.ndarray], int]:
+        """The rows of a split; class -> places of the different ones; how many another class has too, see `without_twins`."""
+        rows, chosen = self.texts_of(split)
+        names = self._asks().names
+        classes = np.concatenate([part.classes() for part in parts_of(rows)])
+        pools, shared = without_twins(rows, {name: np.flatnonzero(classes == names.index(name)) for name in chosen})
+        return rows, pools, shared
+
+    def episode(self, rows: Any, draw: Draw) -> Episode:
+        """The texts that were drawn."""
+        return Episode(
+            self.side(rows, draw.support, draw.support_labels), self.side(rows, draw.query, draw.query_labels)
+        )
+
+    def everything(self) -> tuple[Rows, list[str]]:
+        """All rows of ``path`` as one support set, and the names of its classes in the order of their labels."""
+        self.check_files("fit")
+        files = self._files("train")
+        if len(files) > 1:
+            raise Refusal("A support set is one file; put its rows together.")
+        rows = self._select(files[0])
+        assert isinstance(rows, LabelledRows)
+        return self.side(rows, np.arange(len(rows)), rows.classes()), list(self._asks().names)
+
     def classes_of(self) -> dict[str, set[str]]:
         """The classes of each split, no two of which share one."""
         dealt = split_classes(
@@ -79,6 +114,24 @@ class ClassTexts(PlannedData):
                 found[split] = self._names_in(split)
         refuse_shared(found, "EpisodeData")
         return found
+
+    def state_dict(self) -> dict[str, Any]:
+        """Also the classes of each split, so that no later run takes one for new that was trained on."""
+        if self._dealt is None:
+            self._dealt = {split: sorted(classes) for split, classes in self.classes_of().items()}
+        return {**super().state_dict(), "classes": self._dealt}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Also refuses to measure on classes that were trained on, and to train on those that were kept to be measured on.
+
+        Raises:
+            Refusal: naming one.
+        """
+        super().load_state_dict(state_dict)
+        known = {split: set(classes) for split, classes in state_dict.get("classes", {}).items()}
+        stage = self.trainer.state.fn if self.trainer is not None else None
+        if known and stage is not None:
+            refuse_known(self.classes_of(), known, stage.value, f"{state_dict.get('seed')}", f"{self._seed}")
 
     def _own(self, split: Split) -> bool:
         """Whether a split has files of its own."""
@@ -156,16 +209,32 @@ class ClassTexts(PlannedData):
         return [*pieces_between(segment.ids, segment.at, self.resolve_tokenizer()), Piece(f" {shown}", True, 0)]
 
 
-def without_twins(rows: Any, places: np.ndarray) -> np.ndarray:
-    """Of texts that are alike to the model the first, so that none stands in support and query."""
-    seen: set[bytes] = set()
-    kept = []
-    for place, segment in zip(places.tolist(), rows.segments(places), strict=True):
-        ids = segment.ids.tobytes()
-        if ids not in seen:
-            seen.add(ids)
-            kept.append(place)
-    return np.array(kept, dtype=np.int64)
+def without_twins(rows: Any, pools: Mapping[str, np.ndarray]) -> tuple[dict[str, np.ndarray], int]:
+    """The rows of each class by which it is known, so that no text stands in support and query of an episode.
+
+    Of texts that are alike to the model (after they were cut) the first of its class stays, and none where several classes have it.
+
+    Args:
+        rows: of a split.
+        pools: class -> places of its rows.
+
+    Returns:
+        class -> places that stay; how many rows were left out because another class has their text.
+    """
+    found: dict[str, dict[bytes, int]] = {}
+    counts: Counter[bytes] = Counter()
+    for name, places in pools.items():
+        found[name] = {}
+        for place, segment in zip(places.tolist(), rows.segments(places), strict=True):
+            ids = segment.ids.tobytes()
+            found[name].setdefault(ids, place)
+            counts[ids] += 1
+    classes = Counter(ids for firsts in found.values() for ids in firsts)
+    kept = {
+        name: np.array([place for ids, place in firsts.items() if classes[ids] == 1], dtype=np.int64)
+        for name, firsts in found.items()
+    }
+    return kept, sum(count for ids, count in counts.items() if classes[ids] > 1)
 
 
 def parts_of(rows: Any) -> list[LabelledRows]:
@@ -173,4 +242,4 @@ def parts_of(rows: Any) -> list[LabelledRows]:
     return list(rows.parts) if hasattr(rows, "parts") else [rows]
 
 
-__all__ = ["ClassTexts", "parts_of", "without_twins"]
+__all__ = ["ClassTexts", "without_twins"]

@@ -9,11 +9,10 @@ from typing import Annotated, Any, Literal
 import numpy as np
 from annotated_types import Ge
 
-from lightning_ft.data.class_folders import FileReader, files_of_splits
-from lightning_ft.data.class_texts import ClassTexts, parts_of, without_twins
+from lightning_ft.data.class_folders import FileReader, files_of_splits, pools_of_files
+from lightning_ft.data.class_texts import ClassTexts
 from lightning_ft.data.episode_draw import TEST, TRAIN, VAL, check_pools, draw_episode
 from lightning_ft.data.episode_loader import EpisodeLoader
-from lightning_ft.data.labelled_rows import LabelledRows
 from lightning_ft.data.labels import Asked
 from lightning_ft.data.mixture import Files
 from lightning_ft.data.named_files import Split
@@ -22,7 +21,7 @@ from lightning_ft.data.task_functions import DrawnTasks
 from lightning_ft.data.text_tasks import TextTasks
 from lightning_ft.data.token_rows import BadRows, Report, Truncation
 from lightning_ft.engine.arguments import check_arguments
-from lightning_ft.engine.episodes import Episode, Rows
+from lightning_ft.engine.episodes import Episode
 from lightning_ft.functional.dotted import named_function
 from lightning_ft.functional.errors import Refusal
 
@@ -35,7 +34,8 @@ class EpisodeData(ClassTexts):
 
     Rows come from a table of ``text`` and ``label``, or from a folder with a folder of images (or tensors) for each class; or
     whole tasks from a function. Classes of training, validation and test are disjoint, so that what is measured is learning of
-    new classes. Support and query share no row, and of texts no two rows alike. Episode i of an epoch depends on the seed alone,
+    new classes. Support and query share no row, and of texts no two rows alike: a text that several classes have is left out, and
+    counted in the report. Episode i of an epoch depends on the seed alone,
     whatever the batch size, accumulation or number of ranks; those of validation and test are the same in each epoch.
 
     Args:
@@ -70,7 +70,8 @@ class EpisodeData(ClassTexts):
         bad_rows: what happens to a row whose text or label is missing or unfit: ``error`` or ``drop``.
         image_size: height and width to which images are resized; 28 and 84 are usual.
         channels: of images: 3, or 1 for grey.
-        seed: of everything drawn; None: the seed of ``seed_everything``, else 0.
+        seed: of everything drawn, also of which classes are kept; None: the seed of ``seed_everything`` at the first use, else 0.
+            A checkpoint knows the classes of its run, and is not measured on those that it was trained on.
         tokenizer: a model id, folder or starter asset; None: the tokenizer of the module that is trained.
         cache_dir: where tokenised rows are kept; None: as in `ClassificationData`.
 
@@ -167,6 +168,7 @@ class EpisodeData(ClassTexts):
         self._asked: Asked | None = None
         self._made: dict[Split, Callable[[int, np.ndarray], tuple[Episode, ...] | Episode]] = {}
         self._tasks: dict[Split, DrawnTasks] = {}
+        self._shared: dict[Split, int] = {}
         self.pools: dict[Split, dict[str, np.ndarray]] = {}
         self.check()
 
@@ -333,47 +335,33 @@ class EpisodeData(ClassTexts):
             for number in numbers.tolist()
         ]
 
-    # -- folders ------------------------------------------------------------------------------------------------------------
+    def classes_of(self) -> dict[str, set[str]]:
+        """The classes of each split of rows; of a function none."""
+        if self.tasks is not None:
+            return {}
+        if self.folders:
+            return {split: set(classes) for split, classes in self._class_files().items()}
+        return super().classes_of()
 
     def _class_files(self) -> dict[str, dict[str, list[Path]]]:
         given = {split: path for split, path in (("val", self.val_path), ("test", self.test_path)) if path is not None}
         return files_of_splits(str(self.path), given, self.val_classes, self.test_classes, seed=self._seed)
 
     def _prepare_folders(self, split: Split) -> None:
-        classes = self._class_files()[split]
-        items = [file for files in classes.values() for file in files]
-        ends = np.cumsum([0, *(len(files) for files in classes.values())])
-        pools = {name: np.arange(begin, end) for name, begin, end in zip(classes, ends[:-1], ends[1:], strict=True)}
+        items, pools = pools_of_files(self._class_files()[split])
         self.pools[split] = self._checked(pools, split)
         reader = FileReader(image_size=self.image_size, channels=self.channels)
 
         self._made[split] = lambda epoch, numbers: reader.episodes(items, self._draws(split, epoch, numbers))
 
-    # -- texts ----------------------------------------------------------------------------------------------------------------
-
     def _prepare_texts(self, split: Split) -> None:
-        rows, names = self.texts_of(split)
-        asked = self._asks()
-        classes = np.concatenate([part.classes() for part in parts_of(rows)])
-        pools = {name: np.flatnonzero(classes == asked.names.index(name)) for name in names}
-        pools = {name: without_twins(rows, places) for name, places in pools.items()}
+        rows, pools, self._shared[split] = self.pools_of(split)
         self.pools[split] = self._checked(pools, split)
         self._rows[split] = rows
 
         self._made[split] = lambda epoch, numbers: tuple(
-            Episode(self.side(rows, d.support, d.support_labels), self.side(rows, d.query, d.query_labels))
-            for d in self._draws(split, epoch, numbers)
+            self.episode(rows, draw) for draw in self._draws(split, epoch, numbers)
         )
-
-    def everything(self) -> tuple[Rows, list[str]]:
-        """All rows of ``path`` as one support set, and the names of its classes in the order of their labels."""
-        self.check_files("fit")
-        files = self._files("train")
-        if len(files) > 1:
-            raise Refusal("A support set is one file; put its rows together.")
-        rows = self._select(files[0])
-        assert isinstance(rows, LabelledRows)
-        return self.side(rows, np.arange(len(rows)), rows.classes()), list(self._asks().names)
 
     # -- for people, and for checkpoints --------------------------------------------------------------------------------------
 
@@ -387,6 +375,8 @@ class EpisodeData(ClassTexts):
         for split, rows in self._rows.items():
             pools = self.pools[split]
             facts = {"classes": f"{len(pools)}", "different rows of a class": _span([len(p) for p in pools.values()])}
+            if shared := self._shared[split]:
+                facts["left out, since several classes have the text"] = f"{shared}"
             found[split] = replace(rows.report, facts=facts, parts=())
         return found  # type: ignore[return-value]
 

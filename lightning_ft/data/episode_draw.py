@@ -119,6 +119,41 @@ def refuse_shared(classes: Mapping[str, set[str]], owner: str) -> None:
                 )
 
 
+_AGAINST = {
+    "fit": ("train", ("val", "test")),
+    "validate": ("val", ("train",)),
+    "test": ("test", ("train", "val")),
+    "predict": ("test", ("train", "val")),
+}
+"""Stage of a run -> the split that it reads, and those of the checkpoint's run that share no class with it."""
+
+
+def refuse_known(
+    now: Mapping[str, set[str]], known: Mapping[str, set[str]], stage: str, seed_then: str, seed_now: str
+) -> None:
+    """Refuses classes that are not new to a checkpoint, as happens where the seed deals them otherwise than it did then.
+
+    Args:
+        now: split -> its classes.
+        known: the same in the run that wrote the checkpoint.
+        stage: what is run: ``fit``, ``validate``, ``test`` or ``predict``.
+        seed_then: the seed of that run.
+        seed_now: the seed now.
+
+    Raises:
+        Refusal: naming one.
+    """
+    split, others = _AGAINST[stage]
+    for other in others:
+        if both := sorted(now.get(split, set()) & known.get(other, set())):
+            raise Refusal(
+                f"EpisodeData: the class {both[0]!r} is in {split} now, and was in {other} of the run that wrote the checkpoint "
+                f"({len(both)} classes in all), so that what is measured would not be of new classes. They are dealt by the seed, "
+                f"which was {seed_then} and is {seed_now}: set data.seed to {seed_then}, with val_classes and test_classes as they "
+                "were, or name the classes."
+            )
+
+
 def check_pools(
     pools: Mapping[str, np.ndarray], split: str, *, way: int, rows: int, drop: bool, owner: str
 ) -> dict[str, np.ndarray]:
@@ -150,4 +185,14 @@ def check_pools(
     return left
 
 
-__all__ = ["TEST", "TRAIN", "VAL", "Draw", "check_pools", "draw_episode", "refuse_shared", "split_classes"]
+__all__ = [
+    "TEST",
+    "TRAIN",
+    "VAL",
+    "Draw",
+    "check_pools",
+    "draw_episode",
+    "refuse_known",
+    "refuse_shared",
+    "split_classes",
+]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Mapping
 from functools import cached_property, lru_cache
 from typing import Any
@@ -40,8 +41,8 @@ class DrawnTasks:
         blocks = numbers // BLOCK
         parts = []
         for block in sorted(set(blocks.tolist())):
-            inside = torch.from_numpy(numbers[blocks == block] % BLOCK)
-            parts.append([array[inside] for array in self._block(epoch, block)])
+            inside = numbers[blocks == block] % BLOCK
+            parts.append([_chosen(array, inside) for array in self._block(epoch, block)])
         xs, ys, xq, yq = (torch.cat(arrays) if len(arrays) > 1 else arrays[0] for arrays in zip(*parts, strict=True))
         return Episode(Rows(xs, ys), Rows(xq, yq))
 
@@ -62,15 +63,24 @@ class DrawnTasks:
 
     def _called(self, epoch: int, block: int) -> Any:
         rng = np.random.Generator(np.random.PCG64(np.random.SeedSequence([*self.key, epoch, block])))
+        self._check_call(rng)
+        made = self.function(rng, BLOCK, **self.arguments)
+        if isinstance(made, list) and len(made) != BLOCK:
+            raise Refusal(f"tasks {self.said!r} must give {BLOCK} tasks where asked for {BLOCK}; it gave {len(made)}.")
+        return made
+
+    def _check_call(self, rng: np.random.Generator) -> None:
+        """Refuses arguments that the function does not take; an error inside it stays what it is."""
         try:
-            made = self.function(rng, BLOCK, **self.arguments)
+            signature = inspect.signature(self.function)
+        except (TypeError, ValueError):  # written in C, without a signature
+            return
+        try:
+            signature.bind(rng, BLOCK, **self.arguments)
         except TypeError as error:
             raise Refusal(
                 f"tasks {self.said!r} cannot be called with (rng, count) and tasks_args {self.arguments}: {error}."
             ) from error
-        if isinstance(made, list) and len(made) != BLOCK:
-            raise Refusal(f"tasks {self.said!r} must give {BLOCK} tasks where asked for {BLOCK}; it gave {len(made)}.")
-        return made
 
     def _made(self, epoch: int, block: int) -> list[torch.Tensor]:
         made = [np.asarray(array) for array in self._called(epoch, block)]
@@ -81,6 +91,14 @@ class DrawnTasks:
                 f"{BLOCK}; it gave arrays of shapes {shapes}."
             )
         return [torch.from_numpy(_plain(array)) for array in made]
+
+
+def _chosen(array: torch.Tensor, numbers: np.ndarray) -> torch.Tensor:
+    """A copy of some tasks of a block, which is kept: no net may write into it. As a rule they stand side by side."""
+    begin, count = int(numbers[0]), len(numbers)
+    if int(numbers[-1]) == begin + count - 1 and bool((np.diff(numbers) == 1).all()):
+        return array[begin : begin + count].clone()
+    return array[torch.from_numpy(numbers)]
 
 
 def _plain(array: np.ndarray) -> np.ndarray:

@@ -15,7 +15,7 @@ from lightning_ft.engine.batch import Batch
 from lightning_ft.engine.episode_module import EpisodeModule
 from lightning_ft.engine.episodes import Episode, MetaBatch, Rows
 from lightning_ft.engine.freezing import parameters_named
-from lightning_ft.functional.episode_losses import row_losses
+from lightning_ft.functional.episode_losses import mean_loss
 from lightning_ft.functional.errors import Refusal
 from lightning_ft.functional.inner_loop import Order, Weights, by_autograd, by_transform, inner_loop
 from lightning_ft.nn.double_backward import (
@@ -97,6 +97,10 @@ class AdaptingModule(EpisodeModule):
         parameters = dict(self.named_parameters())
         return {name: parameters[name] for name in self.inner_names}
 
+    def start_without_graph(self) -> Weights:
+        """The same, through which nothing is learned."""
+        return {name: weight.detach() for name, weight in self.start().items()}
+
     def step_rates(self, step: int) -> Mapping[str, Tensor | float]:
         """The rate of each of them at a step of the inner loop, from 0."""
         return dict.fromkeys(self.inner_names, self.inner_lr)
@@ -138,7 +142,7 @@ class AdaptingModule(EpisodeModule):
                 outputs = self.outputs(weights, support.inputs)
             if not (transform or self._looked_at):
                 check_outputs(outputs, support.targets, owner)
-            loss = row_losses(self.inner_loss, outputs, support.targets).mean()
+            loss = mean_loss(self.inner_loss, outputs, support.targets)
             if self.implicit is not None:
                 away = torch.stack([(weight - start[name].detach()).square().sum() for name, weight in weights.items()])
                 loss = loss + self.implicit / 2 * away.sum()
@@ -169,17 +173,15 @@ class AdaptingModule(EpisodeModule):
         return self._at_once
 
     def _same_at_once(self, batch: MetaBatch) -> bool:
-        """Tries the first two tasks of a batch both ways, without learning from it."""
+        """Tries the first two tasks of a batch both ways, without learning from it; to order 2 the outer gradient too."""
         stacked = batch.stacked
         assert stacked is not None
         two = stacked.apply(lambda t: t[:2])
-        theta = {name: weight.detach() for name, weight in self.start().items()}
+        theta = {name: weight.requires_grad_() for name, weight in self.start_without_graph().items()}
 
         def loss(episode: Episode, transform: bool) -> Tensor:
-            *_, weights = self.adapted(episode.support, steps=1, order=1, theta=theta, transform=transform)
-            return row_losses(
-                self.outer_loss, self.outputs(weights, episode.query.inputs), episode.query.targets
-            ).mean()
+            *_, weights = self.adapted(episode.support, steps=1, order=self.order, theta=theta, transform=transform)
+            return mean_loss(self.outer_loss, self.outputs(weights, episode.query.inputs), episode.query.targets)
 
         coarse = any(weight.dtype in (torch.bfloat16, torch.float16) for weight in theta.values())
         rtol = 3e-2 if coarse else 1e-4
@@ -188,9 +190,18 @@ class AdaptingModule(EpisodeModule):
         ]
         try:
             at_once = mapped(lambda episode: loss(episode, True), two)
+            if self.order == 2:
+                torch.autograd.grad(at_once.sum(), list(theta.values()), allow_unused=True)
         except (RuntimeError, ValueError):
             return False  # an operation without a rule for it, or code that asks for values
         return bool(torch.allclose(at_once.detach(), torch.stack(one_by_one), rtol=rtol, atol=1e-6))
+
+    def backward(self, loss: Tensor, *args: Any, **kwargs: Any) -> None:
+        """As any module's; an operation without a second derivative is first met here, where tasks are computed at once."""
+        try:
+            super().backward(loss, *args, **kwargs)
+        except RuntimeError as error:
+            raise explained(error, type(self).__name__) from error
 
     # -- what is measured -------------------------------------------------------------------------------------------------
 
@@ -221,7 +232,7 @@ class AdaptingModule(EpisodeModule):
         return self._numbers(episode, transform=False)
 
     def _numbers(self, episode: Episode, *, transform: bool) -> Tensor:
-        theta = {name: weight.detach() for name, weight in self.start().items()}
+        theta = self.start_without_graph()
         of_step: dict[int, list[Tensor]] = {}
         steps = self.measured_steps
         run = self.adapted(episode.support, steps=steps[-1], order=1, theta=theta, transform=transform)
@@ -238,7 +249,7 @@ class AdaptingModule(EpisodeModule):
 
     def measure(self, outputs: Tensor, targets: Tensor) -> list[Tensor]:
         """The mean loss of rows, and of classes the share that is right."""
-        losses = row_losses(self.outer_loss, outputs, targets).mean()
+        losses = mean_loss(self.outer_loss, outputs, targets)
         return [losses, right(outputs, targets).mean().to(losses.dtype)] if self.classifies else [losses]
 
     # -- use ----------------------------------------------------------------------------------------------------------
@@ -253,7 +264,7 @@ class AdaptingModule(EpisodeModule):
         Returns:
             name -> adapted weight, without a graph; `adapt_` writes them in.
         """
-        theta = {name: weight.detach() for name, weight in self.start().items()}
+        theta = self.start_without_graph()
         with torch.inference_mode(False), torch.enable_grad():
             *_, weights = self.adapted(
                 support.apply(torch.clone), steps=self.steps if steps is None else steps, order=1, theta=theta
@@ -287,10 +298,11 @@ class AdaptingModule(EpisodeModule):
             return
         layer = self.view.output_layer()[1]
         cut = {id(p): nn.Parameter(p[:count].clone(), requires_grad=p.requires_grad) for p in layer.parameters()}
-        rates: Any = getattr(self, "inner_rates", {})
+        # Rates of a number each are cut with it; those of a step each stay, though they may be as many.
+        rates: Any = self.inner_rates if getattr(self, "rates", "fixed") == "per_parameter" else {}
         for name, parameter in self.named_parameters():
             key = name.replace(".", "/")
-            if id(parameter) in cut and key in rates and rates[key].numel() == parameter.numel():
+            if id(parameter) in cut and key in rates:
                 rates[key] = nn.Parameter(rates[key].view(parameter.shape)[:count].reshape(-1).clone())
         for name, parameter in list(layer.named_parameters()):
             setattr(layer, name, cut[id(parameter)])

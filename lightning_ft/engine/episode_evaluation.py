@@ -8,12 +8,14 @@ import torch
 from torch import Tensor
 from torchmetrics import Metric
 
+from lightning_ft.functional.intervals import student_quantile
+
 
 class EpisodeMeans(Metric):
     """Means over episodes of K numbers each, and half the width of their 95 % intervals, over batches and ranks.
 
     An episode counts once, whatever its number of rows, since episodes are what is independent:
-    mean +- 1.96 s / sqrt(n), s with n - 1 in its denominator.
+    mean +- t_{n-1} s / sqrt(n), s with n - 1 in its denominator (Student, 1908).
     """
 
     full_state_update = False
@@ -38,7 +40,7 @@ class EpisodeMeans(Metric):
         for name, (n, total, squares) in zip(self.names, self.moments.tolist(), strict=True):
             mean = total / n if n else float("nan")
             variance = max(squares - n * mean * mean, 0.0) / (n - 1) if n > 1 else float("nan")
-            found[name] = (mean, 1.959964 * (variance / n) ** 0.5 if n > 1 else float("nan"))
+            found[name] = (mean, student_quantile(int(n) - 1) * (variance / n) ** 0.5 if n > 1 else variance)
         return found
 
 

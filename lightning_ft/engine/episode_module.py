@@ -172,10 +172,10 @@ class EpisodeModule(FineTuningModule):
                     "one task, which must be of one function; leave it out."
                 )
         attachment.edit("hooks", "no dropout", no_dropout)
-        attachment.edit("hooks", "episodes", lambda module: self._prepare(), order=1)
+        attachment.edit("hooks", "episodes", lambda module: self._prepare(), order=1, again=True)
 
     def _prepare(self) -> None:
-        """What is to be found and checked once everything is injected."""
+        """What is to be found and checked once everything is injected; again in each run, which may inject more."""
 
     def resolved_lr(self) -> float:
         """``lr``; else that of what is trained, or `NET_LR` for a net."""
@@ -229,6 +229,10 @@ class EpisodeModule(FineTuningModule):
         if not batch.counts["task"]:  # a rank without tasks takes part in the backward pass of the others
             sums = [torch.zeros_like(p) for p in parameters]
         return with_gradients(total, list(parameters), sums), correct
+
+    def differentiated(self, loss: Tensor, hits: Tensor) -> tuple[Tensor, Sequence[Tensor | None], Tensor]:
+        """What `accumulated` takes of a task: its loss, the loss's gradient in each trained parameter, its share of right rows."""
+        return loss, torch.autograd.grad(loss, Attachment.of(self).trained(), allow_unused=True), hits
 
     def _hand_over(self, name: str, batch: MetaBatch, total: Tensor, correct: Tensor | None) -> Tensor:
         attachment, count = Attachment.of(self), batch.counts["task"]
@@ -315,6 +319,20 @@ class EpisodeModule(FineTuningModule):
     def _said_with_gradient(self, episode: Episode) -> Tensor:
         """The same with the graph through which a step learns."""
         return self._said(episode)
+
+    def on_validation_epoch_start(self) -> None:
+        """Forgets what a validation measured that was interrupted."""
+        super().on_validation_epoch_start()
+        self._forget_evaluation()
+
+    def on_test_epoch_start(self) -> None:
+        """As for validation."""
+        super().on_test_epoch_start()
+        self._forget_evaluation()
+
+    def _forget_evaluation(self) -> None:
+        if self.evaluation is not None:
+            self.evaluation.reset()
 
     def on_validation_epoch_end(self) -> None:
         """Computes and forgets what a validation measured."""

@@ -100,8 +100,27 @@ def load(
     return module
 
 
-def read_checkpoint(file: Path) -> dict[str, Any]:
+def read_recipe(file: Path) -> dict[str, Any]:
+    """``class_path`` and ``init_args`` of the module that wrote a checkpoint, before anything is loaded; of a user's own none.
+
+    Raises:
+        Refusal: there is no checkpoint of ours.
+    """
+    return record_of(read_checkpoint(file, mapped=True))["module"] or {}
+
+
+def of_kind(recipe: dict[str, Any], kind: type) -> bool:
+    """Whether a module of ours that a checkpoint names is of this class, or of one below it."""
+    cls = _ours(recipe.get("class_path", ""))
+    return isinstance(cls, type) and issubclass(cls, kind)
+
+
+def read_checkpoint(file: Path, *, mapped: bool = False) -> dict[str, Any]:
     """What a checkpoint file, or the folder of a sharded one, holds; read without pickle, and sharded ones without optimizers.
+
+    Args:
+        file: one of the two.
+        mapped: leave the tensors of a file on disk until they are looked at.
 
     Raises:
         Refusal: there is none, or it cannot be read.
@@ -112,7 +131,7 @@ def read_checkpoint(file: Path) -> dict[str, Any]:
         checkpoint: dict[str, Any] = (
             read_whole(file, optimizers=False)
             if is_folder(file)
-            else torch.load(file, map_location="cpu", weights_only=True)
+            else torch.load(file, map_location="cpu", weights_only=True, mmap=mapped)
         )
     except Refusal:
         raise

@@ -14,6 +14,7 @@ from torch import Tensor
 from lightning_ft.engine import in_backward
 from lightning_ft.engine.batch import Batch
 from lightning_ft.engine.episodes import MetaBatch
+from lightning_ft.engine.step_log import StepLog
 from lightning_ft.engine.terms import Term, Window
 from lightning_ft.functional.errors import Refusal
 
@@ -73,6 +74,7 @@ class Step:
         self.balancer: Balancer | None = None
         self.muted = False
         self.watchers: list[Callable[[list[Term], dict[str, Tensor]], None]] = []
+        self._to_logger = StepLog()
 
     def begin_window(self) -> None:
         """Forgets what was counted, where an accumulation window begins."""
@@ -177,8 +179,13 @@ class Step:
         # Sums over ranks divided by counts over ranks: summing the shares is exact; without totals ranks are averaged.
         reduce = "sum" if totals is not None else "mean"
         for name, mean in means.items():
-            attachment.module.log(
-                f"train/{name}", mean, prog_bar=name == "loss", sync_dist=attachment.ranks > 1, reduce_fx=reduce
+            self._to_logger(
+                attachment.module,
+                f"train/{name}",
+                mean,
+                prog_bar=name == "loss",
+                sync_dist=attachment.ranks > 1,
+                reduce_fx=reduce,
             )
 
     def _log_observed(self) -> None:
@@ -190,4 +197,4 @@ class Step:
         if self.attachment.ranks > 1:
             dist.all_reduce(sums)
         for name, mean in self.finish(dict(zip(names, sums[:, 0] / sums[:, 1], strict=True))).items():
-            module.log(f"train/{name}", mean)
+            self._to_logger(module, f"train/{name}", mean)

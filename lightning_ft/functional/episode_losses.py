@@ -1,4 +1,4 @@
-"""Losses of single rows, by name, for the inner and the outer loop.
+"""Losses by name, for the inner and the outer loop.
 
 cross_entropy: - log softmax(z)_y in nats; mse: the mean of (z - y)^2 over a row's outputs; mae: of |z - y|; huber: of
 (z - y)^2 / 2 where |z - y| < 1, else |z - y| - 1/2. All in fp32 at least.
@@ -19,26 +19,22 @@ from lightning_ft.functional.errors import Refusal
 LossName = Literal["auto", "cross_entropy", "mse", "mae", "huber"]
 
 
-def _mean(of: Callable[..., Tensor], outputs: Tensor, targets: Tensor) -> Tensor:
-    losses = of(outputs, targets.to(outputs.dtype))
-    return losses.flatten(1).mean(1) if losses.ndim > 1 else losses
-
-
 def _squares(outputs: Tensor, targets: Tensor) -> Tensor:
     # Under torch.func the backward of F.mse_loss is decomposed in Python, in every step anew.
     return (outputs - targets).square()
 
 
 LOSSES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
-    "cross_entropy": lambda z, y: F.cross_entropy(z, y, reduction="none"),
-    "mse": lambda z, y: _mean(_squares, z, y),
-    "mae": lambda z, y: _mean(partial(F.l1_loss, reduction="none"), z, y),
-    "huber": lambda z, y: _mean(partial(F.huber_loss, reduction="none"), z, y),
+    "cross_entropy": partial(F.cross_entropy, reduction="none"),
+    "mse": _squares,
+    "mae": partial(F.l1_loss, reduction="none"),
+    "huber": partial(F.huber_loss, reduction="none"),
 }
+"""Name -> (outputs, targets) -> the loss of each value: of classes one a row."""
 
 
-def row_losses(name: str, outputs: Tensor, targets: Tensor) -> Tensor:
-    """The loss of each row.
+def mean_loss(name: str, outputs: Tensor, targets: Tensor) -> Tensor:
+    """The mean over rows of the loss of each: that of all values at once, since each row has as many.
 
     Args:
         name: one of `LOSSES`, or ``auto``: cross_entropy where the targets are whole numbers, else mse.
@@ -46,7 +42,7 @@ def row_losses(name: str, outputs: Tensor, targets: Tensor) -> Tensor:
         targets: (S,) int64 classes, or float values of the outputs' shape ((S,) meets (S, 1)).
 
     Returns:
-        (S,).
+        A scalar.
 
     Raises:
         Refusal: targets that the loss cannot compare with.
@@ -66,7 +62,7 @@ def row_losses(name: str, outputs: Tensor, targets: Tensor) -> Tensor:
             f"The net gives outputs of shape {tuple(outputs.shape)} for targets of shape {tuple(targets.shape)}; give it as "
             "many outputs as a row has values."
         )
-    return LOSSES[name](outputs, targets)
+    return LOSSES[name](outputs, targets if name == "cross_entropy" else targets.to(outputs.dtype)).mean()
 
 
-__all__ = ["LOSSES", "LossName", "row_losses"]
+__all__ = ["LOSSES", "LossName", "mean_loss"]

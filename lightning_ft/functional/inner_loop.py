@@ -49,8 +49,13 @@ def inner_loop(
     take = gradient or by_autograd
     for j in range(steps):
         slopes, alpha = take(loss_of, phi, order), rates(j)
-        phi = {name: weight - alpha[name] * slopes[name] for name, weight in phi.items()}
+        phi = {name: _stepped(weight, slopes[name], alpha[name]) for name, weight in phi.items()}
         yield phi
+
+
+def _stepped(weight: Tensor, slope: Tensor, rate: Tensor | float) -> Tensor:
+    """``weight - rate * slope``, by one operation where the rate is a number."""
+    return weight - rate * slope if isinstance(rate, Tensor) else torch.sub(weight, slope, alpha=rate)
 
 
 def by_autograd(loss_of: LossOf, phi: Weights, order: Order) -> Weights:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from functools import lru_cache
 
 
 def wilson(successes: float, n: int, z: float = 1.959964) -> tuple[float, float]:
@@ -40,6 +41,7 @@ def mean_interval(values: Sequence[float]) -> tuple[float, float]:
     return mean - half, mean + half
 
 
+@lru_cache(maxsize=256)  # of many thousand degrees it takes tenths of a second
 def student_quantile(degrees: int, share: float = 0.95) -> float:
     """The t that a Student variable stays within, in size, with this probability; by bisection of `student_share`.
 

@@ -4,6 +4,8 @@
 
 with d the squared Euclidean distance, or d = - s cos(z, c_k) with the scale s (Vinyals et al., 2016).
 
+Under autocast too they are computed in the precision of the embeddings: products of bfloat16 would round the classes' means.
+
 Axes: S support rows, Q query rows, C classes, D width of an embedding.
 """
 
@@ -30,7 +32,8 @@ def prototypes(embeddings: Tensor, labels: Tensor, classes: int) -> Tensor:
         (C, D); of a class without rows zeros.
     """
     chosen = F.one_hot(labels, classes).to(embeddings.dtype)  # (S, C)
-    return (chosen.t() @ embeddings) / chosen.sum(0).clamp(min=1)[:, None]
+    with torch.autocast(embeddings.device.type, enabled=False):
+        return (chosen.t() @ embeddings) / chosen.sum(0).clamp(min=1)[:, None]
 
 
 def prototype_logits(query: Tensor, centres: Tensor, *, distance: Distance = "euclidean", scale: float = 1.0) -> Tensor:
@@ -46,7 +49,8 @@ def prototype_logits(query: Tensor, centres: Tensor, *, distance: Distance = "eu
         (Q, C).
     """
     if distance == "cosine":
-        return scale * F.normalize(query, dim=-1) @ F.normalize(centres, dim=-1).t()
+        with torch.autocast(query.device.type, enabled=False):
+            return scale * F.normalize(query, dim=-1) @ F.normalize(centres, dim=-1).t()
     return -scale * (query[:, None] - centres[None]).square().sum(-1)
 
 

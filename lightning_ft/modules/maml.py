@@ -12,7 +12,7 @@ from lightning_ft.engine.episode_module import EpisodeTask
 from lightning_ft.engine.episodes import Episode, MetaBatch
 from lightning_ft.engine.module import DtypePolicy, OptimizerFactory
 from lightning_ft.engine.optimizer import Schedule
-from lightning_ft.functional.episode_losses import LossName, row_losses
+from lightning_ft.functional.episode_losses import LossName, mean_loss
 from lightning_ft.functional.errors import Refusal
 from lightning_ft.functional.implicit_gradient import implicit_gradient
 from lightning_ft.functional.inner_loop import Order, multi_step_weights
@@ -44,6 +44,8 @@ class MAML(AdaptingModule):
             for plain steps on a head.
         rates: whether inner rates are learned: ``fixed``; ``per_parameter``, one for each number (Meta-SGD); ``per_step``, one for
             each tensor and step (MAML++). Learned rates may become negative, as in both papers.
+        rates_lr: peak rate at which they are learned; None: ``lr``. That of a base is too small for them: 200 steps at 2e-5
+            move a rate of 0.5 by 0.004 or so; try a hundredth of ``inner_lr``.
         inner: which of the trained parameters adapt: ``all``; ``head`` (ANIL: the body is learned outside alone); ``adapter``,
             whatever LoRA, prefixes, prompts or bottleneck adapters have injected; ``adapter_and_head``; or a list of patterns
             and words as in `Freeze` (``["biases"]``). What adapts must be trained.
@@ -108,6 +110,7 @@ class MAML(AdaptingModule):
         steps: Annotated[int, Ge(1)] = 1,
         inner_lr: Annotated[float, Gt(0)] = 0.01,
         rates: Literal["fixed", "per_parameter", "per_step"] = "fixed",
+        rates_lr: Annotated[float, Gt(0)] | None = None,
         inner: Inner | list[str] = "all",
         multi_step: Annotated[int, Ge(0)] = 0,
         implicit: Annotated[float, Gt(0)] | None = None,
@@ -148,6 +151,7 @@ class MAML(AdaptingModule):
         self.steps = steps
         self.inner_lr = inner_lr
         self.rates = rates
+        self.rates_lr = rates_lr
         self.inner = inner
         self.multi_step = multi_step
         self.implicit = implicit
@@ -168,22 +172,44 @@ class MAML(AdaptingModule):
             self.no_likelihood = "with implicit solves for the gradient of a task, which no likelihood has"
         if head_lr is not None and base is None:
             raise Refusal("MAML.head_lr belongs to the new head of a base; leave it out for a net.")
+        if rates_lr is not None and rates == "fixed":
+            raise Refusal(
+                "MAML.rates_lr is of learned rates, and rates is fixed; leave it out, or set rates to per_step."
+            )
         self.inner_rates = nn.ParameterDict()
 
     # -- rates ----------------------------------------------------------------------------------------------------------
 
     def _prepare(self) -> None:
-        """Also makes the learned rates, which join the trained parameters."""
+        """Also makes the learned rates, which join the trained parameters; those of an earlier run go on where it ended."""
         super()._prepare()
-        if self.rates == "fixed" or len(self.inner_rates):
+        if self.rates == "fixed":
             return
         parameters = dict(self.named_parameters())
-        for name in self.inner_names:
+        sizes = {n: parameters[n].numel() if self.rates == "per_parameter" else self.steps for n in self.inner_names}
+        for key in set(self.inner_rates) - {_key(name) for name, size in sizes.items() if self._learned(name, size)}:
+            del self.inner_rates[key]
+        for name, size in sizes.items():
+            if _key(name) in self.inner_rates:
+                self.inner_rates[_key(name)].requires_grad_(True)  # whatever this run freezes of the net
+                continue
             p = parameters[name]
-            size = p.numel() if self.rates == "per_parameter" else self.steps
             # In one dimension, so that weight decay, which acts on matrices, leaves it alone.
             rate = torch.full((size,), self.inner_lr, dtype=torch.float32, device=p.device)
             self.inner_rates[_key(name)] = nn.Parameter(rate)
+
+    def _wanted(self) -> set[str]:
+        """All but the rates, which an earlier run may have made."""
+        return {name for name in super()._wanted() if not name.startswith("inner_rates.")}
+
+    def own_rates(self) -> dict[str, float]:
+        """Also that of learned rates."""
+        factor = 1.0 if self.rates_lr is None else self.rates_lr / self.resolved_lr()
+        return {**super().own_rates(), **{f"inner_rates.{key}": factor for key in self.inner_rates}}
+
+    def _learned(self, name: str, size: int) -> bool:
+        """Whether there are rates of a weight, of this many numbers."""
+        return _key(name) in self.inner_rates and cast(Tensor, self.inner_rates[_key(name)]).numel() == size
 
     def step_rates(self, step: int) -> dict[str, Tensor | float]:
         """The rate of each weight at a step of the inner loop, from 0; after the last learned step that step's."""
@@ -211,8 +237,11 @@ class MAML(AdaptingModule):
         return self._hand_over("maml", batch, total, correct)
 
     def _with_gradients(self, episode: Episode) -> tuple[Tensor, Sequence[Tensor | None], Tensor]:
-        loss, hits = self._task(episode, transform=False)
-        return loss, torch.autograd.grad(loss, self.trained(), allow_unused=True), hits
+        task = self._task(episode, transform=False)
+        try:
+            return self.differentiated(*task)
+        except RuntimeError as error:
+            raise explained(error, "MAML") from error
 
     def _solved(self, episode: Episode) -> tuple[Tensor, Sequence[Tensor | None], Tensor]:
         """The same by the implicit function theorem, at the end of the inner steps."""
@@ -222,12 +251,12 @@ class MAML(AdaptingModule):
         others = [p for p in self.trained() if id(p) not in inside]
         phi = {name: weight.requires_grad_() for name, weight in self.adapt(episode.support).items()}
         outputs = self.outputs(phi, episode.query.inputs)
-        loss = row_losses(self.outer_loss, outputs, episode.query.targets).mean()
+        loss = mean_loss(self.outer_loss, outputs, episode.query.targets)
         asked = [*phi.values(), *others]
         slopes = torch.autograd.grad(loss, asked, allow_unused=True, materialize_grads=True)
         with twice_differentiable():
             inner = self.outputs(phi, episode.support.inputs)
-        inner_loss = row_losses(self.inner_loss, inner, episode.support.targets).mean()
+        inner_loss = mean_loss(self.inner_loss, inner, episode.support.targets)
         try:
             solved, beside = implicit_gradient(
                 inner_loss, list(phi.values()), slopes[: len(phi)], others, lam=self.implicit, steps=self.cg_steps
@@ -250,7 +279,7 @@ class MAML(AdaptingModule):
             if not share:
                 continue
             outputs = self.outputs(weights, episode.query.inputs)
-            loss = row_losses(self.outer_loss, outputs, episode.query.targets).mean()
+            loss = mean_loss(self.outer_loss, outputs, episode.query.targets)
             loss = loss if share == 1.0 else share * loss
             total = loss if total is None else total + loss
             hits = right(outputs.detach(), episode.query.targets).mean() if self.classifies else loss.detach()

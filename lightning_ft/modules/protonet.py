@@ -1,6 +1,5 @@
 """Prototypical networks: a row belongs to the class whose few examples lie nearest on average."""
 
-from collections.abc import Sequence
 from typing import Annotated, Literal
 
 import torch
@@ -8,7 +7,6 @@ import torch.nn.functional as F  # noqa: N812 (the name everybody reads)
 from annotated_types import Ge, Gt
 from torch import Tensor, nn
 
-from lightning_ft.engine.attachment import Attachment
 from lightning_ft.engine.embedding import EmbeddingModule, Pooling
 from lightning_ft.engine.episodes import Episode, MetaBatch
 from lightning_ft.engine.module import DtypePolicy, OptimizerFactory
@@ -97,12 +95,8 @@ class ProtoNet(EmbeddingModule):
 
     def training_step(self, batch: MetaBatch, batch_idx: int) -> Tensor:
         """One meta-batch: the sum of its tasks' query losses, divided by the window's number of tasks."""
-        total, correct = self.accumulated(batch, self._with_gradients)
+        total, correct = self.accumulated(batch, lambda episode: self.differentiated(*self._task(episode)))
         return self._hand_over("protonet", batch, total, correct)
-
-    def _with_gradients(self, episode: Episode) -> tuple[Tensor, Sequence[Tensor | None], Tensor]:
-        loss, hits = self._task(episode)
-        return loss, torch.autograd.grad(loss, Attachment.of(self).trained(), allow_unused=True), hits
 
     def _said(self, episode: Episode) -> Tensor:
         support, query = episode.support, episode.query

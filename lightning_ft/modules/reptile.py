@@ -14,7 +14,7 @@ from lightning_ft.engine.episode_module import EpisodeTask
 from lightning_ft.engine.episodes import Episode, MetaBatch, Rows
 from lightning_ft.engine.module import DtypePolicy, OptimizerFactory
 from lightning_ft.engine.optimizer import Schedule
-from lightning_ft.functional.episode_losses import LossName, row_losses
+from lightning_ft.functional.episode_losses import LossName, mean_loss
 from lightning_ft.functional.inner_loop import Order, Weights, by_autograd, by_transform
 from lightning_ft.functional.inner_optimizers import InnerOptimizer, descend
 from lightning_ft.models.quantize import Mode
@@ -26,8 +26,9 @@ class Reptile(AdaptingModule):
 
     ``theta <- theta + lr * mean over tasks of (phi_k - theta)``: phi_k is what k steps on a task's support rows make of theta, and
     no gradient goes through them, so that steps are cheap and may be many. No query rows are used in training. The difference
-    theta - phi_k is handed to the outer optimizer as if it were a gradient, so that accumulation, clipping, DDP and whatever edits
-    gradients work as usual.
+    theta - phi_k is handed to the outer optimizer as if it were a gradient, so that accumulation, DDP and whatever edits gradients
+    work as usual. Leave ``gradient_clip_val`` out: it bounds the length of the way, which is several units after a few steps of
+    Adam over a base, where gradients are clipped at 1.
 
     Args:
         base: the model to start from, for texts, with a new head of as many classes as an episode has. None: see ``net``.
@@ -169,7 +170,7 @@ class Reptile(AdaptingModule):
             raise explained(error, owner) from error
 
     def _support_loss(self, weights: Weights, rows: Rows) -> Tensor:
-        return row_losses(self.inner_loss, self.outputs(weights, rows.inputs), rows.targets).mean()
+        return mean_loss(self.inner_loss, self.outputs(weights, rows.inputs), rows.targets)
 
     def training_step(self, batch: MetaBatch, batch_idx: int) -> Tensor:
         """One meta-batch: the mean way back from the adapted weights to the start, as a gradient."""
@@ -181,7 +182,7 @@ class Reptile(AdaptingModule):
         *_, phi = self.adapted(episode.support, steps=self.steps, order=1)
         with torch.no_grad():
             outputs = self.outputs(phi, episode.support.inputs)
-            loss = row_losses(self.inner_loss, outputs, episode.support.targets).mean()
+            loss = mean_loss(self.inner_loss, outputs, episode.support.targets)
             hits = right(outputs, episode.support.targets).mean() if self.classifies else torch.zeros_like(loss)
             ways = {id(weight): weight.detach() - phi[name] for name, weight in theta.items()}
         return loss, [ways.get(id(p)) for p in self.trained()], hits

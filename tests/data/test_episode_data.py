@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from lightning_ft import EpisodeData, Refusal
+from lightning_ft.data.class_folders import FileReader, classes_in
 from lightning_ft.data.episode_draw import draw_episode, split_classes
 from lightning_ft.data.loader import Placement
 from tests.data.tiny_tokenizers import tiny_encoder_tokenizer
@@ -133,6 +134,21 @@ def test_twins_never_meet(tmp_path):
         data(path, tmp_path, val_classes=0, way=2, shot=1, query=3, small_classes="error").setup("fit")
 
 
+def test_a_text_of_several_classes_is_left_out(tmp_path):
+    """Else "hello" could be support of one class and query of another."""
+    rows = [{"text": f"{word} {'hello ' * k}", "label": f"c{k}"} for k in range(4) for word in ("yes", "no", "you")]
+    rows += [{"text": "hello", "label": "c1"}, {"text": "hello", "label": "c2"}, {"text": "hello", "label": "c2"}]
+    path = tmp_path / "shared.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    made = data(path, tmp_path, val_classes=0, way=2, shot=1, query=2, episodes=40)
+    made.setup("fit")
+    assert {len(pool) for pool in made.pools["train"].values()} == {3}
+    for batch in made.train_dataloader():
+        for episode in batch.episodes():
+            assert not set(texts(episode, "support")) & set(texts(episode, "query"))
+    assert made.reports()["train"].facts["left out, since several classes have the text"] == "3"
+
+
 def test_own_files_of_validation_share_no_class(table, tmp_path):
     other = tmp_path / "other.csv"
     other.write_text(table.read_text().replace("class ", "other "))
@@ -197,6 +213,33 @@ def test_folders_of_their_own_share_no_class(tmp_path):
         EpisodeData(str(tmp_path / "a"), test_path=str(tmp_path / "c"), way=2, shot=1, query=1).setup("test")
 
 
+def test_hidden_files_are_passed_over(tmp_path):
+    for name in ("a", "b"):
+        (tmp_path / name / ".hidden").mkdir(parents=True)
+        for n in range(2):
+            np.save(tmp_path / name / f"{n}.npy", np.zeros(2))
+        (tmp_path / name / "._1.npy").write_bytes(b"of macOS")
+        (tmp_path / name / ".hidden/2.npy").write_bytes(b"neither")
+    assert {name: [file.name for file in files] for name, files in classes_in(tmp_path).items()} == {
+        "a": ["0.npy", "1.npy"],
+        "b": ["0.npy", "1.npy"],
+    }
+
+
+def test_what_was_read_is_kept_up_to_a_number_of_bytes(tmp_path, monkeypatch):
+    files = []
+    for n in range(4):
+        np.save(tmp_path / f"{n}.npy", np.full(10, n, dtype=np.float32))
+        files.append(tmp_path / f"{n}.npy")
+    reader, read = FileReader(image_size=4, channels=1, kept_bytes=100), []
+    original = reader._item
+    monkeypatch.setattr(reader, "_item", lambda file: read.append(file.name) or original(file))
+    for number in (0, 1, 0, 2, 0, 1, 3):  # two of 40 bytes stay: 1 gives way to 2, which gives way to 1, and 0 to 3
+        assert reader.batch([files[number]])[0, 0] == number
+    assert read == ["0.npy", "1.npy", "2.npy", "1.npy", "3.npy"]
+    assert reader._bytes == sum(item.nbytes for item in reader._kept.values()) == 80
+
+
 def test_folders_that_are_refused(tmp_path):
     (tmp_path / "only").mkdir()
     np.save(tmp_path / "only/a.npy", np.zeros(2))
@@ -237,6 +280,26 @@ def test_a_function_of_tasks():
 
 def wrong(rng, count):
     return (rng.random((count, 2)),) * 3
+
+
+def fails(rng, count):
+    return len(rng)  # a TypeError of its own
+
+
+def test_tasks_are_copies_in_the_order_asked_for():
+    """Side by side, apart and over a block's end; what a net writes into them reaches no later epoch."""
+    drawn = sines()._drawn("train")
+    x = drawn.episodes(0, np.arange(130)).support.inputs
+    for numbers in ([5], [3, 4, 5], [62, 63, 64, 65], [3, 5, 9], [9, 5]):
+        found = drawn.episodes(0, np.array(numbers))
+        assert torch.equal(found.support.inputs, torch.stack([x[n] for n in numbers]))
+        found.support.inputs.zero_()
+    assert torch.equal(drawn.episodes(0, np.arange(130)).support.inputs, x)
+
+
+def test_an_error_inside_a_function_stays_what_it_is():
+    with pytest.raises(TypeError, match="has no len"):
+        list(EpisodeData(tasks=f"{__name__}.fails").train_dataloader())
 
 
 def test_functions_that_are_refused():

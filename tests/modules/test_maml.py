@@ -1,29 +1,24 @@
-"""MAML: one step is the plain loop's, however its tasks are dealt; what adapts; what composes; what is measured and refused."""
+"""MAML over nets: one step is the plain loop's, however its tasks are dealt; what composes; what is measured."""
 
+import copy
 import math
 import weakref
 
+import numpy as np
 import pytest
 import torch
 from lightning.pytorch.callbacks import Callback, ModelCheckpoint
 from torch import nn
 from torch.func import functional_call
 
-import lightning_ft
-from lightning_ft import MAML, EpisodeData, Freeze, LoRA, PrefixTuning, Refusal, SFTData
+from lightning_ft import EpisodeData
 from lightning_ft.engine.attachment import Attachment
 from lightning_ft.functional.inner_loop import multi_step_weights
+from lightning_ft.nn.small_nets import ConvNet
 from tests.contract.subjects import differing, trainer
-from tests.modules.episodes import Normed, fit, mlp, module, on_ranks, sines, text_on_ranks, words, write_words
-from tests.modules.tasks import write_base
+from tests.modules.episodes import Normed, fit, mlp, module, on_ranks, sines
 
 pytestmark = pytest.mark.filterwarnings("ignore:Be aware that when using `ckpt_path`")
-
-
-@pytest.fixture(scope="module")
-def texts(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("episodes")
-    return write_base("bert", folder / "bert"), write_words(folder), folder
 
 
 def tasks(data, epoch=0):
@@ -126,6 +121,16 @@ def test_learned_rates(tmp_path, rates):
     assert slope == pytest.approx((ends[0] - ends[1]) / 2e-4, rel=1e-3, abs=1e-6)
 
 
+def test_learned_rates_have_a_rate_of_their_own(tmp_path):
+    """Adam's first step moves each number by its rate."""
+    made = module(rates="per_step", optimizer=None, lr=1e-4, rates_lr=0.02)
+    fit(tmp_path, made, sines(), max_steps=1)
+    for rate in made.inner_rates.values():
+        torch.testing.assert_close((rate.detach() - 0.1).abs(), torch.full((2,), 0.02), rtol=1e-2, atol=0)
+    start = dict(mlp().named_parameters())
+    assert all(float((p - start[n]).detach().abs().max()) < 1.1e-4 for n, p in made.model.named_parameters())
+
+
 def moved_rate(name, place, rates, sign):
     """The mean query loss in float64 with one rate changed."""
     net, total = mlp().double(), 0.0
@@ -157,18 +162,6 @@ def test_two_ranks(tmp_path, two_ranks, model):
         assert measured == pytest.approx(one, rel=1e-4)
         for name, value in left.items():
             torch.testing.assert_close(found[name], value, rtol=1e-4, atol=1e-6, msg=name)
-
-
-def test_two_ranks_over_lora(texts, tmp_path, two_ranks):
-    base, path, folder = texts
-    one, left = text_on_ranks(str(base), str(path), str(folder), 1)
-    assert any(".lora_" in name for name in left)
-    for measured, found in two_ranks.run(
-        "tests.modules.episodes:text_on_ranks", base=str(base), path=str(path), folder=str(folder), devices=2
-    ):
-        assert measured == pytest.approx(one, rel=1e-3, abs=1e-5)
-        for name, value in left.items():
-            torch.testing.assert_close(found[name], value, rtol=1e-3, atol=1e-5, msg=name)
 
 
 @pytest.mark.parametrize("step", [2, 3])
@@ -214,6 +207,36 @@ class Pull(Callback):
                     p.grad.add_(0.5 * (p.detach() - star[name]))
 
         Attachment.of(pl_module).gradient_edit(Edit())
+
+
+def images(rng, count):
+    """Two classes of stripes, upright or lying, of 16 x 16 points."""
+    x = rng.normal(size=(count, 8, 1, 16, 16))
+    y = np.tile([0, 1, 0, 1, 0, 1, 0, 1], (count, 1))
+    x[:, ::2, :, ::2] += 2
+    x[:, 1::2, :, :, ::2] += 2
+    return x[:, :4], y[:, :4], x[:, 4:], y[:, 4:]
+
+
+def test_convolutions_to_the_second_order(tmp_path):
+    """At once where `torch.vmap` can, else one by one; the gradient is that of a plain loop over the net."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        net = ConvNet(2, image_size=16, channels=1, width=8)
+    data = EpisodeData(tasks=f"{__name__}.images", episodes=3, batch_size=3, seed=0)
+    expected = {}
+    for episode in tasks(data):
+        theta = {name: p.detach().clone().requires_grad_() for name, p in net.named_parameters()}
+        loss = nn.functional.cross_entropy(functional_call(net, theta, episode.support.inputs), episode.support.targets)
+        slopes = torch.autograd.grad(loss, list(theta.values()), create_graph=True)
+        phi = {name: p - 0.1 * slope for (name, p), slope in zip(theta.items(), slopes, strict=True)}
+        loss = nn.functional.cross_entropy(functional_call(net, phi, episode.query.inputs), episode.query.targets)
+        for name, slope in zip(theta, torch.autograd.grad(loss, list(theta.values())), strict=True):
+            expected[name] = expected.get(name, 0) + slope / 3
+    for how in ("auto", "one_by_one"):
+        steps, _ = fit(tmp_path, module(net=copy.deepcopy(net), steps=1, tasks=how), data, max_steps=1)
+        for name, gradient in expected.items():
+            torch.testing.assert_close(steps.gradients[0][f"model.{name}"], gradient, rtol=1e-3, atol=1e-5, msg=name)
 
 
 def test_with_an_edit_of_gradients_and_clipping(tmp_path):
@@ -267,7 +290,7 @@ def test_validation_adapts_under_inference_mode(tmp_path):
     expected = {}
     for step, found in values.items():
         x = torch.tensor(found, dtype=torch.float64)
-        half = 1.959964 * float(x.std()) / math.sqrt(len(found))
+        half = 2.570582 * float(x.std()) / math.sqrt(len(found))  # Student, five degrees
         expected |= {f"val/step_{step}/loss": float(x.mean()), f"val/step_{step}/loss_ci95": half}
     expected |= {"val/loss": expected["val/step_2/loss"], "val/loss_ci95": expected["val/step_2/loss_ci95"]}
     assert len(values[0]) == 6 and logged == pytest.approx(expected, rel=1e-4)
@@ -286,161 +309,3 @@ def test_a_start_that_was_learned_adapts_better(tmp_path):
         _, runner = fit(tmp_path, made, data, max_epochs=1, max_steps=-1, limit_val_batches=None)
         losses.append(float(runner.callback_metrics["val/loss"]))
     assert losses[1] < 0.9 * losses[0]
-
-
-# ---- over a base
-
-
-PARTS = {
-    "lora": (lambda: [LoRA(r=2)], "adapter", "lora_"),
-    "lora and head": (lambda: [LoRA(r=2)], "adapter_and_head", "lora_"),
-    "prefix": (lambda: [PrefixTuning(tokens=2)], "adapter_and_head", "prefix_"),
-    "biases": (lambda: [Freeze(["biases"])], ["biases"], "bias"),
-    "head": (lambda: [], "head", "classifier"),
-}
-
-
-@pytest.mark.parametrize("part", PARTS)
-def test_over_an_encoder(texts, tmp_path, part):
-    """What the callbacks train is trained, what ``inner`` names adapts, to order 2; the rest stays, bit for bit."""
-    base, path, folder = texts
-    callbacks, inner, mark = PARTS[part]
-    made = MAML(str(base), inner=inner, inner_lr=0.5, steps=2, lr=0.1, optimizer=torch.optim.SGD, eval_steps=[0, 4])
-    start = {}
-
-    class Keep(Callback):
-        def on_train_start(self, trainer, pl_module):
-            start.update({n: p.detach().clone() for n, p in pl_module.named_parameters()})
-
-    steps, runner = fit(tmp_path, made, words(path, folder), *callbacks(), Keep(), max_steps=2, limit_val_batches=None)
-    assert made.inner_names and all(
-        mark in name or "classifier" in name or "pooler" in name for name in made.inner_names
-    )
-    trained = {name for name, p in made.named_parameters() if p.requires_grad}
-    assert set(made.inner_names) <= trained and trained == set(steps.gradients[0])
-    assert all(name in trained or torch.equal(p, start[name]) for name, p in made.named_parameters())
-    assert {f"val/step_{n}/accuracy" for n in (0, 2, 4)} <= set(runner.callback_metrics)
-    # Adapting changes what adapts, and leaves the module as it is.
-    episode = next(iter(words(path, folder, tokenizer=str(base)).train_dataloader())).episodes()[0]
-    before = {n: p.detach().clone() for n, p in made.named_parameters()}
-    fast = made.adapt(episode.support, steps=2)
-    assert fast.keys() == set(made.inner_names) and any(not torch.equal(fast[n], before[n]) for n in fast)
-    assert not differing(before, {n: p.detach() for n, p in made.named_parameters()})
-
-
-def test_the_second_order_over_lora_is_a_finite_difference(texts, tmp_path):
-    """In float64, through attention, norms and factors, with the fused kernel as the default."""
-    base, path, folder = texts
-    made = MAML(str(base), inner="adapter_and_head", inner_lr=0.5, steps=2, lr=0.1, optimizer=torch.optim.SGD)
-    data = words(path, folder)
-    steps, _ = fit(tmp_path, made, data, LoRA(r=2), max_steps=1)
-    made.double()
-    (episode,) = words(path, folder, episodes=1, batch_size=1, tokenizer=str(base)).train_dataloader()
-    (episode,) = episode.episodes()
-    name = next(n for n in made.inner_names if "lora_A" in n)
-    parameter = dict(made.named_parameters())[name]
-
-    def value():
-        fast = list(made.adapted(episode.support, steps=2, order=2))[-1]
-        return made.measure(made.outputs(fast, episode.query.inputs).double(), episode.query.targets)[0]
-
-    made.forward = lambda inputs: made.view.row_logits(inputs.ids, inputs.positions, mask=inputs.mask).double()
-    (gradient,) = torch.autograd.grad(value(), parameter)
-    place = int(gradient.abs().argmax())
-    ends = []
-    for sign in (1, -1):
-        with torch.no_grad():
-            parameter.view(-1)[place] += sign * 1e-5
-        ends.append(float(value().detach()))
-        with torch.no_grad():
-            parameter.view(-1)[place] -= sign * 1e-5
-    slope = float(gradient.view(-1)[place])
-    assert abs(slope) > 1e-6 and slope == pytest.approx((ends[0] - ends[1]) / 2e-5, rel=1e-4)
-
-
-def test_a_checkpoint_is_loaded_with_its_rates_and_classes(texts, tmp_path):
-    base, path, folder = texts
-    save = ModelCheckpoint(tmp_path / "saved", save_last=True, every_n_train_steps=1)
-    made = MAML(str(base), inner="adapter_and_head", rates="per_step", inner_lr=0.5, steps=2, lr=0.1)
-    fit(tmp_path, made, words(path, folder), LoRA(r=2), save, max_steps=1, enable_checkpointing=True)
-    loaded = lightning_ft.load(tmp_path / "saved/last.ckpt")
-    assert (loaded.way, loaded.rates, loaded.steps) == (3, "per_step", 2)
-    assert not differing(dict(made.state_dict()), dict(loaded.state_dict()))
-    net = module()
-    save = ModelCheckpoint(tmp_path / "net", save_last=True, every_n_train_steps=1)
-    fit(tmp_path, net, sines(), save, max_steps=1, enable_checkpointing=True)
-    with pytest.raises(Refusal, match="module=MAML"):
-        lightning_ft.load(tmp_path / "net/last.ckpt")
-    loaded = lightning_ft.load(tmp_path / "net/last.ckpt", module=module(net=mlp(7)))
-    assert not differing(dict(net.state_dict()), dict(loaded.state_dict()))
-
-
-def test_over_a_packed_base(texts, tmp_path):
-    pytest.importorskip("bitsandbytes")
-    base, path, folder = texts
-    made = MAML(str(base), inner="adapter_and_head", inner_lr=0.5, lr=0.1, quantize="nf4")
-    steps, _ = fit(tmp_path, made, words(path, folder), LoRA(r=2), max_steps=1)
-    assert steps.gradients and made.order == 2
-
-
-# ---- refusals
-
-
-class Watched(nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.layer = nn.Linear(1, 1)
-
-    def forward(self, x):
-        return torch.utils.checkpoint.checkpoint(self.layer, x, use_reentrant=False)
-
-
-def two_classes(rng, count):
-    x, y = rng.normal(size=(count, 4, 1)), [[0, 1, 0, 1]] * count
-    return x, y, x, y
-
-
-def test_refusals(texts, tmp_path):
-    base, path, folder = texts
-    with pytest.raises(Refusal, match="give base .* or net"):
-        MAML()
-    with pytest.raises(Refusal, match="not both"):
-        MAML(str(base), net=mlp())
-    with pytest.raises(Refusal, match="order must be one of 1, 2"):
-        MAML(net=mlp(), order=3)
-    with pytest.raises(Refusal, match="eval_steps must be"):
-        MAML(net=mlp(), eval_steps=[-1])
-    with pytest.raises(Refusal, match="LoRA.dropout is 0.1"):
-        fit(tmp_path, module(), sines(), LoRA(r=2, target="all-linear", dropout=0.1))
-    with pytest.raises(Refusal, match="names nothing that is trained"):
-        fit(tmp_path, module(inner="adapter"), sines())
-    with pytest.raises(Refusal, match="running statistics"):
-        fit(tmp_path, module(net=nn.Sequential(nn.Linear(1, 4), nn.BatchNorm1d(4), nn.Linear(4, 1))), sines())
-    with pytest.raises(Refusal, match="activation checkpointing"):
-        fit(tmp_path, module(net=Watched()), sines())
-    with pytest.raises(Refusal, match="tasks at_once"):
-        fit(tmp_path, module(net=Normed(), tasks="at_once"), sines())
-    with pytest.raises(Refusal, match="the episodes have 3 classes"):
-        fit(tmp_path, MAML(str(base), way=5), words(path, folder))
-    with pytest.raises(Refusal, match="give a base instead"):
-        fit(tmp_path, module(), words(path, folder, tokenizer=str(base)))
-    with pytest.raises(Refusal, match="reads texts"):
-        fit(tmp_path, MAML(str(base), way=3), sines(way=3))
-    for kind in ("MAML", "Reptile"):
-        with pytest.raises(Refusal, match=f"{kind}.net gives 1 outputs, and the episodes have 2 classes"):
-            fit(tmp_path, module(kind), EpisodeData(tasks="tests.modules.test_maml.two_classes"))
-    with pytest.raises(Refusal, match="learns from episodes, and SFTData gives rows"):
-        fit(tmp_path, MAML(str(base), way=3), SFTData(str(path)))
-    with pytest.raises(Refusal, match="as many outputs"):
-        fit(tmp_path, module(net=nn.Linear(1, 2)), sines())
-
-
-def test_fsdp2_is_refused(tmp_path):
-    from lightning_ft import FSDP2Strategy
-    from lightning_ft.engine.compatibility import check, situation
-
-    runner = trainer(tmp_path)
-    runner.strategy.__class__ = type("Pretended", (FSDP2Strategy,), {})
-    runner.strategy._tensor_parallel_size, runner.strategy._save_distributed_checkpoint = 1, False
-    with pytest.raises(Refusal, match="learning from episodes .* and FSDP2"):
-        check([], situation(runner, module()))

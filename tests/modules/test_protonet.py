@@ -5,12 +5,16 @@ import math
 import numpy as np
 import pytest
 import torch
+from lightning.pytorch.callbacks import Callback, ModelCheckpoint
 from torch import nn
 
 from lightning_ft import EpisodeData, Freeze, LinearProbe, ProtoNet, Refusal
+from lightning_ft.functional.prototypes import prototype_logits, prototypes
 from tests.contract.subjects import trainer
 from tests.modules.episodes import fit, sines, words, write_words
 from tests.modules.tasks import write_base
+
+pytestmark = pytest.mark.filterwarnings("ignore:Be aware that when using `ckpt_path`")
 
 
 @pytest.fixture(scope="module")
@@ -71,8 +75,66 @@ def test_validation(points, tmp_path):
     found = [loss_of(net(), e) for batch in data(points).val_dataloader() for e in batch.episodes()]
     hits = torch.tensor([hit for _, hit in found], dtype=torch.float64)
     assert measured["val/accuracy"] == pytest.approx(float(hits.mean()))
-    assert measured["val/accuracy_ci95"] == pytest.approx(1.959964 * float(hits.std()) / math.sqrt(5))
+    # Student, four degrees
+    assert measured["val/accuracy_ci95"] == pytest.approx(2.776445 * float(hits.std()) / math.sqrt(5))
     assert measured["val/loss"] == pytest.approx(sum(float(loss.detach()) for loss, _ in found) / 5, rel=1e-5)
+
+
+@pytest.mark.parametrize("kind", ["folder", "table"])
+def test_classes_stay_apart_when_the_seed_is_another(points, tmp_path, monkeypatch, kind):
+    """`seed_everything(42)`, a fit; then a test in another process, without it or with another seed."""
+    monkeypatch.setenv("PL_GLOBAL_SEED", "42")
+    given = {"seed": None, "test_classes": 2, "test_episodes": 3}
+    if kind == "folder":
+        make, module = lambda **options: data(points, **{**given, **options}), ProtoNet(net=net(), lr=0.01)
+    else:
+        base, path = write_base("bert", tmp_path / "bert"), write_words(tmp_path)
+        given |= {"way": 2, "val_classes": 2}
+        make, module = lambda **options: words(path, tmp_path, **{**given, **options}), ProtoNet(str(base), lr=0.01)
+    rows = make()
+    saver = ModelCheckpoint(tmp_path / "saved", save_last=True, every_n_train_steps=1)
+    fit(tmp_path, module, rows, saver, max_steps=1, enable_checkpointing=True)
+    saved, dealt = tmp_path / "saved/last.ckpt", rows.classes_of()
+    assert not dealt["test"] & (dealt["train"] | dealt["val"]) and len(dealt["test"]) == 2
+    (whole,) = trainer(tmp_path).test(module, make(), ckpt_path=saved, verbose=False)
+    other = next(s for s in range(99) if make(seed=s).classes_of()["test"] & dealt["train"])
+    monkeypatch.setenv("PL_GLOBAL_SEED", str(other))
+    # The data module that was used keeps its seed,
+    assert rows.classes_of() == dealt
+    (again,) = trainer(tmp_path).test(module, rows, ckpt_path=saved, verbose=False)
+    assert again == pytest.approx(whole)
+    # and a new one is refused.
+    with pytest.raises(Refusal, match=f"was in train of the run .* which was 42 and is {other}: set data.seed to 42"):
+        trainer(tmp_path).test(module, make(), ckpt_path=saved, verbose=False)
+    with pytest.raises(Refusal, match="is in train now, and was in (val|test)|with seed 42"):
+        trainer(tmp_path, limit_val_batches=0, max_epochs=3, max_steps=2).fit(module, make(), ckpt_path=saved)
+
+
+def test_an_interrupted_validation_leaves_nothing(points, tmp_path):
+    class Stop(Callback):
+        def on_validation_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
+            raise RuntimeError("enough")
+
+    made, rows = ProtoNet(net=net()), data(points)
+    (whole,) = trainer(tmp_path, limit_val_batches=None).validate(made, rows, verbose=False)
+    with pytest.raises(RuntimeError, match="enough"):
+        trainer(tmp_path, Stop(), limit_val_batches=None).validate(made, rows, verbose=False)
+    (again,) = trainer(tmp_path, limit_val_batches=None).validate(made, rows, verbose=False)
+    assert again == whole
+
+
+@pytest.mark.parametrize("distance", ["euclidean", "cosine"])
+def test_mixed_precision_rounds_no_class(distance):
+    """Means and cosines under autocast are those of float32."""
+    draw = torch.Generator().manual_seed(0)
+    z, q = (torch.randn(6, 5, generator=draw) for _ in range(2))
+    labels = torch.tensor([0, 1, 2, 0, 1, 2])
+    expected = prototype_logits(q, prototypes(z, labels, 3), distance=distance, scale=10.0)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        centres = prototypes(z, labels, 3)
+        logits = prototype_logits(q, centres, distance=distance, scale=10.0)
+    assert centres.dtype == logits.dtype == torch.float32
+    torch.testing.assert_close(logits, expected, rtol=0, atol=0)
 
 
 def test_the_probe_over_the_same_episodes(points, tmp_path):

@@ -1,10 +1,14 @@
 """Reptile: the step of a loop over copies of the net with torch's own optimizers, however tasks are dealt."""
 
+from pathlib import Path
+
 import pytest
 import torch
+import yaml
 from torch import nn
 
-from lightning_ft import LoRA, Reptile
+from benchmarks.meta_text import clip_of
+from lightning_ft import MAML, LoRA, Reptile
 from lightning_ft.modules.reptile import in_turn
 from tests.modules.episodes import fit, mlp, module, on_ranks, sines, words, write_words
 from tests.modules.tasks import write_base
@@ -77,3 +81,13 @@ def test_over_lora_in_batches_of_texts(tmp_path):
     assert all(".lora_" in n or "classifier" in n or "pooler" in n for n in steps.gradients[0])
     assert all(float(g.abs().max()) > 0 for n, g in steps.gradients[1].items()), before
     assert {"val/loss", "val/accuracy", "val/step_0/accuracy_ci95"} <= set(runner.callback_metrics)
+
+
+def test_the_way_is_longer_than_gradients_are_clipped_at(tmp_path):
+    """So the recipe and the benchmark of Reptile clip nothing: the usual 1.0 would cut every step."""
+    made = module("Reptile", steps=8, inner_lr=0.3, inner_optimizer="adam", optimizer=None, lr=0.5)
+    steps, _ = fit(tmp_path, made, sines(), max_steps=1)
+    assert float(torch.stack([g.norm() for g in steps.gradients[0].values()]).norm()) > 1
+    recipe = yaml.safe_load((Path(__file__).parents[2] / "configs/reptile_text.yaml").read_text())
+    assert "gradient_clip_val" not in recipe["trainer"]
+    assert clip_of(Reptile) is None and clip_of(MAML) == 1.0
