@@ -16,10 +16,10 @@ from lightning_ft.engine.traits import Traits
 class MAS(QuadraticPenalty):
     """Keeps what a model has learned before: each trained number is held to its old value, by how much outputs depend on it.
 
-    Minimises ``L + lam / 2 sum_k sum_i A_ki (theta_i - theta*_ki)^2`` over earlier tasks k, with ``A_ki`` the mean over the task's
-    examples of ``|d ||f(x)||^2 / d theta_i|``: f the logits (of a language model those of all scored tokens of a row), before
-    any softmax. No label has a say. The gradient ``lam A (theta - theta*)`` is added once a step, before clipping. Without a
-    TaskStream a fit is a task.
+    Minimises ``L + lam / 2 sum_i (sum_k A_ki) (theta_i - theta*_i)^2`` over earlier tasks k, with theta* what was trained at the
+    end of the last one and ``A_ki`` the mean over the examples of task k of ``|d ||f(x)||^2 / d theta_i|``: f the logits (of a
+    language model those of all scored tokens of a row), before any softmax. No label has a say. The gradient
+    ``lam A (theta - theta*)`` is added once a step, before clipping. Without a TaskStream a fit is a task.
 
     Args:
         lam: strength; twice the paper's lambda, which stands without the 1/2. Try 0.1, 1, 10.

@@ -14,7 +14,7 @@ from lightning_ft.engine.arguments import arguments_of
 from lightning_ft.engine.attachment import Attachment
 from lightning_ft.engine.reducer import rebuild_reducer
 from lightning_ft.engine.root import model_root
-from lightning_ft.engine.tasks import Task, baseline_of, require_tasks, task_count, task_of
+from lightning_ft.engine.tasks import Task, baseline_of, require_tasks, task_count, task_of, tasks_learned
 from lightning_ft.engine.technique import Technique
 from lightning_ft.engine.thawing import check_held, release, show_late_to_optimizers
 from lightning_ft.engine.traits import Cannot, Traits
@@ -208,7 +208,9 @@ class OrthogonalLoRA(Technique):
         task = task_of(trainer) if baseline_of(trainer) is None else None
         late = {n: p for n, p in pl_module.named_parameters() if n in Attachment.of(pl_module).late}
         check_held(late, trainer.optimizers)
-        self._open(trainer, pl_module, self._first + (task.index if task is not None else 0))
+        # Before the first task of a stream that goes on from another, what that one has learned is what is measured.
+        before = max(0, tasks_learned(trainer) - 1) if baseline_of(trainer) is None else 0
+        self._open(trainer, pl_module, self._first + (task.index if task is not None else before))
         super().on_train_start(trainer, pl_module)
 
     def on_task_start(self, trainer: pl.Trainer, module: pl.LightningModule, task: Task) -> None:

@@ -51,8 +51,9 @@ class Replay(Technique):
         top_k: of a language model, tokens whose probability is kept in der and der++.
         name: tells two of them apart, and names what is logged.
 
-    Rows are offered to the memory once, in their first epoch. State: rows and counters, in plain tensors, in the checkpoint: all
-    choices are derived from the seed and the counters, so a resumed run goes on exactly, and all ranks hold one memory.
+    Rows are offered to the memory once, in the first pass over them (with ``TaskStream.steps`` in the windows that it takes).
+    State: rows and counters, in plain tensors, in the checkpoint: all choices are derived from the seed and the counters, so a
+    resumed run goes on exactly, and all ranks hold one memory.
 
     Cost: one more forward and backward pass over ``rows`` rows a step (two in der++), and their storage.
 
@@ -173,17 +174,17 @@ class Replay(Technique):
             return found
         if self._labels:
             drawn = memory.draw(trainer, batch, self.rows)
-            mine, counts = memory.share(trainer, drawn)
+            mine, share = memory.share(trainer, drawn)
             terms = attachment.rerun(self._batch(trainer, batch, mine, drawn), self._index(trainer))
             for term in terms:
                 name = self.name if len(terms) == 1 else f"{self.name}/{term.name}"
-                found.append(self._counted(batch, term, name, self._labels, drawn, counts))
+                found.append(self._counted(batch, term, name, self._labels, drawn, share))
         if self._distance:
             drawn = memory.draw(trainer, batch, self.rows, 1)
-            mine, counts = memory.share(trainer, drawn)
+            mine, share = memory.share(trainer, drawn)
             term = self._distance_term(module, self._batch(trainer, batch, mine, drawn), mine)
             name = self.name if self.mode == "der" else f"{self.name}/logits"
-            found.append(self._counted(batch, term, name, self._distance, drawn, counts))
+            found.append(self._counted(batch, term, name, self._distance, drawn, share))
         return found
 
     def _index(self, trainer: pl.Trainer) -> int:
@@ -196,12 +197,12 @@ class Replay(Technique):
             made = replace(made, window=totals_of(drawn))
         return on_device(trainer, made)
 
-    def _counted(self, batch: Any, term: Term, name: str, factor: float, drawn: list[Row], counts: bool) -> Term:
+    def _counted(self, batch: Any, term: Term, name: str, factor: float, drawn: list[Row], share: float) -> Term:
         """A term of replayed rows, which are counted apart from those that are trained."""
-        total = term.sum if counts else term.sum * 0.0
-        count = term.count if counts else 0.0
         if term.unit == "mean":
-            return Term(name, total, 1.0, "mean", factor)
+            return Term(name, term.sum * share, 1.0, "mean", factor * term.weight)
+        total = term.sum if share else term.sum * 0.0
+        count = term.count if share else 0.0
         unit = f"{self.name} {term.unit}"
         if isinstance(batch, Batch) and batch.window is not None:
             batch.window = {**batch.window, unit: totals_of(drawn)[term.unit]}

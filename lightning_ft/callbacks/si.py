@@ -20,15 +20,16 @@ from lightning_ft.functional.path_integral import add_step_, path_importance
 class SynapticIntelligence(QuadraticPenalty):
     """Keeps what a model has learned before: each trained number is held to its old value, by how much it helped to learn.
 
-    Minimises ``L + lam / 2 sum_k sum_i W_ki (theta_i - theta*_ki)^2`` over earlier tasks k, with
-    ``W_ki = omega_ki / ((theta_end,i - theta_start,i)^2 + xi)`` and ``omega_ki = - sum_t g_ti (theta_{t+1,i} - theta_ti)`` over
-    the steps t of task k. g is the gradient of the loss alone: without any penalty, before clipping. The penalty's gradient is
-    added once a step, before clipping. Without a TaskStream a fit is a task.
+    Minimises ``L + lam / 2 sum_i (sum_k W_ki) (theta_i - theta*_i)^2`` over earlier tasks k, with theta* what was trained at the
+    end of the last one, ``W_ki = omega_ki / ((theta_end,i - theta_start,i)^2 + xi)`` and
+    ``omega_ki = - sum_t g_ti (theta_{t+1,i} - theta_ti)`` over the steps t of task k. g is the gradient of the loss alone: without
+    any penalty, before clipping. The penalty's gradient is added once a step, before clipping. Without a TaskStream a fit is a
+    task.
 
     Args:
         lam: strength; twice the paper's c, which stands without the 1/2. Try 0.2, 2, 20.
         xi: what keeps W finite for numbers that hardly moved; 0.1 in the paper. With adapters at small rates take less, 1e-4.
-        clamp: whether a negative W counts as 0. It would push a number away from its old value.
+        clamp: whether a negative W_k counts as 0. It would push a number away from its old value.
         load_from: checkpoint of an earlier fit with it, which this fit is held to; None: what this callback has measured itself.
         name: tells two of them apart, and names what is logged.
 
@@ -40,6 +41,8 @@ class SynapticIntelligence(QuadraticPenalty):
 
     Raises:
         Refusal: at setup for a file without its state; when a fit starts that trains other parts than were measured.
+
+    Differs from: the paper, whose formula has no clamp (take False).
 
     Example:
         >>> SynapticIntelligence(2.0)

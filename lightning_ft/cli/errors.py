@@ -148,6 +148,8 @@ def _unrecognised(words: list[str], parser: ArgumentParser) -> str:
     known = keys_of(parser, parent)
     if not parent and (inside := _keys_inside(name, parser)):
         return f"Unknown flag --{key}; did you mean {' or '.join(f'--{other}' for other in inside)}?"
+    if not parent and (elsewhere := _key_of_another_class(name)):
+        return f"Unknown flag --{key}; it may be meant for {elsewhere}, which this command does not use."
     if parent and not known:
         return f"Unknown flag --{key}{_hint(parent.split('.')[0], keys_of(parser, ''), '', '--')}"
     return f"Unknown flag --{key}{_hint(name, known, parent, '--')}"
@@ -157,6 +159,22 @@ def _keys_inside(name: str, parser: ArgumentParser) -> list[str]:
     """``--lr`` and ``--epochs``, as other tools have them, are ``model.lr`` and ``trainer.max_epochs`` here."""
     keys = [(parent, key) for parent in keys_of(parser) for key in keys_of(parser, parent)]
     return [f"{parent}.{key}" for parent, key in keys if key == name or key == f"max_{name}"][:2]
+
+
+def _key_of_another_class(name: str) -> str:
+    """``--continue_from`` is TaskStream's, also where no TaskStream was named; empty where none of our classes has it."""
+    from lightning.pytorch import LightningDataModule, LightningModule
+
+    import lightning_ft
+
+    ours = [getattr(lightning_ft, one) for one in lightning_ft.__all__]
+    for slot, base in (("data", LightningDataModule), ("model", LightningModule)):
+        owners = [one for one in ours if isinstance(one, type) and issubclass(one, base) and name in keys_of(one)]
+        if owners:
+            return (
+                f"--{slot}.{name} of {' or '.join(one.__name__ for one in owners[:3])} (--{slot} {owners[0].__name__})"
+            )
+    return ""
 
 
 def _hint(name: str, known: list[str], parent: str, dashes: str = "") -> str:

@@ -12,6 +12,7 @@ from lightning.pytorch import Callback, LightningDataModule, LightningModule, Tr
 from lightning.pytorch.callbacks import Checkpoint, ModelCheckpoint
 from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI
 
+from lightning_ft.callbacks.lwf import LwF
 from lightning_ft.callbacks.throughput import Throughput
 from lightning_ft.cli import checkpoint_argument
 from lightning_ft.cli.baselines import refuse_baselines, train_baselines
@@ -268,6 +269,8 @@ class FineTuningCLI(LightningCLI):
 
     def start(self) -> None:
         """Runs the command; a fit claims its folder first, and gives it back untouched if it fails before a step."""
+        if self.command == "fit":
+            refuse_lwf_alone(self.trainer, self.datamodule)
         check_files = getattr(self.datamodule, "check_files", None)
         if check_files is not None:
             check_files(self.command)  # before a model is loaded, which takes longer than reading a file
@@ -307,6 +310,20 @@ class FineTuningCLI(LightningCLI):
     def last_checkpoint(self) -> Path | None:
         """The newest checkpoint of this run, to tell the user after it was interrupted."""
         return newest_checkpoint(self.folder.path) if self.folder is not None else None
+
+
+def refuse_lwf_alone(trainer: Trainer, data: object) -> None:
+    """Refuses LwF in a command without tasks: its teacher is the end of a task before, and one command is one fit.
+
+    (In Python several fits of one callback are tasks, too.)
+    """
+    callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]
+    if not hasattr(data, "tells_tasks") and any(isinstance(one, LwF) for one in callbacks):
+        raise Refusal(
+            f"LwF teaches what the model said at the end of the last task, and {type(data).__name__} has no tasks, so it would do "
+            "nothing; wrap the data in a TaskStream (one task is enough: the next command goes on from its checkpoint with "
+            "--data.continue_from), or leave --lwf out."
+        )
 
 
 def refuse_inputs_inside(folder: Path, config: object, key: str = "") -> None:

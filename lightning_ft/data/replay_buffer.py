@@ -99,9 +99,10 @@ class ReplayBuffer:
         return {"groups": {name: list(rows) for name, rows in self.groups.items()}, "seen": dict(self.seen)}
 
     def load(self, state: dict[str, Any]) -> None:
-        """What `state` gave."""
+        """What `state` gave; of one that was larger, as many rows as there is room for."""
         self.groups = {name: list(rows) for name, rows in state["groups"].items()}
         self.seen = {name: int(number) for name, number in state["seen"].items()}
+        self._shrink()
 
 
 def class_of(row: Row) -> str:

@@ -102,13 +102,18 @@ class ReplayMemory:
             self._drawn[which] = (step, self.buffer.draw(count, 2 * step + which, without))
         return self._drawn[which][1]
 
-    def share(self, trainer: pl.Trainer, drawn: list[Row]) -> tuple[list[Row], bool]:
-        """This rank's rows of the present micro-batch, and whether they count: where there are none, one that does not."""
+    def share(self, trainer: pl.Trainer, drawn: list[Row]) -> tuple[list[Row], float]:
+        """This rank's rows of the present micro-batch, and the factor of a mean over them.
+
+        With it the means of all micro-batches and ranks average to the one over all that was drawn. Where this rank has no rows
+        it gets one, and the factor is 0.
+        """
         loop = trainer.fit_loop.epoch_loop
         micro, accumulate = _micro(trainer), trainer.accumulate_grad_batches
         left = trainer.num_training_batches - (loop.batch_progress.current.ready - 1 - micro)
-        mine = placed(drawn, micro, int(min(accumulate, left)), trainer.global_rank, trainer.world_size)
-        return (mine, True) if mine else (drawn[:1], False)
+        of, world = int(min(accumulate, left)), trainer.world_size
+        mine = placed(drawn, micro, of, trainer.global_rank, world)
+        return (mine, len(mine) * of * world / len(drawn)) if mine else (drawn[:1], 0.0)
 
     # -- what a checkpoint holds -----------------------------------------------------------------------------------------------
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,8 @@ from lightning_ft.engine.checkpoints import (
     record_of,
     restore_adapters,
 )
+from lightning_ft.engine.gradients import like
+from lightning_ft.engine.sharded_files import is_folder, read_meta, read_whole
 from lightning_ft.functional.errors import Refusal
 
 STREAM = "TaskStream"
@@ -27,13 +30,15 @@ def read(given: str, *, mapped: bool = False) -> dict[str, Any]:
     """The checkpoint.
 
     Args:
-        given: a file.
+        given: a file, or the folder of a sharded one.
         mapped: without reading its tensors.
 
     Raises:
         Refusal: it does not exist, or cannot be read.
     """
     file = Path(given).expanduser()
+    if is_folder(file):
+        return read_meta(file) if mapped else read_whole(file, optimizers=False)
     if not file.is_file():
         raise Refusal(
             f"TaskStream.continue_from names {given!r}, which is no file; give the checkpoint of an earlier run."
@@ -53,21 +58,45 @@ def stream_state(checkpoint: dict[str, Any], given: str) -> dict[str, Any]:
     """
     state: dict[str, Any] = checkpoint.get(STREAM) or {}
     if not state:
-        return {"learned": [], "scores": {"start": {}, "rows": {}}}
+        return {"learned": [], "scores": {"start": {}, "rows": {}}, "classes": {}, "labels": None}
     if state["ended"] < len(state["names"]):
         at = state["names"][state["ended"]]
         raise Refusal(
             f"TaskStream.continue_from: the run of {given} has not finished its task {at}; resume it first (ckpt_path), or give "
             "the checkpoint of its end."
         )
-    return {"learned": [*state["learned"], *state["names"]], "scores": state["scores"]}
+    return {
+        "learned": [*state["learned"], *state["names"]],
+        "scores": state["scores"],
+        "classes": classes_in(state),
+        "labels": state.get("labels"),
+    }
+
+
+def classes_in(state: Mapping[str, Any]) -> dict[str, tuple[int, ...] | None]:
+    """Name of a task -> numbers of its classes, as the stream's state has them."""
+    return {name: None if found is None else tuple(found) for name, found in state.get("classes", {}).items()}
+
+
+def check_labels(before: list[str] | None, now: list[str] | None, given: str) -> None:
+    """Refuses data whose classes have other numbers than those of the run that is gone on from.
+
+    Raises:
+        Refusal: with both lists.
+    """
+    if before is not None and now is not None and before != now:
+        raise Refusal(
+            f"TaskStream.continue_from: the run of {given} had the classes {', '.join(before)}, and the data here have "
+            f"{', '.join(now)}. Give labels (ClassificationData.labels) to all data modules: those of that run, in that order. "
+            "Classes that come with a later task have to be among the labels of the very first run."
+        )
 
 
 def go_on_from(given: str, trainer: pl.Trainer, module: pl.LightningModule) -> None:
     """Restores weights, snapshots and what continual techniques have kept.
 
     Raises:
-        Refusal: a file of another model, or sharded training.
+        Refusal: a file of another model.
     """
     checkpoint = read(given)
     weights = checkpoint["state_dict"]
@@ -98,11 +127,12 @@ def go_on_from(given: str, trainer: pl.Trainer, module: pl.LightningModule) -> N
     for name, value in weights.items():
         if name not in own or own[name].shape != value.shape:
             raise Refusal(
-                f"TaskStream.continue_from: {given} holds {name} {tuple(value.shape)}, and this model does not."
+                f"TaskStream.continue_from: {given} holds {name} {tuple(value.shape)}, and this model does not; where that is the "
+                "head of a classifier, give labels (ClassificationData.labels): those of that run, in its order."
             )
     with torch.no_grad():
         for name, value in weights.items():
-            own[name].copy_(value)
+            own[name].copy_(like(value, own[name]))
     callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]
     for callback in callbacks:
         state = checkpoint.get("callbacks", {}).get(callback.state_key)
@@ -110,4 +140,4 @@ def go_on_from(given: str, trainer: pl.Trainer, module: pl.LightningModule) -> N
             callback.load_state_dict(state)
 
 
-__all__ = ["STREAM", "go_on_from", "read", "stream_state"]
+__all__ = ["STREAM", "check_labels", "classes_in", "go_on_from", "read", "stream_state"]

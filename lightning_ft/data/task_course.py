@@ -14,7 +14,8 @@ from itertools import accumulate
 
 import lightning.pytorch as pl
 
-from lightning_ft.data.task_parts import TaskRows
+from lightning_ft.data.task_parts import TaskPart
+from lightning_ft.functional.errors import Refusal
 
 
 @dataclass(frozen=True)
@@ -32,7 +33,7 @@ class Stage:
     """
 
     name: str
-    rows: TaskRows
+    rows: TaskPart
     epochs: int
     steps: int | None
     batches: int
@@ -121,10 +122,35 @@ def epochs_to_count(course: Course, trainer: pl.Trainer, most: int | None) -> in
     return whole + ahead
 
 
+def refuse_unbegun(course: Course, trainer: pl.Trainer, most: int | None) -> None:
+    """Refuses a ``max_epochs`` that ends a stream before its last task has begun.
+
+    A quick try stays possible where it says so: ``fast_dev_run``, or a ``max_steps`` that ends the run even earlier.
+
+    Args:
+        course: of the run.
+        trainer: of the run.
+        most: epochs that the user allows; None or a negative number: all.
+
+    Raises:
+        Refusal: with the fix.
+    """
+    needed = course.first_epoch(len(course.stages) - 1)
+    if most is None or most < 0 or most > needed or trainer.fast_dev_run:  # type: ignore[attr-defined]
+        return
+    if 0 <= trainer.max_steps <= sum(-(-size // trainer.accumulate_grad_batches) for size in course.sizes[:most]):
+        return
+    raise Refusal(
+        f"trainer.max_epochs {most} ends the stream before its task {course.stages[-1].name} begins: an epoch of the Trainer is "
+        f"an epoch of one task, and the stream has {course.epochs} in all. Set trainer.max_epochs to -1 (TaskStream.epochs says "
+        "how long each task is trained); for a quick try set trainer.max_steps, or fast_dev_run."
+    )
+
+
 def limited(batches: int, trainer: pl.Trainer) -> int:
     """Micro-batches of an epoch within Trainer's ``limit_train_batches``."""
     limit = trainer.limit_train_batches
     return min(batches, limit) if isinstance(limit, int) else int(batches * limit)
 
 
-__all__ = ["Course", "Stage", "begun", "epochs_to_count", "limited", "next_epoch", "settle"]
+__all__ = ["Course", "Stage", "begun", "epochs_to_count", "limited", "next_epoch", "refuse_unbegun", "settle"]

@@ -18,13 +18,29 @@ from lightning.pytorch.utilities.model_helpers import is_overridden
 from lightning.pytorch.utilities.signature_utils import is_param_in_hook_signature
 
 from lightning_ft.data.task_continue import go_on_from
-from lightning_ft.data.task_course import begun, epochs_to_count, settle
+from lightning_ft.data.task_course import begun, epochs_to_count, refuse_unbegun, settle
 from lightning_ft.data.task_scores import Scores
 from lightning_ft.engine.tasks import Task
 from lightning_ft.functional.errors import Refusal
 
 if TYPE_CHECKING:
     from lightning_ft.data.task_stream import TaskStream
+
+
+class TaskCatchUp(Callback):
+    """The last to hear of a start: a file saved after the very last batch has left the last task's end to be done.
+
+    No epoch follows in such a run, and only now has every other callback what its state was.
+    """
+
+    def __init__(self, dispatch: TaskDispatch) -> None:
+        """Args: dispatch: of the same stream."""
+        self.dispatch = dispatch
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """The end of the last task, if all was trained."""
+        if begun(trainer) >= self.dispatch.stream.course.begins[-1]:
+            self.dispatch.on_train_epoch_end(trainer, pl_module)
 
 
 class TaskDispatch(Callback):
@@ -43,15 +59,17 @@ class TaskDispatch(Callback):
     # -- joining and leaving ----------------------------------------------------------------------------------------
 
     def join(self, trainer: pl.Trainer, stage: str) -> None:
-        """Takes a place in front of the callbacks; called by the stream's setup, before theirs."""
+        """Takes a place in front of the callbacks, and one behind them; called by the stream's setup, before theirs."""
         callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]
         for other in [c for c in callbacks if isinstance(c, TaskDispatch)]:  # left by a run that failed in its setup
             other.leave(trainer)
-        trainer.callbacks = [self, *(c for c in callbacks if not isinstance(c, TaskDispatch))]  # type: ignore[attr-defined]
+        rest = [c for c in callbacks if not isinstance(c, (TaskDispatch, TaskCatchUp))]
+        catch_up = TaskCatchUp(self)
+        trainer.callbacks = [self, *rest, catch_up]  # type: ignore[attr-defined]
 
         def take_out() -> None:
             # Another list: Lightning goes through this one meanwhile, and would pass over the next callback's teardown.
-            trainer.callbacks = [c for c in trainer.callbacks if c is not self]  # type: ignore[attr-defined]
+            trainer.callbacks = [c for c in trainer.callbacks if c not in (self, catch_up)]  # type: ignore[attr-defined]
 
         self._undo.append(take_out)
         if stage != "fit":
@@ -69,6 +87,8 @@ class TaskDispatch(Callback):
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         """Lets the module be measured task by task, whatever it knows of several loaders."""
+        if stage == "fit":
+            refuse_unbegun(self.stream.course, trainer, self._most)
         for kind in ("validation", "test"):
             self._take_loaders_apart(trainer, pl_module, kind)
 
@@ -164,8 +184,14 @@ class TaskDispatch(Callback):
             self._measured = self._logged(trainer)
             self._write_by_task(trainer)
         stream = self.stream
+        stream.scores.check(self._measured)
         stream.measured_at = done = begun(trainer) if self._done is None else self._done
-        if done == 0:
+        if done == 0 and stream.learned:  # by earlier runs: what is measured comes after the last task of theirs
+            stream.scores.rows[stream.learned[-1]] = {
+                **self._measured,
+                **stream.scores.rows.get(stream.learned[-1], {}),
+            }
+        elif done == 0:
             stream.scores.start = self._measured
         else:
             stage = stream.course.stage_of_epoch[stream.course.epoch_at(done - 1)]
@@ -223,10 +249,6 @@ class TaskDispatch(Callback):
                 "The run that wrote the checkpoint was stopped by max_steps in the middle of an epoch, and Lightning would begin a "
                 "new one; give trainer.max_steps here too (any larger number), so that it goes on where it was."
             )
-        if (
-            begun(trainer) >= self.stream.course.begins[-1]
-        ):  # of a file saved after the very last batch: no epoch follows
-            self.on_train_epoch_end(trainer, pl_module)
 
     def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """The first task's start, or the next one's."""

@@ -1,13 +1,13 @@
 """The tasks of a stream as their rows: views of this library's data modules, or of any with a plain DataLoader.
 
 Rows of a plain DataLoader are dealt by the same plan as ours, so that a run is resumed within an epoch, every rank gets its
-own rows and none comes twice; its ``dataset``, ``collate_fn``, workers and batch size are the user's.
+own rows; its ``dataset``, ``collate_fn``, workers and batch size are the user's.
 """
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
 import lightning.pytorch as pl
@@ -16,13 +16,12 @@ import torch
 from lightning.pytorch.utilities.model_helpers import is_overridden
 from torch import Tensor
 from torch.utils.data import ConcatDataset, DataLoader, IterableDataset, RandomSampler, SequentialSampler, Subset
-from torch.utils.data import Sampler as TorchSampler
 
 from lightning_ft.data.collate import Segment
+from lightning_ft.data.dealt_loader import DealtLoader
 from lightning_ft.data.loader import EpochClock, Placement
 from lightning_ft.data.mixture import MixedRows, mixed
 from lightning_ft.data.named_files import Split
-from lightning_ft.data.plan import deal_rows, epoch_order, micro_batches
 from lightning_ft.data.planned import PlannedData
 from lightning_ft.data.token_rows import TokenRows
 from lightning_ft.engine.batch import Batch
@@ -33,7 +32,7 @@ from lightning_ft.functional.errors import Refusal
 Rows = TokenRows | MixedRows
 
 
-class TaskRows(Protocol):
+class TaskPart(Protocol):
     """The rows of one task."""
 
     def train_loader(self, epoch: Callable[[], int], steps: int | None) -> Any:
@@ -41,6 +40,9 @@ class TaskRows(Protocol):
 
     def loader(self, split: Split) -> Any | None:
         """The rows of a split, each once and in order; None where there are none."""
+
+    def first_pass(self) -> int:
+        """Micro-batches after which every training row has come, where steps count; whole accumulation windows."""
 
     def deal(self) -> dict[str, Any]:
         """What decides the training batches, in plain types; position and epoch come with it where they matter."""
@@ -120,6 +122,10 @@ class PlannedTask:
         """In order."""
         return self.data._eval_loader(split) if split in self.data._rows else None
 
+    def first_pass(self) -> int:
+        """Of rows that are drawn pass after pass."""
+        return _windows(len(self.data._rows["train"]), self.data.batch_size, self.data._train_placement())
+
     def deal(self) -> dict[str, Any]:
         """As the data module's own checkpoint says it."""
         rows = self.data._rows["train"]
@@ -190,6 +196,12 @@ class PlainTask:
             return None
         return DealtLoader(self.loaders[split], self.rows[split], lambda: _without_position(self._placement()))
 
+    def first_pass(self) -> int:
+        """Of rows that come pass after pass."""
+        size = self.loaders["train"].batch_size
+        assert size is not None
+        return _windows(len(self.rows["train"]), size, self._placement())
+
     def deal(self) -> dict[str, Any]:
         """Rows, batch size, order, window and ranks."""
         placement = self._placement()
@@ -224,86 +236,14 @@ class PlainTask:
         )
 
 
+def _windows(rows: int, batch_size: int, placement: Placement) -> int:
+    """Micro-batches of as many whole accumulation windows as so many rows take: within one they may be sorted."""
+    window = batch_size * placement.world_size * placement.accumulate
+    return -(-rows // window) * placement.accumulate
+
+
 def _without_position(placement: Placement) -> Placement:
     return Placement(placement.world_size, placement.rank, placement.accumulate)
-
-
-class DealtLoader:
-    """Batches of a plain DataLoader's rows, chosen by plan."""
-
-    def __init__(
-        self,
-        source: DataLoader[Any],
-        rows: np.ndarray,
-        placement: Callable[[], Placement],
-        *,
-        epoch: Callable[[], int] = lambda: 0,
-        shuffle: bool = False,
-        steps: int | None = None,
-    ) -> None:
-        """Args: as `PlainTask` gives them."""
-        self.source, self.rows, self.placement = source, rows, placement
-        self.epoch, self.shuffle, self.steps = epoch, shuffle, steps
-
-    def _order(self) -> np.ndarray:
-        """(rows,) of this epoch: each once, or pass after pass until the steps are full."""
-        if self.steps is None:
-            return self.rows[epoch_order(len(self.rows), seed=global_seed(), epoch=self.epoch(), shuffle=self.shuffle)]
-        needed = self._step_rows()
-        passes = -(-needed // len(self.rows))
-        first = self.epoch() * passes
-        orders = [
-            epoch_order(len(self.rows), seed=global_seed(), epoch=first + n, shuffle=self.shuffle)
-            for n in range(passes)
-        ]
-        return self.rows[np.concatenate(orders)[:needed]]
-
-    def _step_rows(self) -> int:
-        placement = self.placement()
-        assert self.steps is not None and self.source.batch_size is not None
-        return self.steps * self.source.batch_size * placement.accumulate * placement.world_size
-
-    def __len__(self) -> int:
-        """Micro-batches an epoch on each rank."""
-        assert self.source.batch_size is not None
-        rows = len(self.rows) if self.steps is None else self._step_rows()
-        return micro_batches(rows, batch_size=self.source.batch_size, world_size=self.placement().world_size)
-
-    def __iter__(self) -> Iterator[Any]:
-        """From the position on."""
-        placement, source = self.placement(), self.source
-        assert source.batch_size is not None
-        micro = deal_rows(self._order(), source.batch_size, placement.world_size, placement.accumulate)
-        # A rank without rows repeats another's: a plain step has no way to count none.
-        mine = [(ranks[placement.rank] if len(ranks[placement.rank]) else ranks[0]).tolist() for ranks in micro]
-        yield from DataLoader(
-            source.dataset,
-            batch_sampler=_Listed(mine[placement.position :]),
-            num_workers=source.num_workers,
-            collate_fn=source.collate_fn,
-            pin_memory=source.pin_memory,
-            worker_init_fn=source.worker_init_fn,
-        )
-
-    def state_dict(self) -> dict[str, Any]:
-        """Nothing: the position is Lightning's own counter."""
-        return {}
-
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Nothing to restore."""
-
-
-class _Listed(TorchSampler[list[int]]):
-    """Batches as listed."""
-
-    def __init__(self, batches: list[list[int]]) -> None:
-        self.batches = batches
-
-    def __iter__(self) -> Iterator[list[int]]:
-        return iter(self.batches)
-
-    def __len__(self) -> int:
-        return len(self.batches)
 
 
 def joint_plain(tasks: Sequence[PlainTask], count: int, trainer: Callable[[], pl.Trainer | None]) -> PlainTask:
@@ -387,12 +327,11 @@ def plain_loaders(data: pl.LightningDataModule, name: str) -> dict[Split, DataLo
 
 
 __all__ = [
-    "DealtLoader",
     "JointTask",
     "PlainTask",
     "PlannedTask",
     "TaskClock",
-    "TaskRows",
+    "TaskPart",
     "joint_plain",
     "parts_of",
     "plain_loaders",

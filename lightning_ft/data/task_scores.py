@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from lightning_ft.functional.continual_metrics import continual_metrics
+from lightning_ft.functional.errors import Refusal
 from lightning_ft.functional.heat_map import heat_map
 
 MATRIX = "task_matrix.csv"
@@ -34,6 +35,19 @@ class TaskScores:
         self.metric, self.mode = metric, mode
         self.start: Scores = {}
         self.rows: dict[str, Scores] = {}
+
+    def check(self, measured: Scores) -> None:
+        """Refuses a metric that a validation has not logged.
+
+        Raises:
+            Refusal: naming what was logged.
+        """
+        there = sorted({name for found in measured.values() for name in found})
+        if self.metric is not None and self.metric not in there:
+            raise Refusal(
+                f"TaskStream.metric is {self.metric}, which validation does not log: it logs {', '.join(there) or 'nothing'}. Give "
+                "one of these, or leave metric out."
+            )
 
     def chosen(self) -> str | None:
         """The metric that fills the matrix; None where nothing was measured that could."""

@@ -22,7 +22,7 @@ class Given:
 
     Attributes:
         parts: name of a task -> its rows, in the order of training.
-        classes: name -> numbers of the classes that it has; None where rows have none.
+        classes: name -> numbers of the classes that it has; None where rows have none. Also of tasks that earlier runs learned.
         epochs: as the user gave them.
         steps: likewise; None where epochs count.
     """
@@ -69,7 +69,7 @@ def _joint(given: Given, epochs: dict[str, int | None], steps: dict[str, int | N
     sizes = {name: part.deal()["rows"] for name, part in given.parts.items()}
     passes = max(1, round(sum(sizes[n] * (epochs[n] or 1) for n in sizes) / sum(sizes.values())))
     total = sum(step for step in steps.values() if step is not None) if given.steps is not None else None
-    classes = tuple(sorted({number for found in given.classes.values() for number in found or ()})) or None
+    classes = tuple(sorted({number for name in given.parts for number in given.classes[name] or ()})) or None
     rows = joined(list(given.parts.values()), running)
     return Stage("joint", rows, 1 if total else passes, total, 0, classes, classes)
 

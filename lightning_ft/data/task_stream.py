@@ -13,7 +13,7 @@ from lightning.pytorch.trainer.states import TrainerFn
 from lightning_ft.data.made_of_modules import MadeOfModules
 from lightning_ft.data.named_files import Split
 from lightning_ft.data.task_arguments import Amount, check_given
-from lightning_ft.data.task_continue import read, stream_state
+from lightning_ft.data.task_continue import check_labels, classes_in, read, stream_state
 from lightning_ft.data.task_course import Course, Stage, begun, next_epoch
 from lightning_ft.data.task_cut import Cut, cut_source, cut_tasks
 from lightning_ft.data.task_dispatch import TaskDispatch
@@ -114,6 +114,7 @@ class TaskStream(MadeOfModules):
         self.begun = self.ended = 0  # tasks of this run whose hooks were called
         self.measured_at = -1  # micro-batches done at the last validation
         self.learned: list[str] = []  # names of the tasks that earlier runs have trained
+        self._known: dict[str, tuple[int, ...] | None] = {}  # their classes
         self._parts: dict[str, PlannedTask | PlainTask] = {}
         self._classes: dict[str, tuple[int, ...] | None] = {}
         self._course: Course | None = None
@@ -168,11 +169,16 @@ class TaskStream(MadeOfModules):
         return Task(len(self.learned) + stage, at.name, batches, at.classes, at.seen)
 
     def in_first_pass(self) -> bool:
-        """Whether the micro-batch that is trained belongs to the first epoch of its task."""
+        """Whether the micro-batch that is trained belongs to the first pass over the rows of its task."""
         if self.trainer is None:
             return True
-        epoch = self.course.epoch_at(begun(self.trainer) - 1)
-        return epoch == self.course.first_epoch(self.course.stage_of_epoch[epoch])
+        done, course = begun(self.trainer) - 1, self.course
+        epoch = course.epoch_at(done)
+        number = course.stage_of_epoch[epoch]
+        at = course.stages[number]
+        if at.steps is not None:  # all of them one epoch, over rows pass after pass
+            return done - course.begins[epoch] < at.rows.first_pass()
+        return epoch == course.first_epoch(number)
 
     def optimizer_steps(self) -> list[int]:
         """Optimizer steps between two beginnings of the learning rate's schedule."""
@@ -203,11 +209,12 @@ class TaskStream(MadeOfModules):
         if self.trainer is not None:
             if stage == "fit":
                 self.begun, self.ended, self.measured_at = 0, 0, -1
-                self.learned, self._at, self._resumed = [], None, None
+                self.learned, self._at, self._resumed, self._known = [], None, None, {}
                 self.scores = TaskScores(self.metric, self.mode)
                 if self.continue_from is not None:
                     before = stream_state(read(self.continue_from, mapped=True), self.continue_from)
-                    self.learned = before["learned"]
+                    check_labels(before["labels"], self.label_names(), self.continue_from)
+                    self.learned, self._known = before["learned"], before["classes"]
                     self.scores.load(before["scores"])
             self._dispatch = TaskDispatch(self)
             self._dispatch.join(self.trainer, stage or "fit")
@@ -226,7 +233,11 @@ class TaskStream(MadeOfModules):
     def _competing(self) -> tuple[int, ...] | None:
         """The classes of all tasks up to the one that is trained; before the first, all."""
         known = [*self.learned, *self._begun_names]
-        return tuple(sorted({n for name in known for n in self._classes.get(name) or ()})) if known else None
+        return tuple(sorted({n for name in known for n in self._classes_of(name) or ()})) if known else None
+
+    def _classes_of(self, task: str) -> tuple[int, ...] | None:
+        """Also of a task that an earlier run has learned and this one does not list."""
+        return self._classes[task] if task in self._classes else self._known.get(task)
 
     @property
     def _begun_names(self) -> list[str]:
@@ -308,6 +319,11 @@ class TaskStream(MadeOfModules):
             return {}
         return {
             **place_of(self.course, self.learned),
+            "classes": {
+                name: None if (found := self._classes_of(name)) is None else list(found)
+                for name in dict.fromkeys([*self.learned, *self._classes])
+            },
+            "labels": self.label_names(),
             "begun": self.begun,
             "ended": self.ended,
             "measured_at": self.measured_at,
@@ -323,12 +339,13 @@ class TaskStream(MadeOfModules):
         if self.trainer is None or not state_dict:
             return
         if self.trainer.state.fn != TrainerFn.FITTING:
-            self.learned = list(state_dict["learned"])
+            self.learned, self._known = list(state_dict["learned"]), classes_in(state_dict)
             self._at = list(state_dict["names"])[: int(state_dict["begun"])]
             return
         check_tasks(state_dict, self.course)
         self.begun, self.ended = int(state_dict["begun"]), int(state_dict["ended"])
         self.measured_at, self.learned = int(state_dict["measured_at"]), list(state_dict["learned"])
+        self._known = classes_in(state_dict)
         self.scores.load(state_dict["scores"])
         self._resumed = state_dict
         # Lightning restores its counters later than ours; `TaskDispatch.on_train_start` comes back with them.
@@ -363,7 +380,7 @@ class TaskStream(MadeOfModules):
     def _stages(self) -> list[Stage]:
         """Of this fit: tasks that earlier runs have learned are left out."""
         return stages_of(
-            Given(self._parts, self._classes, self.epochs, self.steps),
+            Given(self._parts, {**self._known, **self._classes}, self.epochs, self.steps),
             self.learned,
             self._running,
             joint=self.baseline == "joint",

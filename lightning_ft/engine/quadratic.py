@@ -77,8 +77,8 @@ class QuadraticPenalty(Technique):
         """The importance of every trained number for the task that has ended, by name."""
 
     def absorb(self, anchors: Anchors, importance: Mapping[str, Tensor], values: Mapping[str, Tensor]) -> None:
-        """Adds what was measured to what is known of earlier tasks."""
-        anchors.merge(importance, values)
+        """Adds what was measured to what is known of earlier tasks, all of it around where the last one ended."""
+        anchors.move(importance, values, 1.0)
 
     def begin(self, trainer: pl.Trainer, module: pl.LightningModule, resumed: bool) -> None:
         """Called when training starts and what is held to is known."""
@@ -105,6 +105,7 @@ class QuadraticPenalty(Technique):
         if not attachment.installed and attachment._trainer is None:
             return  # `lightning_ft.load` only rebuilds what was trained
         trainer = attachment.trainer
+        self._refuse_streamed(trainer)
         why = getattr(attachment.module, "no_likelihood", None)
         if self.asks and why:
             raise Refusal(
@@ -115,6 +116,27 @@ class QuadraticPenalty(Technique):
             require_tasks(trainer, type(self).__name__)
         if trainer.state.fn == "fit" and trainer.ckpt_path is None and self.load_from is not None and self._is_new:
             self._stored = self._read(self.load_from)
+
+    def _refuse_streamed(self, trainer: pl.Trainer) -> None:
+        """Refuses rows that are read as they come: a pass over all of them, where the task ends, would have no end."""
+        if (
+            self.asks
+            and trainer.state.fn == "fit"
+            and getattr(getattr(trainer, "datamodule", None), "streaming", False)
+        ):
+            raise Refusal(
+                f"{type(self).__name__} goes over the rows of a task once more where it ends, and rows that are streamed have no "
+                "end: set streaming false (--data.streaming false), or use si, or ewc with importance uniform, which need no rows."
+            )
+
+    def _refuse_endless(self, trainer: pl.Trainer) -> None:
+        """The same of a user's own loader, before the first step."""
+        if self.asks and trainer.num_training_batches == float("inf"):
+            raise Refusal(
+                f"{type(self).__name__} goes over the rows of a task once more where it ends, and the training loader does not say "
+                "how many batches it has: give trainer.limit_train_batches a number, or the data set a __len__; or use si, or ewc "
+                "with importance uniform, which ask for no rows."
+            )
 
     @property
     def _is_new(self) -> bool:
@@ -144,6 +166,7 @@ class QuadraticPenalty(Technique):
         super().on_train_start(trainer, pl_module)
         if baseline_of(trainer) is not None:
             return
+        self._refuse_endless(trainer)
         self._run = (trainer, pl_module)
         parameters, resumed = trained_names(pl_module), trainer.ckpt_path is not None
         own: Mapping[str, Any] = {}
@@ -202,8 +225,7 @@ class QuadraticPenalty(Technique):
         if not self._saved:
             for callback in trainer.checkpoint_callbacks:
                 if isinstance(callback, ModelCheckpoint) and callback.last_model_path:
-                    path = callback.last_model_path
-                    trainer.save_checkpoint(os.path.realpath(path), callback.save_weights_only)
+                    _save_at(trainer, callback.last_model_path, callback.save_weights_only)
 
     def _end_fit(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
         stream = hasattr(getattr(trainer, "datamodule", None), "tells_tasks")
@@ -262,11 +284,19 @@ class QuadraticPenalty(Technique):
         self._stored = dict(state_dict) or None
 
 
+def _save_at(trainer: pl.Trainer, path: str, weights_only: bool) -> None:
+    """A file of its own: behind a link (``save_last="link"``) is that of an earlier step, the best one perhaps."""
+    trainer.strategy.barrier()
+    if trainer.is_global_zero and os.path.islink(path):
+        os.unlink(path)
+    trainer.strategy.barrier()
+    trainer.save_checkpoint(path, weights_only)
+
+
 def _rows(trainer: pl.Trainer) -> Iterator[Any]:
     """The training rows of a fit, each once where the data module knows how; nothing is drawn before the first is asked for."""
     data: Any = getattr(trainer, "datamodule", None)
     if hasattr(data, "in_order"):
         yield from data.in_order()["train"]
         return
-    count, loader = trainer.num_training_batches, cast("Iterable[Any]", trainer.train_dataloader)
-    yield from islice(loader, None if count == float("inf") else int(count))
+    yield from islice(cast("Iterable[Any]", trainer.train_dataloader), int(trainer.num_training_batches))

@@ -76,6 +76,11 @@ def task_count(trainer: pl.Trainer) -> int:
     return count if isinstance(count, int) else 1
 
 
+def tasks_learned(trainer: pl.Trainer) -> int:
+    """How many tasks earlier runs have trained, which a stream goes on from."""
+    return len(getattr(getattr(trainer, "datamodule", None), "learned", ()))
+
+
 def require_tasks(trainer: pl.Trainer, name: str) -> None:
     """Refuses a run whose data tell no tasks; for techniques that act between two of them.
 
@@ -102,4 +107,4 @@ def require_tasks(trainer: pl.Trainer, name: str) -> None:
         )
 
 
-__all__ = ["Task", "TaskHooks", "baseline_of", "require_tasks", "task_count", "task_of"]
+__all__ = ["Task", "TaskHooks", "baseline_of", "require_tasks", "task_count", "task_of", "tasks_learned"]

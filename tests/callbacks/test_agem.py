@@ -93,6 +93,23 @@ def test_in_a_stream_each_gradient_is_projected_on_rows_of_earlier_tasks_alone(t
     assert 0 < projected < 15
 
 
+def test_clipping_comes_after_it(tmp_path):
+    """The norm that is clipped is that of the projected gradient, which is smaller than the step's own."""
+    technique, module, most = AGEM(30), Layer(0.3), 0.5
+    steps = Steps(technique)
+    options = {"gradient_clip_val": most}
+    run_of(tmp_path, technique, steps, **options).fit(module, stream(epochs=[3, 3, 3], measure_start=False))
+    told = 0
+    for net, (x, y), drawn, after, _ in steps.seen:
+        g = own = gradient(net, x, y)
+        if drawn and (product := g @ (ref := gradient(net, *batch_of(drawn)))) < 0:
+            g = g - product / (ref @ ref) * ref
+            told += float(own.norm()) > most
+        g = g * min(1.0, most / float(g.norm()))
+        torch.testing.assert_close(torch.cat([a.reshape(-1) for a in after]), g, rtol=1e-4, atol=1e-6)
+    assert told
+
+
 def test_it_comes_before_penalties(tmp_path):
     """With EWC beside it the penalty is added to the projected gradient, whatever the order of the callbacks."""
     ends = []

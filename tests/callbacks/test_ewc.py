@@ -1,12 +1,14 @@
 """EWC: the contract, the written-out penalty, what is kept from fit to fit, and what it composes with."""
 
 import copy
+from pathlib import Path
 
 import lightning.pytorch as pl
 import pytest
 import torch
 from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
 from torch import nn
+from torch.utils.data import DataLoader, IterableDataset
 
 from lightning_ft import EWC, LoRA, Refusal
 from lightning_ft.engine.anchors import Anchors
@@ -183,6 +185,49 @@ def test_a_file_holds_what_was_measured_however_the_fit_ended(how, tmp_path):
     assert again.resolved_arguments()["load_from"] is None
 
 
+def test_a_link_to_another_file_is_not_followed(tmp_path):
+    """The best file is of an earlier epoch: it stays as it was, and the last one becomes a file of its own."""
+    keep = ModelCheckpoint(
+        tmp_path / "files", filename="{epoch}", monitor="val/loss", mode="min", save_last="link", every_n_epochs=1
+    )
+
+    class Rising(PlainNet):
+        def validation_step(self, batch, batch_idx):
+            self.log("val/loss", float(self.current_epoch))
+
+    class Stops(pl.Callback):
+        def on_validation_end(self, trainer, module):
+            trainer.should_stop = trainer.current_epoch == 1
+
+    net = Rising()
+    fit(tmp_path, net, EWC(4.0), Stops(), keep, max_steps=-1, max_epochs=9, enable_checkpointing=True)
+    best, end = Path(keep.best_model_path), Path(keep.last_model_path)
+    assert end.is_file() and not end.is_symlink() and best.resolve() != end.resolve()
+    first, after = (torch.load(file, weights_only=True) for file in (best, end))
+    assert first["epoch"] == 0 and not first["callbacks"].get("EWC[ewc]", {}).get("next")
+    assert after["callbacks"]["EWC[ewc]"]["next"]["tasks"] == 1
+
+
+def test_rows_without_an_end_are_refused_before_the_first_step(chat, tmp_path):
+    class Endless(IterableDataset):
+        def __iter__(self):
+            while True:
+                yield from zip(*rows(), strict=True)
+
+    endless = DataLoader(Endless(), batch_size=4)
+    net, start = PlainNet(), state(PlainNet())
+    with pytest.raises(Refusal, match=r"EWC goes over the rows .* does not say how many batches .*limit_train_batches"):
+        trainer(tmp_path, EWC(4.0)).fit(net, endless, loader())
+    assert all(torch.equal(v, start[n]) for n, v in state(net).items())
+    for technique, limit in ((EWC(4.0, importance="uniform"), {}), (EWC(4.0), {"limit_train_batches": 4})):
+        trainer(tmp_path, technique, **limit).fit(PlainNet(), endless, loader())
+        assert technique.state_dict()["next"]["tasks"] >= 1
+    module, data = chat_job(chat, tmp_path, data={"streaming": True})
+    with pytest.raises(Refusal, match=r"EWC goes over the rows .* are streamed .*streaming false"):
+        trainer(tmp_path, EWC(4.0), use_distributed_sampler=False).fit(module, data)
+    assert not hasattr(module, "model") or module.model is None, "before the model is loaded"
+
+
 def test_a_longer_run_that_resumes_is_the_unbroken_one(tmp_path):
     """What a finished fit has measured is for the next fit, not for the same one that goes on."""
     options = {"max_steps": -1, "enable_checkpointing": True}
@@ -253,8 +298,6 @@ def test_a_file_without_its_state_is_refused(tmp_path):
 
 def two_fits(chat, folder, techniques, strategy=None, model=None, **data):
     """Two fits of the tiny chat model with EWC: what is held to, and how far the second one went."""
-    from pathlib import Path
-
     from lightning_ft.engine.strategies import FSDP2Strategy
     from tests.engine.importances import whole
 

@@ -30,6 +30,7 @@ CASE = Case(
     small={"weight": 2.0},
     idle={"weight": 0.0},
     known={
+        "plain_module": "a command is one fit and has no tasks without a stream, so that the command line refuses LwF there",
         "acts": "a user's module without logits(batch) has nothing to compare, and is refused in the second task",
         "second_fit": "a user's module without logits(batch) has nothing to compare, and is refused in the second task",
     },
@@ -178,12 +179,15 @@ def test_a_tokens_term_is_the_divergence_of_whole_logits(chat, tmp_path):
 def test_a_run_resumed_in_the_third_task_ends_as_the_unbroken_one(tmp_path):
     whole = Says()
     run_of(tmp_path, LwF(), Hooks(), Saves(tmp_path, "batch", "validation")).fit(whole, stream())
-    for file in ("batch-9", "validation-4"):
+    teacher = Attachment.of(whole).references.snapshots["task end of lwf"].tensors
+    for file in ("batch-9", "validation-4", "batch-10", "validation-5"):
         again = Says()
         run_of(tmp_path, LwF(), Hooks()).fit(again, stream(), ckpt_path=tmp_path / f"{file}.ckpt", weights_only=True)
         assert all(
             torch.equal(a, b) for a, b in zip(weights_of(whole).values(), weights_of(again).values(), strict=True)
         )
+        kept = Attachment.of(again).references.snapshots["task end of lwf"].tensors
+        assert all(torch.equal(kept[name], value) for name, value in teacher.items()), file
 
 
 def test_going_on_from_a_checkpoint_brings_the_teacher(tmp_path):

@@ -18,7 +18,7 @@ from lightning_ft.formats.adapter_folder import adapter_files
 from lightning_ft.nn.registry import injected_layers
 from tests.contract import Case, checks_for
 from tests.contract.subjects import trainer
-from tests.data.streams import Hooks, Layer, Points, Saves, stream
+from tests.data.streams import SIZES, Hooks, Layer, Points, Saves, stream
 from tests.data.streams import trainer as run_of
 from tests.data.streams import weights as weights_of
 from tests.data.test_task_stream_ours import classifier, data, write
@@ -211,6 +211,26 @@ def test_going_on_from_a_checkpoint_is_one_run(tmp_path):
     run.save_checkpoint(tmp_path / "ab.ckpt")
     run_of(tmp_path, technique()).fit(second, TaskStream(dict(tasks), continue_from=str(tmp_path / "ab.ckpt")))
     assert all(torch.equal(v, weights_of(second)[n]) for n, v in weights_of(whole).items())
+
+
+def test_a_stream_that_goes_on_is_measured_with_all_adapters_learned_so_far(tmp_path):
+    tasks = {name: Points(number, rows) for number, (name, rows) in enumerate(SIZES.items())}
+    run = run_of(tmp_path, technique(tasks=3))
+    run.fit(Two(), first := TaskStream({name: tasks[name] for name in "ab"}))
+    run.save_checkpoint(tmp_path / "ab.ckpt")
+    seen = []
+
+    class Look(Callback):
+        def on_validation_start(self, run, module) -> None:
+            layers = {name: [x.enabled for x in injected_layers(module, name).values()] for name in names}
+            seen.append([all(layers[name]) for name in names])
+
+    names = [f"o_{index}" for index in range(3)]
+    going_on = TaskStream(dict(tasks), continue_from=str(tmp_path / "ab.ckpt"))
+    run_of(tmp_path, technique(tasks=3), Look()).fit(Two(), going_on)
+    assert seen[0] == [True, True, False] and seen[-1] == [True, True, True]
+    after_b = going_on.scores.matrix()[0][1]
+    assert after_b[:2] == first.scores.matrix()[0][1] and after_b[2] is not None
 
 
 def test_fits_one_after_another_are_tasks_where_there_is_room(tmp_path):

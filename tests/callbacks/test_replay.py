@@ -85,6 +85,57 @@ def test_each_step_is_that_of_the_paper_s_loss(tmp_path, mode):
             torch.testing.assert_close(b, a - 0.5 * a.grad, rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.parametrize(
+    ("of", "accumulate", "steps"), [(1, 4, 1), (3, 2, 2), (5, 4, 1), (2, 3, 2)], ids=lambda value: str(value)
+)
+@pytest.mark.parametrize("mode", ["er", "der"])
+def test_uneven_shares_are_the_mean_over_what_was_drawn(tmp_path, mode, of, accumulate, steps):
+    """A user's own mean loss: rows that do not divide by the micro-batches weigh the same each, or none."""
+    net, technique, seen, after = Speaks(), Replay(8, mode=mode, weight=0.7, alpha=0.3, rows=of), [], []
+
+    class Look(Callback):
+        def on_train_batch_start(self, run, module, batch, batch_idx) -> None:
+            if batch_idx % accumulate == 0:
+                drawn = technique._memory.buffer.draw(of, 2 * run.global_step + (mode == "der"))
+                seen.append((copy.deepcopy(module.net).double(), [], copy.deepcopy(drawn)))
+            seen[-1][1].append([t.clone() for t in batch])
+
+        def on_train_batch_end(self, run, module, outputs, batch, batch_idx) -> None:
+            after.append(copy.deepcopy(module.net).double())
+
+    epochs = 2  # so that something is kept when the second begins
+    fit(tmp_path, net, technique, Look(), accumulate_grad_batches=accumulate, max_steps=-1, max_epochs=epochs)
+    assert len(seen) == epochs * steps and len(seen[-1][2]) == of
+    done = 0
+    for before, batches, drawn in seen:
+        micro = len(batches)
+        done += micro
+        # Lightning divides by the accumulation, also where the last window is shorter: for both parts alike.
+        loss = sum(nn.functional.cross_entropy(before(x.double()), y) for x, y in batches) / micro
+        if drawn:
+            mx, my = batch_of(drawn)
+            if mode == "er":
+                loss = loss + 0.7 * nn.functional.cross_entropy(before(mx.double()), my)
+            else:
+                z = torch.cat([row["logits"] for row in drawn]).double()
+                loss = loss + 0.3 * (z - before(mx.double())).square().sum() / of
+        (loss * micro / accumulate).backward()
+        for a, b in zip(before.parameters(), after[done - 1].parameters(), strict=True):
+            torch.testing.assert_close(b, a - 0.5 * a.grad, rtol=1e-5, atol=1e-6)
+
+
+def test_with_steps_rows_are_offered_in_the_first_pass_alone(tmp_path):
+    """13 steps of four rows over ten: the window in which the second pass begins is the last that offers its rows."""
+    technique, offered = Replay(50, balance="task"), {}
+
+    class Look(Callback):
+        def on_task_end(self, run, module, task) -> None:
+            offered[task.name] = technique._memory.buffer.seen[task.name]
+
+    run_of(tmp_path, technique, Look()).fit(Layer(), stream(epochs=1, steps={"a": 13, "b": 3, "c": 1}))
+    assert offered == {"a": 12, "b": 8, "c": 4}
+
+
 def test_what_is_kept_of_a_row_is_what_the_model_said_after_its_step_in_eval_mode(tmp_path):
     net = Speaks()
     net.net = nn.Sequential(*net.net[:2], nn.Dropout(0.5), *net.net[2:])

@@ -6,6 +6,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_ft import EWC, SynapticIntelligence
+from lightning_ft.engine.anchors import Anchors
 from lightning_ft.functional.path_integral import add_step_, path_importance
 from tests.contract import Case, checks_for
 from tests.contract.subjects import PlainNet, fit, loader, state, trainer
@@ -31,8 +32,11 @@ def test_by_hand():
     assert path_importance(*negative, clamp=False).item() == pytest.approx(-5.5)
 
 
-def by_loop(net, tasks, lam, xi, accumulate=1, clip=None, ewc=0.0):
-    """SGD at rate 0.5 with the penalty, in plain torch: (omega, importance, values) after each task."""
+def by_loop(net, tasks, lam, xi, accumulate=1, clip=None, ewc=0.0, clamp=True):
+    """SGD at rate 0.5 with the penalty, in plain torch: (omega, importance, values) after the last task.
+
+    As the paper has it (equations 4 and 5): importances of all tasks so far in one sum, around where the last one ended.
+    """
     parameters = dict(net.named_parameters())
     importance = {n: torch.zeros_like(p) for n, p in parameters.items()}
     center = {n: p.detach().clone() for n, p in parameters.items()}
@@ -58,32 +62,45 @@ def by_loop(net, tasks, lam, xi, accumulate=1, clip=None, ewc=0.0):
                 omega[name] -= grads[name] * move
                 p.data += move
         for name, p in parameters.items():
-            old, new = importance[name], (omega[name] / ((p.detach() - start[name]) ** 2 + xi)).clamp(min=0)
-            both = old + new
-            share = torch.where(both > 0, new / both.clamp(min=1e-30), torch.ones_like(both))
-            center[name] = torch.where(old > 0, center[name] + share * (p.detach() - center[name]), p.detach())
-            importance[name] = both
+            found = omega[name] / ((p.detach() - start[name]) ** 2 + xi)
+            importance[name] += found.clamp(min=0) if clamp else found
+            center[name] = p.detach().clone()
     return omega, importance, center
 
 
-@pytest.mark.parametrize("options", [{}, {"accumulate_grad_batches": 2}, {"gradient_clip_val": 0.1}])
+@pytest.mark.parametrize(
+    "options", [{}, {"accumulate_grad_batches": 2}, {"gradient_clip_val": 0.1}, {"clamp": False}], ids=str
+)
 def test_the_path_is_that_of_a_loop(options, tmp_path):
-    """Trap 6: the gradient without any penalty and before clipping; the true step whatever made it."""
+    """Trap 6: the gradient without any penalty and before clipping; the true step whatever made it. Trap 7: one center."""
+    options = dict(options)
+    clamp = options.pop("clamp", True)
     steps = 2 if "accumulate_grad_batches" in options else 3
-    ours, theirs, technique = PlainNet(), PlainNet(), SynapticIntelligence(3.0, xi=0.01)
+    ours, theirs, technique = PlainNet(), PlainNet(), SynapticIntelligence(3.0, xi=0.01, clamp=clamp)
     beside = EWC(0.2, importance="uniform")  # another penalty that the path must not see
-    for _ in range(2):
+    for _ in range(3):
         fit(tmp_path, ours, beside, technique, max_steps=steps, **options)
         beside = EWC(0.2, importance="uniform")
         beside.load_state_dict({"held": first_anchor(), "next": {}, "own": {}})
     accumulate, clip = options.get("accumulate_grad_batches", 1), options.get("gradient_clip_val")
-    omega, importance, center = by_loop(theirs, (steps, steps), 3.0, 0.01, accumulate, clip, ewc=0.2)
+    omega, importance, center = by_loop(theirs, (steps,) * 3, 3.0, 0.01, accumulate, clip, 0.2, clamp)
     kept = technique.state_dict()
     for name in omega:
         torch.testing.assert_close(kept["own"]["path"][name], omega[name], rtol=1e-4, atol=1e-7)
         torch.testing.assert_close(kept["next"]["importance"][name], importance[name], rtol=1e-3, atol=1e-5)
         torch.testing.assert_close(kept["next"]["center"][name], center[name], rtol=1e-4, atol=1e-6)
         torch.testing.assert_close(state(ours)[name], state(theirs)[name], rtol=1e-4, atol=1e-6)
+
+
+def test_without_the_clamp_negative_importances_add_up_like_others():
+    """Two tasks by hand: (-2 + 0.5) (0.5 - 3) = 3.75 and (4 - 1) (0.5 - 1) = -1.5, around where the second ended."""
+    technique, anchors = SynapticIntelligence(1.0, clamp=False), Anchors()
+    technique.absorb(anchors, {"p": torch.tensor([-2.0, 4.0])}, {"p": torch.tensor([7.0, 9.0])})
+    technique.absorb(anchors, {"p": torch.tensor([0.5, -1.0])}, {"p": torch.tensor([3.0, 1.0])})
+    theta = {"p": torch.nn.Parameter(torch.tensor([0.5, 0.5]))}
+    anchors.add_gradients_(theta, 1.0)
+    assert theta["p"].grad.tolist() == [3.75, -1.5]
+    assert anchors.value(theta, 1.0) == pytest.approx(0.5 * (-1.5 * 2.5**2 + 3 * 0.5**2))
 
 
 def first_anchor():

@@ -18,6 +18,11 @@ CONFIG = ("--config", str(Path(__file__).parents[2] / "configs/sft_lora.yaml"))
         (["--lr", "1e-4"], ["Unknown flag --lr", "--model.lr"]),
         (["--epochs", "3"], ["Unknown flag --epochs", "--trainer.max_epochs"]),
         (["--batch_size", "3"], ["--data.batch_size"]),
+        (["--continue_from", "a.ckpt"], ["Unknown flag --continue_from", "--data.continue_from of TaskStream"]),
+        (
+            ["--lwf.weight", "1"],
+            ["LwF teaches what the model said at the end of the last task, and SFTData has", "TaskStream"],
+        ),
         (["--data", "my.jsonl"], ["--data: no LightningDataModule is called my.jsonl", "--data.path"]),
         (["--model", "my-model"], ["--model: no LightningModule is called my-model", "--model.base"]),
         (["--lora.dora"], ["a flag has no value", "true or false"]),
@@ -38,6 +43,12 @@ def test_the_right_flag_is_named(real: Run, words: list[str], parts: list[str]) 
     assert outcome.code == 2
     assert all(part in outcome.err for part in parts), outcome.err
     assert "FineTuningModule" not in outcome.err and ": :" not in outcome.err
+
+
+def test_a_flag_of_the_stream_in_a_stream_s_configuration(real: Run) -> None:
+    config = str(Path(__file__).parents[2] / "configs/continual_naive.yaml")
+    outcome = real("fit", "--config", config, "--continue_from", "a.ckpt")
+    assert outcome.code == 2 and "did you mean --data.continue_from?" in outcome.err, outcome.err
 
 
 @pytest.mark.parametrize(

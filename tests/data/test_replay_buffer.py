@@ -71,6 +71,17 @@ def test_it_goes_on_exactly_from_its_state() -> None:
     assert not set(kept(whole, "a")) & {int(r["plain"]) for r in whole.draw(5, 1, without="a")}
 
 
+def test_a_smaller_one_takes_as_many_rows_as_it_has_room_for() -> None:
+    large, small = ReplayBuffer(12, 3), ReplayBuffer(5, 3)
+    for number in range(20):
+        large.add(row(number), "ab"[number % 2])
+    small.load(large.state())
+    assert [len(small.groups[g]) for g in "ab"] == [3, 2] and small.seen == large.seen
+    assert all(set(kept(small, g)) < set(kept(large, g)) for g in "ab")
+    small.add(row(20), "a")
+    assert len(small) == 5 and len(large) == 12
+
+
 def test_a_window_s_rows_are_divided_without_rest() -> None:
     rows = [row(n) for n in range(7)]
     pieces = [placed(rows, micro, 2, rank, 2) for micro in range(2) for rank in range(2)]

@@ -43,7 +43,7 @@ def test_each_task_has_its_epochs_and_its_own_rows(whole) -> None:
         rows = Points(number, SIZES[name]).points().tensors[0][:, 0].tolist()
         assert sorted(sum(module.seen[first:last], [])) == sorted(rows), "each row once an epoch"
     assert sum(module.seen[3:5], []) != sum(module.seen[5:7], []), "in a new order each epoch"
-    assert run.max_epochs == -1 and not any(type(c).__name__ == "TaskDispatch" for c in run.callbacks)
+    assert run.max_epochs == -1 and not any(type(c).__name__.startswith("Task") for c in run.callbacks)
 
 
 def by_hand() -> tuple[dict[str, torch.Tensor], list[list[float]], list[float]]:
@@ -184,6 +184,73 @@ def test_going_on_with_a_new_task_in_another_fit(tmp_path) -> None:
     rows, _ = going_on.scores.matrix()
     assert going_on.scores.columns() == ["a", "b", "c"]
     assert rows[2] == whole.scores.matrix()[0][2] and rows[0] == [*whole.scores.matrix()[0][0][:2], None]
+
+
+def test_what_a_new_task_scores_after_the_earlier_ones_is_no_start(tmp_path) -> None:
+    """Measured before its training, it fills the row of the task that was learned last; the first start stays."""
+    tasks = {name: Points(number, rows) for number, (name, rows) in enumerate(SIZES.items())}
+    whole = stream()
+    trainer(tmp_path).fit(Layer(), whole)
+    first, start = TaskStream({name: tasks[name] for name in "ab"}, epochs=[1, 2]), None
+    run = trainer(tmp_path)
+    run.fit(Layer(), first)
+    start = first.scores.matrix()[1]
+    run.save_checkpoint(tmp_path / "ab.ckpt")
+    going_on = TaskStream(dict(tasks), continue_from=str(tmp_path / "ab.ckpt"))
+    run = trainer(tmp_path)
+    run.fit(Layer(), going_on)
+    rows, before = going_on.scores.matrix()
+    assert rows[1] == whole.scores.matrix()[0][1] and rows[2] == whole.scores.matrix()[0][2]
+    assert before == [*start, None], "what c scored before any training was not measured"
+    assert "continual/forward_transfer" not in run.callback_metrics
+    assert "continual/backward_transfer" in run.callback_metrics
+
+
+@pytest.mark.parametrize("most", [1, 3])
+def test_max_epochs_that_ends_a_stream_before_its_last_task_is_refused(tmp_path, most) -> None:
+    module, hooks = Layer(), Hooks()
+    with pytest.raises(
+        Refusal, match=rf"trainer.max_epochs {most} ends the stream before its task c begins.*has 4 in all.*to -1"
+    ):
+        trainer(tmp_path, hooks, max_epochs=most).fit(module, stream())
+    assert module.seen == [] and hooks.calls == []
+    for options in ({"max_epochs": 4}, {"max_epochs": 9}, {}):
+        hooks = Hooks()
+        trainer(tmp_path, hooks, **options).fit(Layer(), stream())
+        assert hooks.calls == CALLS
+
+
+@pytest.mark.parametrize(
+    ("options", "steps"),
+    [({"max_epochs": 1, "max_steps": 2}, 2), ({"max_epochs": -1, "max_steps": 4}, 4), ({"fast_dev_run": True}, 1)],
+    ids=str,
+)
+def test_a_quick_try_may_end_before_the_last_task(tmp_path, options, steps) -> None:
+    run = trainer(tmp_path, **options)
+    run.fit(Layer(), stream())
+    assert run.global_step == steps
+    with pytest.raises(Refusal, match="trainer.max_epochs 1 ends the stream"):
+        trainer(tmp_path, max_epochs=1, max_steps=100).fit(Layer(), stream())
+
+
+def test_a_metric_that_is_not_logged_is_refused_at_the_first_validation(tmp_path) -> None:
+    module = Layer()
+    with pytest.raises(Refusal, match="TaskStream.metric is val_ac, which validation does not log: it logs val_acc"):
+        trainer(tmp_path).fit(module, stream(metric="val_ac"))
+    assert module.seen == []
+    data = stream(metric="val_acc")
+    trainer(tmp_path).fit(Layer(), data)
+    assert len(data.scores.matrix()[0]) == 3
+
+
+def test_another_head_is_told_to_give_labels(tmp_path) -> None:
+    run = trainer(tmp_path)
+    run.fit(Layer(), stream())
+    run.save_checkpoint(tmp_path / "last.ckpt")
+    module = Layer()
+    module.net = nn.Linear(4, 5)
+    with pytest.raises(Refusal, match=r"holds net.weight \(3, 4\), and this model does not; .* give labels"):
+        trainer(tmp_path).fit(module, TaskStream({"d": Points(3, 8)}, continue_from=str(tmp_path / "last.ckpt")))
 
 
 class Digits(Points):

@@ -165,6 +165,25 @@ def test_the_head_s_rows_of_classes_not_yet_seen_are_free(place, tmp_path):
     assert all(bool(value[1].any()) for value in found[1].values()) and len(found[0]) == 2
 
 
+@pytest.mark.parametrize("mode", ["der", "der++"])
+def test_what_was_said_is_kept_of_all_classes_whether_they_competed_or_not(place, tmp_path, mode):
+    """A head that grows: what is masked in the loss has a logit all the same, which later tasks are held to."""
+    technique = Replay(50, mode=mode, rows=4, balance="task")
+    said = []
+
+    class Look(Callback):
+        def on_task_end(self, run, module, task) -> None:
+            said.append({n: [r["logits"].clone() for r in g] for n, g in technique._memory.buffer.groups.items()})
+
+    stream = TaskStream(source=data(place), by="class", groups=[["bad", "good"], ["fair"]], scenario="class")
+    _, run = fit(place, tmp_path, stream, technique, Look(), log_every_n_steps=1)
+    first = said[0]["bad+good"]
+    assert first and all(one.shape == (1, 3) and bool((one.abs() < 50).all()) for one in first)
+    assert all(torch.equal(a, b) for a, b in zip(first, said[1]["bad+good"], strict=False)), "kept as it was said then"
+    name = "train/replay" if mode == "der" else "train/replay/logits"
+    assert 0 < float(run.callback_metrics[name]) < 1e4
+
+
 def test_replayed_rows_compete_with_the_classes_that_do_now(place, tmp_path):
     seen: list[torch.Tensor] = []
 
@@ -211,6 +230,87 @@ def test_a_run_killed_in_the_middle_of_a_task_ends_bit_for_bit_as_the_unbroken_o
         )
         assert all(torch.equal(value, state(again)[name]) for name, value in state(whole).items())
         assert rest.scores.state() == first.scores.state()
+
+
+def one_each(place: Path, folder: Path, by: str, values: list[str], **options: Any) -> dict[str, ClassificationData]:
+    """A data module for each value of a column, which all know all classes."""
+    rows = [json.loads(line) for line in (place / "rows.jsonl").read_text().splitlines()]
+    found = {}
+    for value in values:
+        file = folder / f"{value}.jsonl"
+        if not file.exists():
+            file.write_text("".join(json.dumps(row) + "\n" for row in rows if row[by] == value))
+        settings = {"batch_size": 4, "cache_dir": str(folder / "cache"), "seed": 3, "labels": CLASSES}
+        found[value] = ClassificationData(str(file), **{**settings, **options})
+    return found
+
+
+def test_earlier_classes_compete_though_the_next_run_does_not_list_their_tasks(place, tmp_path):
+    _, run = fit(
+        place,
+        tmp_path,
+        TaskStream(one_each(place, tmp_path, "label", CLASSES[:2]), scenario="class"),
+        limit_val_batches=0,
+    )
+    file = tmp_path / "two.ckpt"
+    run.save_checkpoint(file)
+    rows = Rows()
+    last = TaskStream(one_each(place, tmp_path, "label", CLASSES[2:]), scenario="class", continue_from=str(file))
+    _, run = fit(place, tmp_path, last, rows, limit_val_batches=0)
+    assert rows.tasks == [("good", (2,), (0, 1, 2))]
+    assert set(map(tuple, rows.masks)) == {(True, True, True)}
+    run.save_checkpoint(tmp_path / "three.ckpt")
+    kept = torch.load(tmp_path / "three.ckpt", weights_only=True)["TaskStream"]
+    assert kept["classes"] == {"bad": [0], "fair": [1], "good": [2]} and kept["labels"] == CLASSES
+    turned = one_each(place, tmp_path, "label", CLASSES[2:], labels=CLASSES[::-1])
+    with pytest.raises(
+        Refusal, match="had the classes bad, fair, good, and the data here have good, fair, bad. Give labels"
+    ):
+        fit(place, tmp_path, TaskStream(turned, scenario="class", continue_from=str(file)))
+
+
+def went_on(place: str, folder: str, *, devices: int = 1, sharded_files: bool = True, first: str | None = None) -> Any:
+    """Two domains with EWC, then a third in another fit, from the file of the first or from one that is given."""
+    torch.set_num_threads(1)
+    where, technique = Path(folder), EWC(5.0, labels="all")
+
+    def one(stream: TaskStream, *techniques: Callback) -> Any:
+        options: dict[str, Any] = {"limit_val_batches": 0}
+        if devices > 1:
+            strategy = FSDP2Strategy(save_distributed_checkpoint=sharded_files)
+            options |= {"devices": devices, "strategy": strategy}
+        return fit(Path(place), where, stream, *techniques, model={"optimizer": torch.optim.SGD, "lr": 0.1}, **options)
+
+    size = 4 // devices
+    if first is None:
+        first = str(where / "first.ckpt")
+        tasks = one_each(Path(place), Path(place), "domain", DOMAINS[:2], batch_size=size)
+        one(TaskStream(tasks), EWC(5.0, labels="all"))[1].save_checkpoint(first)
+    third = TaskStream(one_each(Path(place), Path(place), "domain", DOMAINS[2:], batch_size=size), continue_from=first)
+    module, _ = one(third, technique)
+    whole = {n: p.full_tensor() if isinstance(p, DTensor) else p for n, p in module.named_parameters()}
+    return {
+        "state": {n: p.detach().clone() for n, p in whole.items()},
+        "tasks": technique._held.tasks,
+        "sharded": any(isinstance(p, DTensor) for p in module.parameters()),
+    }
+
+
+@pytest.mark.parametrize("sharded_files", [True, False], ids=["folder", "file"])
+def test_sharded_training_goes_on_from_a_checkpoint(place, tmp_path, two_ranks, sharded_files):
+    one_each(place, place, "domain", DOMAINS)
+    one = went_on(str(place), str(tmp_path / "one"))
+    both = tmp_path / "both"
+    job = {"place": str(place), "folder": str(both), "devices": 2, "sharded_files": sharded_files}
+    for other in two_ranks.run("tests.data.test_task_stream_ours:went_on", **job):
+        assert other["sharded"] and other["tasks"] == one["tasks"] == 3
+        for name, value in one["state"].items():
+            torch.testing.assert_close(other["state"][name], value, rtol=2e-3, atol=2e-4)
+    assert (both / "first.ckpt").is_dir() == sharded_files
+    if sharded_files:
+        again = went_on(str(place), str(tmp_path / "again"), first=str(both / "first.ckpt"))
+        for name, value in one["state"].items():
+            torch.testing.assert_close(again["state"][name], value, rtol=2e-3, atol=2e-4)
 
 
 def losses(

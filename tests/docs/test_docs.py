@@ -29,6 +29,9 @@ SUBSTITUTIONS = {
     '"starter:minilm-l6"': '"my/model"',
     "max_epochs=1": 'max_steps=2, accelerator="cpu", logger=False, enable_progress_bar=False, '
     "enable_model_summary=False, num_sanity_val_steps=0",
+    # Of a stream all tasks are trained, two batches each.
+    "max_epochs=-1": 'max_epochs=-1, limit_train_batches=2, accelerator="cpu", logger=False, enable_progress_bar=False, '
+    "enable_model_summary=False, num_sanity_val_steps=0",
 }
 QUIET = ("--trainer.accelerator=cpu", "--trainer.enable_progress_bar=false", "--trainer.enable_model_summary=false")
 
