@@ -60,7 +60,7 @@ def vader_methods() -> Methods:
         "weighted": ("rows", lambda: [TaskSampling("weighted", weights=shares)]),
         "loss_driven": ("rows", lambda: [TaskSampling("loss_driven", temperature=2.0)]),
         "static": ("tasks", lambda: []),
-        "uncertainty": ("tasks", lambda: [LossBalancing("uncertainty", lr=2.5)]),
+        "uncertainty": ("tasks", lambda: [LossBalancing("uncertainty", lr=100 * LR)]),
         "dwa": ("tasks", lambda: [LossBalancing("dwa", every_steps=20)]),
         "gradnorm": ("tasks", lambda: [LossBalancing("gradnorm", alpha=0.12)]),
         "famo": ("tasks", lambda: [LossBalancing("famo")]),

@@ -8,6 +8,7 @@ from annotated_types import Ge
 from torch import Tensor
 
 from lightning_ft.engine.attachment import Attachment
+from lightning_ft.engine.task_list import refuse_one_task_a_step
 from lightning_ft.engine.technique import Technique
 from lightning_ft.engine.traits import Cannot, Traits
 from lightning_ft.functional.gradient_surgery import METHODS, Method, cagrad, conflict_rate, pcgrad
@@ -47,7 +48,8 @@ class GradientSurgery(Technique):
     Differs from: the methods' own code, which steps with sums here and means there; here all are on the scale of the sum, but nash.
 
     Raises:
-        Refusal: at setup under FSDP2, fp16 scaling or manual optimization, which have no gradient for each term.
+        Refusal: at setup under FSDP2, fp16 scaling or manual optimization, which have no gradient for each term, and where each
+            step holds one task (homogeneous batches without accumulation).
 
     Example:
         >>> GradientSurgery("cagrad", c=0.4)
@@ -85,6 +87,8 @@ class GradientSurgery(Technique):
     def register(self, attachment: Attachment) -> None:
         """Takes the place of the sum of the terms' gradients."""
         self._attachment = attachment
+        if attachment.module._trainer is not None:
+            refuse_one_task_a_step(attachment.trainer, "GradientSurgery")
         attachment.on_leave(self._forget)
         attachment.surgery(self._weights)
 

@@ -6,25 +6,29 @@ import lightning.pytorch as pl
 import torch
 from annotated_types import Ge, Gt
 from lightning.pytorch.strategies import ModelParallelStrategy
-from torch import Tensor, nn
+from torch import Tensor
 
+from lightning_ft.engine.arguments import refuse_idle
 from lightning_ft.engine.attachment import Attachment
+from lightning_ft.engine.task_list import refuse_one_task_a_step
 from lightning_ft.engine.technique import Technique
 from lightning_ft.engine.terms import Term
 from lightning_ft.engine.traits import Traits
 from lightning_ft.functional.errors import Refusal
 from lightning_ft.functional.loss_balancing import dwa_weights, famo_slope, famo_weights, gradnorm_slope, uncertainty
+from lightning_ft.nn.log_variances import LogVariances
 
 Method = Literal["static", "uncertainty", "dwa", "gradnorm", "famo"]
 _BETAS, _EPS = (0.9, 0.999), 1e-8
-
-
-class LogVariances(nn.Module):
-    """``log_variance`` (K,): the logarithm of each term's noise variance, 0 at first."""
-
-    def __init__(self, terms: int) -> None:
-        super().__init__()
-        self.log_variance = nn.Parameter(torch.zeros(terms, dtype=torch.float32, device="cpu"))
+_USED_BY = {
+    "weights": ("static",),
+    "terms": ("uncertainty",),
+    "squared": ("uncertainty",),
+    "temperature": ("dwa",),
+    "every_steps": ("dwa",),
+    "alpha": ("gradnorm",),
+    "lr": ("uncertainty", "gradnorm", "famo"),
+}
 
 
 class LossBalancing(Technique):
@@ -48,8 +52,8 @@ class LossBalancing(Technique):
         every_steps: of dwa: optimizer steps a period, whose mean losses are compared; None is an epoch, as in the paper, which is
             too long for a run of three.
         alpha: of gradnorm: pull on terms that lag; the paper's 1.5 for tasks that differ much, 0.12 for like ones.
-        lr: rate of what the method learns: gradnorm's and famo's weights, by Adam (famo's authors: 0.025). Of uncertainty the rate
-            of s, as a multiple of the model's.
+        lr: peak rate of what the method learns: gradnorm's and famo's weights, by Adam (famo's authors: 0.025); uncertainty's s,
+            in a group of its own of our modules' optimizer, whatever the model's rate is, which would hardly move it.
         name: tells it apart in files.
 
     Logs:
@@ -57,13 +61,15 @@ class LossBalancing(Technique):
 
     Cost: gradnorm one backward pass a term and K gradients of what is trained, as surgery; the others nothing.
 
-    Differs from: GradNorm's paper, which measures gradients at the last shared layer: here on all that is trained and shared.
+    Differs from: GradNorm's paper, which measures gradients at the last shared layer: here on all that is trained and shared. Where
+    a window lacks some terms, the weights of the others keep the sum that they had.
     FAMO's, which runs the batch a second time after the step: here the next batch's losses stand for that, so that other rows'
     noise is in the difference.
 
     Raises:
-        Refusal: at setup for a term that is not there, terms without names, famo with accumulation, gradnorm or uncertainty under
-            FSDP2; for an optimizer of your own that would decay the variances.
+        Refusal: for arguments that the method does not read; at setup for a task that is not there, terms without names, famo with
+            accumulation, gradnorm or famo where each step holds one task, gradnorm or uncertainty under FSDP2; in the first step
+            for other terms that are not there; for an optimizer of your own that would decay the variances.
 
     Example:
         >>> LossBalancing("dwa", every_steps=100)
@@ -78,7 +84,7 @@ class LossBalancing(Technique):
         slot="balancing",
         edits=frozenset({"loss"}),
         needs=frozenset({"terms"}),
-        keeps="of uncertainty the variances, a parameter of the module",
+        keeps="of uncertainty the variances, parameters of the module",
         alone=True,
     )
 
@@ -105,10 +111,7 @@ class LossBalancing(Technique):
         self.lr = lr
         self.name = name
         self.check()
-        if weights is not None and method != "static":
-            raise Refusal(
-                f"LossBalancing.weights belongs to the method static, and the method is {method}; leave it out."
-            )
+        refuse_idle(self, _USED_BY, method)
         self._attachment: Attachment | None = None
         self._names: list[str] = []
         self._order: tuple[str, ...] = ()
@@ -133,10 +136,10 @@ class LossBalancing(Technique):
             self._check_run(attachment)
         attachment.balance(self)
         if self.method == "gradnorm":
-            attachment.surgery(self._gradnorm)
+            attachment.surgery(self._gradnorm, weighs_own=True)
         if self.method == "uncertainty":
             self._names = self._named(attachment.module)
-            attachment.edit("inject", f"balancing:{self.name}", self._inject)
+            attachment.edit("inject", "balancing", self._inject, again=True)
 
     def _leave_run(self) -> None:
         self._attachment = None
@@ -152,6 +155,18 @@ class LossBalancing(Technique):
             raise Refusal(
                 f"LossBalancing {self.method} cannot work with FSDP2, because what it learns would be sharded; use ddp, or dwa."
             )
+        if self.method in ("gradnorm", "famo"):
+            refuse_one_task_a_step(trainer, f"LossBalancing {self.method}")
+        tasks = getattr(attachment.module, "task_names", None)
+        others = any("loss" in technique.traits.edits for technique in attachment.techniques if technique is not self)
+        if tasks and not others:  # else their terms have names of their own, which the first step tells
+            self._check_names(list(tasks))
+
+    def _check_names(self, names: list[str]) -> None:
+        unknown = sorted({*(self.weights or {}), *(self.squared or [])} - set(names))
+        if unknown:
+            what = "weights" if unknown[0] in (self.weights or {}) else "squared"
+            raise Refusal(f"LossBalancing.{what} names {unknown[0]!r}, and the step's terms are {', '.join(names)}.")
 
     def _named(self, module: pl.LightningModule) -> list[str]:
         names = self.terms if self.terms is not None else getattr(module, "task_names", None)
@@ -163,9 +178,17 @@ class LossBalancing(Technique):
         return list(names)
 
     def _inject(self, module: pl.LightningModule) -> None:
-        module.add_module("balancing", LogVariances(len(self._names)).to(module.device))
-        assert self._attachment is not None
-        self._attachment.rate({"balancing.log_variance": self.lr / 0.025})
+        """The module's numbers of this run's terms: those of an earlier run go on, a task that was added begins at 0."""
+        there = getattr(module, "balancing", None)
+        if isinstance(there, LogVariances):
+            if module._trainer is not None and module._trainer.state.fn == "fit":
+                there.take_(self._names)
+        else:
+            module.add_module("balancing", LogVariances(self._names).to(module.device))
+        resolved = getattr(module, "resolved_lr", None)
+        if self._attachment is not None and callable(resolved) and module._trainer is not None:
+            names = [f"balancing.{name}" for name, _ in module.get_submodule("balancing").named_parameters()]
+            self._attachment.rates.update(dict.fromkeys(names, self.lr / resolved()))
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Refuses an optimizer that would pull the variances to 1, or not move them."""
@@ -175,14 +198,14 @@ class LossBalancing(Technique):
         self._restored = False
         if self.method != "uncertainty":
             return
-        parameter = pl_module.get_parameter("balancing.log_variance")
-        groups = [g for o in trainer.optimizers for g in o.param_groups if any(p is parameter for p in g["params"])]
-        if not groups or any(group.get("weight_decay") for group in groups):
-            what = "decays" if groups else "lacks"
-            raise Refusal(
-                f"The optimizer {what} balancing.log_variance, whose size means something; put it into a group of its own with "
-                "weight_decay 0 in configure_optimizers."
-            )
+        for parameter in pl_module.get_submodule("balancing").parameters():
+            groups = [g for o in trainer.optimizers for g in o.param_groups if any(p is parameter for p in g["params"])]
+            if not groups or any(group.get("weight_decay") for group in groups):
+                what = "decays" if groups else "lacks"
+                raise Refusal(
+                    f"The optimizer {what} the parameters of module.balancing, whose size means something; put them into a group "
+                    "of their own with weight_decay 0 in configure_optimizers."
+                )
 
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Ends dwa's period, where that is the epoch."""
@@ -197,14 +220,9 @@ class LossBalancing(Technique):
         """The losses times their weights; see `lightning_ft.engine.step.Balancer`."""
         names = [term.name for term in terms]
         self._order = tuple(names)
-        if self.method == "static":
-            unknown = sorted(set(self.weights or {}) - set(names))
-            if unknown:
-                raise Refusal(
-                    f"LossBalancing.weights names {unknown[0]!r}, and the step's terms are {', '.join(names)}."
-                )
+        self._check_names(names)
         if self.method == "uncertainty":
-            return self._uncertain(terms, losses, present)
+            return self._uncertain(terms, losses, present, last=means is not None)
         factors = self._factors(names, means)
         weighed = [loss if factor == 1.0 else loss * factor for loss, factor in zip(losses, factors, strict=True)]
         if means is not None:
@@ -234,22 +252,31 @@ class LossBalancing(Technique):
             return [found.get(name, 1.0) for name in names]
         return [1.0] * len(names)
 
-    def _uncertain(self, terms: list[Term], losses: list[Tensor], present: list[bool]) -> list[Tensor]:
+    def _uncertain(self, terms: list[Term], losses: list[Tensor], present: list[bool], *, last: bool) -> list[Tensor]:
         names, attachment = [term.name for term in terms], self._attachment
         assert attachment is not None
         if names != self._names:
             raise Refusal(
                 f"LossBalancing.terms are {self._names}, but the step's terms are {names}; name those, in this order."
             )
-        s = attachment.module.get_parameter("balancing.log_variance")
+        if attachment.step.window.pending:
+            raise Refusal(
+                "LossBalancing uncertainty adds s / 2 once a window, and this loader does not count its windows; use one of this "
+                "library's data modules."
+            )
+        found: LogVariances = attachment.module.get_submodule("balancing")  # type: ignore[assignment]
         squared = self.squared if self.squared is not None else getattr(attachment.module, "squared_tasks", [])
-        share = torch.tensor([0.5 if name in squared else 1.0 for name in names], device=s.device)
-        own = torch.tensor([term.weight for term in terms], device=s.device)
-        # The constant part counts once a window: Lightning divides each micro-batch's by their number.
-        here = torch.tensor([float(one) for one in present], device=s.device)
-        parts = uncertainty(torch.stack(losses), s, share) + (own * here - 1.0) * 0.5 * s
-        self._log(names, (share * torch.exp(-s.detach())).tolist())
-        return list(parts.unbind())
+        weighed = []
+        for term, loss, here, s in zip(terms, losses, present, found.log_variance, strict=True):
+            # Lightning divides each micro-batch by their nominal number: the last one alone has the whole s / 2, since a window
+            # may be short. A user's own mean loses as much there as its s / 2.
+            times = 1.0 if term.unit == "mean" else float(last) * attachment.trainer.accumulate_grad_batches
+            share = torch.tensor(0.5 if term.name in squared else 1.0, device=s.device)
+            weighed.append(uncertainty(loss, s, share) + (times * term.weight * here - 1.0) * 0.5 * s)
+        if last:
+            factors = [0.5 if name in squared else 1.0 for name in names]
+            self._log(names, [m * float(torch.exp(-s)) for m, s in zip(factors, found.values, strict=True)])
+        return weighed
 
     def _gradnorm(self, gram: Tensor) -> Tensor:
         """(K, K) -> (K,): the present weights, after a step of their own from the window's gradients and losses."""
@@ -278,7 +305,8 @@ class LossBalancing(Technique):
         )
 
     def _descend(self, names: list[str], slope: Tensor, *, scale: bool = False) -> None:
-        """One step of Adam on each number, then, if asked, all scaled to the sum of their count."""
+        """One step of Adam on each number, then, if asked, all scaled to the sum that they had."""
+        total = float(self._values(names, float(scale)).sum())
         for name, g in zip(names, slope.double().tolist(), strict=True):
             kept = self._learned.get(name, torch.tensor([float(scale), 0.0, 0.0, 0.0], dtype=torch.float64))
             value, m, v, t = kept.tolist()
@@ -288,7 +316,7 @@ class LossBalancing(Technique):
         if scale:
             for name in names:  # a weight at or below zero would train a task away from its answers
                 self._learned[name][0].clamp_(min=1e-3)
-            factor = len(names) / sum(float(self._learned[name][0]) for name in names)
+            factor = total / float(self._values(names, 1.0).sum())
             for name in names:
                 self._learned[name][0] *= factor
 

@@ -21,12 +21,14 @@ class SampleGenerations(Technique):
         max_new_tokens: at most so many tokens an answer; 64 shows the style without slowing validation.
         temperature: 0 takes the most likely token, which makes steps comparable; above, samples.
         chat: wrap prompts as chat messages; false continues them as plain text.
+        task: of `MultiTask` with adapters of single tasks: which of several that write texts answers; None: the one that does.
         name: tells two of them apart.
 
     Cost: one batch of generation at the start, after each validation, and at the end, on rank 0.
 
     Raises:
-        Refusal: for no prompts here; at setup for a module without ``generate``, or a task that writes no text.
+        Refusal: for no prompts here; at setup for a module without ``generate``, for a task that writes no text, and where it is
+            not said which of several answers.
 
     Example:
         >>> SampleGenerations(["What is the capital of France?"], max_new_tokens=8)
@@ -53,12 +55,14 @@ class SampleGenerations(Technique):
         max_new_tokens: Annotated[int, Ge(1)] = 64,
         temperature: Annotated[float, Ge(0)] = 0.0,
         chat: bool = True,
+        task: str | None = None,
         name: str = "samples",
     ) -> None:
         self.prompts = prompts
         self.max_new_tokens = max_new_tokens
         self.temperature = temperature
         self.chat = chat
+        self.task = task
         self.name = name
         self.check()
         if not prompts:
@@ -71,10 +75,16 @@ class SampleGenerations(Technique):
                 f"SampleGenerations needs a module with generate(prompts, ...), and {type(attachment.module).__name__} has none; "
                 "define it, or leave the callback out."
             )
+        speaker = getattr(attachment.module, "speaker", None)
+        if self.task is not None and not callable(speaker):
+            what = type(attachment.module).__name__
+            raise Refusal(f"SampleGenerations.task chooses a task of MultiTask, and {what} has none; leave it out.")
         # Refused on all ranks: only rank 0 samples, and the others would wait for it for ever.
         if not getattr(attachment.module, "writes", True):
             what = getattr(attachment.module, "task", None) or type(attachment.module).__name__
             raise Refusal(f"SampleGenerations shows texts, and {what} writes none; leave the callback out.")
+        if callable(speaker) and attachment.module._trainer is not None:
+            speaker(self.task, {t.instance_name for t in attachment.techniques if "model" in t.traits.edits})
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """The answers before the first step."""
@@ -98,8 +108,11 @@ class SampleGenerations(Technique):
         tokenizer = module.tokenizer
         chat = self.chat and bool(getattr(tokenizer, "chat_template", None))
         prompts = [[{"role": "user", "content": p}] if chat else p for p in self.prompts]
+        which = {} if self.task is None else {"task": self.task}
         with Attachment.of(pl_module).evaluated():
-            answers = module.generate(prompts, max_new_tokens=self.max_new_tokens, temperature=self.temperature)
+            answers = module.generate(
+                prompts, max_new_tokens=self.max_new_tokens, temperature=self.temperature, **which
+            )
         file.parent.mkdir(parents=True, exist_ok=True)
         with open(file, "a", encoding="utf-8") as out:
             for prompt, answer in zip(self.prompts, answers, strict=True):

@@ -8,12 +8,16 @@ import numpy as np
 from annotated_types import Ge, Gt
 from torch import Tensor
 
+from lightning_ft.engine.arguments import refuse_idle
 from lightning_ft.engine.attachment import Attachment
 from lightning_ft.engine.technique import Technique
 from lightning_ft.engine.terms import Term
 from lightning_ft.engine.traits import Traits
 from lightning_ft.functional.errors import Refusal
 from lightning_ft.functional.task_sampling import Method, probabilities
+
+_SIZES = ("temperature", "loss_driven")
+_USED_BY = {"temperature": _SIZES, "cap": ("proportional", *_SIZES), "strength": ("loss_driven",)}
 
 
 class TaskSampling(Technique):
@@ -34,8 +38,8 @@ class TaskSampling(Technique):
 
     Args:
         method: which.
-        temperature: T; 2 is common between proportional and uniform, multilingual models take 3 to 5. Of proportional without
-            effect.
+        temperature: of temperature and loss_driven: T; 2 is common between proportional and uniform, multilingual models take 3
+            to 5.
         cap: most rows that a task is taken to have, of proportional, temperature and loss_driven; None: no bound.
         weights: of weighted: task -> share, to be divided by their sum; each task needs one.
         strength: of loss_driven: 1 follows the ratios, 0 ignores them.
@@ -44,7 +48,8 @@ class TaskSampling(Technique):
     Cost: nothing.
 
     Raises:
-        Refusal: at setup for data that have no tasks, weights that do not name them all, annealed without ``max_epochs``.
+        Refusal: for arguments that the method does not read; at setup for data that have no tasks, weights that do not name them
+            all, annealed without ``max_epochs``.
 
     Example:
         >>> TaskSampling("temperature", temperature=3.0)
@@ -80,7 +85,9 @@ class TaskSampling(Technique):
             raise Refusal("TaskSampling.weights and the method weighted belong together: give both, or neither.")
         if weights is not None and (min(weights.values(), default=0.0) < 0 or not sum(weights.values()) > 0):
             raise Refusal(f"TaskSampling.weights must be at least 0, and one above, got {weights}.")
+        refuse_idle(self, _USED_BY, method)
         self._epochs: int | None = None
+        self._asked = 0  # the epoch that the data asked for last
         self._first: dict[str, float] = {}
         self._last: dict[str, float] = {}
         self._sums: dict[str, list[float]] = {}
@@ -95,10 +102,7 @@ class TaskSampling(Technique):
 
     def chances(self, names: Sequence[str], sizes: Sequence[int], epoch: int) -> np.ndarray:
         """(K,) probability of each task in an epoch."""
-        if self.weights is not None and set(self.weights) != set(names):
-            raise Refusal(
-                f"TaskSampling.weights names {', '.join(self.weights)}, and the tasks are {', '.join(names)}."
-            )
+        self._asked = epoch
         ratios = self._ratios.get(epoch)
         return probabilities(
             sizes,
@@ -123,12 +127,16 @@ class TaskSampling(Technique):
             raise Refusal("TaskSampling annealed needs to know how many epochs there are; set trainer.max_epochs.")
         if trainer.state.fn != "fit":
             return
-        source = getattr(trainer, "datamodule", None) or trainer.fit_loop._data_source.instance
+        source: Any = getattr(trainer, "datamodule", None) or trainer.fit_loop._data_source.instance
         use = getattr(source, "use_sampling", None)
         if not callable(use):
             raise Refusal(
                 f"TaskSampling decides how often each task of MultiTaskData comes, and {type(source).__name__} has no tasks; use "
                 "MultiTaskData, or leave the technique out."
+            )
+        if self.weights is not None and set(self.weights) != set(source.task_names):
+            raise Refusal(
+                f"TaskSampling.weights names {', '.join(self.weights)}, and the tasks are {', '.join(source.task_names)}."
             )
         use(self)
         attachment.on_leave(lambda: use(None))
@@ -155,7 +163,9 @@ class TaskSampling(Technique):
             self._last[name] = total / count
             self._first.setdefault(name, self._last[name])
         self._sums = {}
-        following = trainer.current_epoch + 1
+        following = (
+            self._asked + 1
+        )  # the data's own count: a run that was ended in an epoch and goes on is behind the trainer's
         self._ratios[following] = {name: loss / max(self._first[name], 1e-12) for name, loss in self._last.items()}
 
     def state_dict(self) -> dict[str, Any]:

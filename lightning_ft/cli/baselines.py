@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 from dataclasses import dataclass
 from pathlib import Path
@@ -40,7 +41,7 @@ class Single:
 
     @property
     def delta(self) -> float:
-        """(together - alone) / |alone|."""
+        """(together - alone) / |alone|; NaN beside a baseline of 0."""
         return relative_improvement({self.task: self.together}, {self.task: self.alone})
 
 
@@ -137,21 +138,35 @@ def table(found: list[Single]) -> str:
     """As Markdown: a row a task, and the mean."""
     lines = ["| task | measure | together | alone | steps alone | delta |", "| --- | --- | --- | --- | --- | --- |"]
     lines += [
-        f"| {one.task} | {one.measure} | {number(one.together)} | {number(one.alone)} | {one.steps} | {one.delta:+.1%} |"
+        f"| {one.task} | {one.measure} | {number(one.together)} | {number(one.alone)} | {one.steps} | {change(one.delta)} |"
         for one in found
     ]
-    return "\n".join([*lines, f"| mean (Delta m) | | | | | {mean_delta(found):+.1%} |"])
+    return "\n".join([*lines, f"| mean (Delta m) | | | | | {change(mean_delta(found))} |"])
+
+
+def change(delta: float | None) -> str:
+    """A relative improvement: ``+3.1%``; a dash where there is none, beside a baseline of 0."""
+    return number(delta) if delta is None or math.isnan(delta) else f"{delta:+.1%}"
 
 
 def write(folder: Path, found: list[Single]) -> None:
     """What `lightning-ft report` shows."""
-    told = {"tasks": [{**vars(one), "delta": one.delta} for one in found], "mean_delta": mean_delta(found)}
+    told = {
+        "tasks": [{**vars(one), "delta": _known(one.delta)} for one in found],
+        "mean_delta": _known(mean_delta(found)),
+    }
     (folder / BASELINES).write_text(json.dumps(told, indent=2) + "\n", encoding="utf-8")
+
+
+def _known(delta: float) -> float | None:
+    """JSON has no NaN."""
+    return None if math.isnan(delta) else delta
 
 
 __all__ = [
     "BASELINES",
     "Single",
+    "change",
     "mean_delta",
     "refuse_baselines",
     "shared_words",

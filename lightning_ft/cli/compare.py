@@ -11,6 +11,7 @@ import os
 import re
 import subprocess
 import sys
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -28,6 +29,8 @@ from lightning_ft.cli.scores import direction
 from lightning_ft.functional.errors import Refusal
 
 OWN = ("--max_steps", "--max_time", "--seeds", "--metric", "--mode", "--name")
+_RANKS = ("RANK", "LOCAL_RANK", "GROUP_RANK", "ROLE_RANK", "NODE_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE")
+_MEETING = ("MASTER_ADDR", "MASTER_PORT")
 DECIDED = {  # flags of fit that this command gives itself
     "--name": "--name, before --, names the comparison",
     "--seed_everything": "--seeds says how many there are",
@@ -289,7 +292,7 @@ def fit(words: list[str], log: Path) -> int:
             stdin=subprocess.DEVNULL,
             stdout=out,
             stderr=subprocess.STDOUT,
-            env={**os.environ, "PYTHONUNBUFFERED": "1"},
+            env={**_without_ranks(os.environ), "PYTHONUNBUFFERED": "1"},
         )
         try:
             return process.wait()
@@ -299,6 +302,12 @@ def fit(words: list[str], log: Path) -> int:
     print()
     say("Stopped by Ctrl-C; the same command line goes on from here.")
     sys.exit(130)
+
+
+def _without_ranks(environment: Mapping[str, str]) -> dict[str, str]:
+    """Without what a fit of several ranks leaves in this process, or a launcher gave it: a new fit would wait for those ranks."""
+    known = (*_RANKS, *_MEETING)
+    return {k: value for k, value in environment.items() if k not in known and not k.startswith("TORCHELASTIC_")}
 
 
 def last_words(log: Path, code: int) -> str:

@@ -52,6 +52,12 @@ def parser() -> SmallParser:
         default=None,
         help="Of a checkpoint with several adapters those to answer with, and the weight of each: '{tone: 1}'; the others are off.",
     )
+    flags.add_argument(
+        "--task",
+        type=str | None,
+        default=None,
+        help="Of a checkpoint of MultiTask in which several tasks write texts by adapters of their own: the one that answers.",
+    )
     flags.add_argument("--seed", type=Annotated[int, Ge(0)], default=0, help="Seed of the sampling.")
     return flags
 
@@ -87,6 +93,10 @@ def generate_command(argv: list[str]) -> None:
     if not config.raw and config.prompt is not None and module.tokenizer.chat_template is not None:
         chats = [[{"role": "user", "content": config.prompt}]]
     options = {"max_new_tokens": config.max_new_tokens, "temperature": config.temperature}
+    if config.task is not None:
+        if not getattr(module, "trains_several_tasks", False):
+            raise Refusal(f"--task chooses a task of MultiTask, and {type(module).__name__} has none; leave it out.")
+        options["task"] = config.task
     seed_everything(config.seed, verbose=False)
     answers = {"trained" if path is not None else "answer": module.generate(chats, **options)}
     if config.compare:

@@ -12,6 +12,7 @@ import torch
 from lightning.pytorch import Callback
 
 from lightning_ft.cli.errors import say
+from lightning_ft.engine.task_list import OF_PAIRS
 from lightning_ft.functional.errors import Refusal
 
 PREDICTIONS = "predictions.jsonl"
@@ -54,8 +55,7 @@ class PredictionFile(Callback):
     ) -> None:
         """Writes the rows of a batch, flushed, so that a run that was killed leaves what it had."""
         assert self._out is not None
-        pairs = "pair" in (getattr(batch, "counts", None) or {})
-        for line in lines_of(outputs, _labels(pl_module), several=_takes_several(pl_module), pairs=pairs):
+        for line in lines_of(outputs, **_kind(pl_module, outputs, batch)):
             place = {_LOADER: dataloader_idx} if dataloader_idx else {}
             self._out.write(json.dumps({**place, **line}, ensure_ascii=False) + "\n")
         self._out.flush()
@@ -196,8 +196,14 @@ def _labels(module: Any) -> list[str] | None:
     return list(labels) if isinstance(labels, (list, tuple)) else None
 
 
-def _takes_several(module: Any) -> bool:
-    return bool(getattr(module, "takes_several", False))
+def _kind(module: Any, outputs: Any, batch: Any) -> dict[str, Any]:
+    """What `lines_of` is to know of the rows: of several tasks, what their own has."""
+    name = outputs.get("task") if isinstance(outputs, dict) and getattr(module, "trains_several_tasks", False) else None
+    if name is not None:
+        task = module.asked()[name]
+        return {"labels": task.labels, "several": task.several, "pairs": task.objective in OF_PAIRS}
+    pairs = "pair" in (getattr(batch, "counts", None) or {})
+    return {"labels": _labels(module), "several": bool(getattr(module, "takes_several", False)), "pairs": pairs}
 
 
 __all__ = ["PREDICTIONS", "PredictionFile", "checked_file", "free_file", "lines_of"]

@@ -19,9 +19,8 @@ from lightning_ft.data.sft_data import SFTData
 from lightning_ft.data.task_rows import Draw, OneTaskLoader, Part, TaskCollate, TaskRows
 from lightning_ft.data.token_rows import Report
 from lightning_ft.engine.arguments import check_arguments
-from lightning_ft.engine.task_list import BY_TOKEN, PAIRS
+from lightning_ft.engine.task_list import BY_TOKEN, PAIRS, check_task_name
 from lightning_ft.functional.errors import Refusal
-from lightning_ft.functional.names import check_name
 from lightning_ft.functional.task_sampling import probabilities
 
 
@@ -112,7 +111,7 @@ class MultiTaskData(PlannedData):
         if not self.tasks:
             raise Refusal("MultiTaskData.tasks is empty: give at least one name with its data.")
         for name, data in self.tasks.items():
-            check_name(name, "MultiTaskData.tasks")
+            check_task_name(name, "MultiTaskData.tasks")
             if not isinstance(data, (ClassificationData, SFTData, PreferenceData)):
                 raise Refusal(
                     f"MultiTaskData.tasks.{name} must be ClassificationData, SFTData or PreferenceData, got {type(data).__name__}."

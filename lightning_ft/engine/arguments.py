@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 import types
 import typing
+from collections.abc import Mapping, Sequence
 from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
 import annotated_types as at
@@ -43,6 +44,26 @@ def check_arguments(obj: object) -> None:
         problem = _problem(hints.get(name, Any), getattr(obj, name))
         if problem:
             raise Refusal(f"{type(obj).__name__}.{name} must be {problem}, got {getattr(obj, name)!r}.")
+
+
+def refuse_idle(obj: object, used_by: Mapping[str, Sequence[str]], method: str) -> None:
+    """Refuses arguments that differ from their defaults and that the chosen method does not read.
+
+    Args:
+        obj: a technique with several methods.
+        used_by: argument -> the methods that read it.
+        method: the chosen one.
+
+    Raises:
+        Refusal: ``LossBalancing.weights belongs to the method static, and the method is dwa; leave it out.``
+    """
+    for name, methods in used_by.items():
+        if method not in methods and getattr(obj, name) != signature_of(type(obj))[name].default:
+            many = "s" if len(methods) > 1 else ""
+            raise Refusal(
+                f"{type(obj).__name__}.{name} belongs to the method{many} {', '.join(methods)}, and the method is {method}; "
+                "leave it out."
+            )
 
 
 def describe(obj: object) -> str:

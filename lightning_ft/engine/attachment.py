@@ -41,6 +41,7 @@ from lightning_ft.engine.tasks import baseline_of
 from lightning_ft.engine.terms import Term, Window
 from lightning_ft.functional.errors import Refusal
 from lightning_ft.models.sharding import shard_
+from lightning_ft.nn.log_variances import LogVariances
 
 if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
@@ -134,11 +135,16 @@ class Attachment:
         """Registers a closed-form edit of the gradients; ``first``: one that has to see them before any other has edited them."""
         self._gradient_edits.insert(0 if first else len(self._gradient_edits), edit)
 
-    def surgery(self, surgery: Surgery) -> None:
-        """Registers the one map from the Gram matrix of the terms' gradients to their weights."""
+    def surgery(self, surgery: Surgery, *, weighs_own: bool = False) -> None:
+        """Registers the one map from the Gram matrix of the terms' gradients to their weights.
+
+        Args:
+            surgery: the map.
+            weighs_own: whether the weights hold for what one term alone reaches, too.
+        """
         if self.term_gradients is not None:
             raise Refusal("Two techniques want to combine the terms' gradients; only one surgery can.")
-        self.term_gradients = TermGradients(surgery)
+        self.term_gradients = TermGradients(surgery, weighs_own=weighs_own)
 
     def balance(self, balancer: Balancer) -> None:
         """Registers what weighs the terms of each step."""
@@ -216,7 +222,10 @@ class Attachment:
         callbacks: list[pl.Callback] = trainer.callbacks  # type: ignore[attr-defined]
         # A baseline of continual learning is the same run with those techniques sitting out, their loss terms and state too.
         sits_out = baseline_of(trainer) is not None
-        self.techniques = [c for c in callbacks if isinstance(c, Technique) and not (sits_out and c.traits.continual)]
+        ours = [c for c in callbacks if isinstance(c, Technique) and not (sits_out and c.traits.continual)]
+        # A module of several tasks knows what a run of fewer has no use for.
+        left_out = getattr(self.module, "sits_out", None) if hasattr(self.module, "lightning_ft_module") else None
+        self.techniques = [c for c in ours if left_out is None or not left_out(c)]
         compatibility.check(self.techniques, compatibility.situation(trainer, self.module))
         register = getattr(self.module, "register", None)
         if callable(register) and hasattr(self.module, "lightning_ft_module"):
@@ -227,6 +236,9 @@ class Attachment:
             compatibility.check_surgery(compatibility.situation(trainer, self.module))
         if stage == "fit":
             self.references.snapshots.pop("start", None)  # of an earlier fit
+            left = isinstance(getattr(self.module, "balancing", None), LogVariances)
+            if left and not any(name == "balancing" for *_, name, _ in self.edits.registered):
+                del self.module.balancing  # of an earlier fit, too: this one weighs its terms otherwise, or not at all
         if isinstance(trainer.strategy, ModelParallelStrategy):
             # A user's configure_model may have packed weights by itself, of which nobody knew before.
             self.edit("shard", "packed weights", compatibility.check_packed_for_fsdp2, order=-1, again=True)

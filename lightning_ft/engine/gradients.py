@@ -51,12 +51,14 @@ class TermGradients:
     """The gradients of K terms, kept apart as rows over an accumulation window, then combined by a surgery.
 
     The rows are (K, P) in at least fp32 with P trained numbers: memory K times that of the trained parameters. Parameters that
-    one term alone reaches (a head of its own) are no matter of compromise: they keep its gradient, and are not in the Gram matrix.
+    one term alone reaches (a head of its own) are no matter of compromise: they are not in the Gram matrix, and keep its gradient,
+    unless the weights are ``weighs_own``, of the losses as a whole.
     """
 
-    def __init__(self, surgery: Surgery) -> None:
-        """Args: surgery: maps the (K, K) Gram matrix to K weights."""
+    def __init__(self, surgery: Surgery, *, weighs_own: bool = False) -> None:
+        """Args: surgery: maps the (K, K) Gram matrix to K weights. weighs_own: also of what one term alone reaches."""
         self.surgery = surgery
+        self.weighs_own = weighs_own
         self._rows: Tensor | None = None
         self._reached: Tensor | None = None
 
@@ -105,7 +107,7 @@ class TermGradients:
                 gram += (piece @ piece.T).double()
         weights = self.surgery(gram).to(rows)  # (K,)
         for parameter, piece, count in zip(parameters, pieces, terms, strict=True):
-            combined = weights @ piece if count > 1 else piece.sum(0)
+            combined = weights @ piece if count > 1 or self.weighs_own else piece.sum(0)
             parameter.grad = combined.view_as(parameter).to(parameter.dtype).clone() if count else None
 
     def forget(self) -> None:

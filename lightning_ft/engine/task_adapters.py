@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 
 from torch import nn
 
@@ -41,6 +42,27 @@ class TaskAdapters:
     def parameters(self, name: str) -> list[nn.Parameter]:
         """Those of one task."""
         return [p for layer in self._layers.get(name, []) for p in layer.injected_parameters().values()]
+
+    @property
+    def names(self) -> list[str]:
+        """Tasks that have some, from which one is to be chosen: none where someone has chosen already (`set_adapters`)."""
+        return list(self._layers) if self._all_are_on else []
+
+    @property
+    def _all_are_on(self) -> bool:
+        return all(layer.enabled for layers in self._layers.values() for layer in layers)
+
+    @contextmanager
+    def chosen(self, name: str | None) -> Iterator[None]:
+        """Inside, the own adapter of one task computes alone, unless someone has chosen already."""
+        if name is None or not self._all_are_on:
+            yield
+            return
+        self.choose([name])
+        try:
+            yield
+        finally:
+            self.all_on()
 
     def choose(self, here: Sequence[str]) -> None:
         """Lets the own adapter of the one task that a batch holds compute, and no other's."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import Protocol
 
@@ -81,7 +82,7 @@ class TaskMeasures(nn.ModuleDict):
 
         Returns:
             ``TASK/MEASURE`` of each; ``loss``, the mean over tasks; ``macro``, the mean of the main measures where each has one;
-            with baselines of all tasks ``relative_improvement``.
+            with baselines ``relative_improvement``, not a number where a task has no main measure (one row has no pearson).
         """
         values: dict[str, Tensor | float] = {}
         main: dict[str, float] = {}
@@ -95,8 +96,10 @@ class TaskMeasures(nn.ModuleDict):
         values["loss"] = torch.stack(losses).nanmean()
         if len(main) == len(names):
             values["macro"] = sum(main.values()) / len(main)
-        if baselines and set(main) <= set(baselines):
-            values["relative_improvement"] = relative_improvement(main, baselines)
+        if baselines:
+            values["relative_improvement"] = relative_improvement(
+                {name: main.get(name, math.nan) for name in names}, baselines
+            )
         return values
 
 

@@ -6,14 +6,21 @@ from typing import Any
 
 from lightning_ft.engine.arguments import arguments_of
 from lightning_ft.engine.module import FineTuningModule
-from lightning_ft.engine.task_list import KnownTask, Objective, compare_tasks, known_tasks
+from lightning_ft.engine.task_list import (
+    KnownTask,
+    Objective,
+    check_names_of,
+    check_task_name,
+    compare_tasks,
+    known_tasks,
+)
 from lightning_ft.functional.errors import Refusal
 
 _SEEN = "lightning_ft_rows_seen"
 
 
 class TaskModule(FineTuningModule):
-    """Subclasses store ``objectives``, ``labels`` and ``several`` beside their arguments, and make `_known` when they load."""
+    """Subclasses store ``objectives``, ``labels``, ``several``, ``weights`` and ``baselines``, and make `_known` when they load."""
 
     trains_several_tasks = True
     """Tells the rules of `lightning_ft.engine.compatibility`, and techniques."""
@@ -38,7 +45,8 @@ class TaskModule(FineTuningModule):
     @property
     def task_names(self) -> list[str]:
         """Names of the tasks, in their order; of a run the data's."""
-        return list(self.asked())
+        there = getattr(self.datamodule, "task_names", None)
+        return [name for name in self.asked() if there is None or name in there]
 
     @property
     def squared_tasks(self) -> list[str]:
@@ -56,6 +64,7 @@ class TaskModule(FineTuningModule):
             labels: names of its classes.
             several: whether a row may have several.
         """
+        check_task_name(name, "add_task")
         if name in self.asked():
             raise Refusal(f"The module has a task {name!r} already; give the new one another name.")
         self._known = {**self.asked(), name: KnownTask(objective, labels, several)}
@@ -69,6 +78,11 @@ class TaskModule(FineTuningModule):
         """Compares the tasks with the data's, before any weight is loaded."""
         known = self.asked() if hasattr(self.datamodule, "task_objectives") else {}
         compare_tasks(self.datamodule, known, fits=stage == "fit")
+        if stage == "predict":
+            return
+        asked = ("objectives", "labels", "several", "weights", "baselines")
+        told = {argument: getattr(self, argument, None) for argument in asked}
+        check_names_of(told, {**known, **self.datamodule.tasks}, self.task_names)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """How many rows of each task were trained on."""

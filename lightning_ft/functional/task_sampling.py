@@ -8,7 +8,7 @@ epoch finds the same tasks.
     uniform       p_k = 1 / K
     annealed      p_k ~ n_k^a, a = 1 - 0.8 e / (E - 1)             from proportional to nearly uniform (Stickland and Murray, 2019)
     weighted      p_k ~ weight_k
-    round_robin   task 0, 1, ..., K - 1, 0, ...                    nothing is drawn
+    round_robin   task 0, 1, ..., K - 1, 0, ...                    nothing is drawn; an epoch goes on where the last ended
     loss_driven   p_k ~ min(n_k, cap)^(1/T) r_k^g                  r_k: the task's loss, relative to that of its first epoch
 """
 
@@ -65,12 +65,12 @@ def probabilities(
 
 
 def task_sequence(chances: np.ndarray, count: int, *, seed: int, epoch: int, in_turn: bool = False) -> np.ndarray:
-    """(count,) the task of each place of an epoch: drawn independently with replacement, or in turn.
+    """(count,) the task of each place of an epoch: drawn independently with replacement, or in turn on from the epoch before.
 
     By bits of PCG64, which NumPy promises to keep.
     """
     if in_turn:
-        return np.arange(count, dtype=np.int64) % len(chances)
+        return np.arange(epoch * count, (epoch + 1) * count, dtype=np.int64) % len(chances)
     bits = np.random.PCG64(np.random.SeedSequence([seed, _TASK, epoch])).random_raw(count)
     uniform = (bits >> np.uint64(11)).astype(np.float64) * 2.0**-53
     edges = np.cumsum(chances)[:-1]

@@ -1,5 +1,7 @@
 """Several tasks on one base: one trunk, which reads the rows of all at once, and a head for each."""
 
+from collections.abc import Collection, Sequence
+from dataclasses import replace
 from typing import Annotated, Any, Literal
 
 import torch
@@ -9,6 +11,8 @@ from torch import Tensor, nn
 from lightning_ft.engine.answers import no_dropout, refuse_dropout
 from lightning_ft.engine.attachment import Attachment
 from lightning_ft.engine.batch import Batch
+from lightning_ft.engine.freezing import freeze_base
+from lightning_ft.engine.generation import Prompt
 from lightning_ft.engine.likelihood import Ask
 from lightning_ft.engine.module import DtypePolicy, OptimizerFactory
 from lightning_ft.engine.optimizer import Schedule
@@ -17,6 +21,7 @@ from lightning_ft.engine.task_list import OF_PAIRS, SPEAKING, Objective
 from lightning_ft.engine.task_measures import TaskMeasures
 from lightning_ft.engine.task_module import TaskModule
 from lightning_ft.engine.task_reference import reference_logps
+from lightning_ft.engine.technique import Technique
 from lightning_ft.formats.heads import kind_of
 from lightning_ft.functional.errors import Refusal
 from lightning_ft.functional.preference import LOSSES, Settings, parts
@@ -220,6 +225,10 @@ class MultiTask(TaskModule):
         """The base's own edits, a look at whose adapters there are once all are injected, and what pairs need."""
         super().register(attachment)
         attachment.edit("hooks", "adapters of tasks", self._find_adapters, again=True)
+        callbacks: list[Any] = self._trainer.callbacks if self._trainer is not None else []  # type: ignore[attr-defined]
+        if any(isinstance(one, Technique) and self.sits_out(one) for one in callbacks):
+            # What is frozen beside an adapter is so without it.
+            attachment.edit("freeze", "freeze the base", lambda module: freeze_base(self.model))
         if not (hasattr(self.datamodule, "task_objectives") or (self.datamodule is None and self.objectives)):
             return  # setup refuses such data
         learned = {task.objective for task in self.asked().values()}
@@ -234,14 +243,69 @@ class MultiTask(TaskModule):
         mixed = self._trainer is not None and getattr(self.datamodule, "batches", "") == "mixed"
         self._adapters.find(self, self._known, mixed=mixed)
 
+    def sits_out(self, technique: Technique) -> bool:
+        """Whether it is an adapter of a task that the run leaves out by ``only``, which would be one more that is shared."""
+        if not hasattr(self.datamodule, "task_objectives") or "model" not in technique.traits.edits:
+            return False
+        name = technique.instance_name
+        return name in self.datamodule.tasks and name not in self.asked()
+
+    @property
+    def speakers(self) -> list[str]:
+        """Tasks that use the base's own language head."""
+        return [name for name, task in self.asked().items() if task.objective in SPEAKING]
+
     @property
     def _speaks(self) -> bool:
-        return any(task.objective in SPEAKING for task in self.asked().values())
+        return bool(self.speakers)
 
     @property
     def writes(self) -> bool:
         """Whether a task uses the base's own language head."""
         return self._speaks
+
+    def speaker(self, task: str | None, own: Collection[str]) -> str | None:
+        """The task whose adapters answer a prompt.
+
+        Args:
+            task: as asked for; None: the one that speaks.
+            own: tasks that have adapters of their own.
+
+        Raises:
+            Refusal: for one that does not speak, or where several could and their answers differ.
+        """
+        speakers = self.speakers
+        if task is not None and task not in speakers:
+            raise Refusal(f"task must be one that writes texts ({', '.join(speakers) or 'none does'}), got {task!r}.")
+        if task is None and len(speakers) > 1 and set(own) & set(speakers):
+            raise Refusal(
+                f"{' and '.join(speakers)} write texts, by adapters of their own: say which task is to answer (task {speakers[0]})."
+            )
+        return task or next(iter(speakers), None)
+
+    def generate(
+        self,
+        prompts: Sequence[Prompt],
+        *,
+        task: str | None = None,
+        max_new_tokens: int = 64,
+        temperature: float = 0.0,
+        top_p: float = 1.0,
+    ) -> list[str]:
+        """Answers to prompts (strings or chats); of adapters of single tasks those of the task that speaks compute alone.
+
+        Args:
+            prompts: strings or chats.
+            task: which answers, where several could; None: the one that does.
+            max_new_tokens: longest answer.
+            temperature: 0 takes the most likely token.
+            top_p: of sampling: the smallest set of tokens with this probability.
+
+        Raises:
+            Refusal: no task writes text, or it is not said which.
+        """
+        with self._adapters.chosen(self.speaker(task, self._adapters.names)):
+            return super().generate(prompts, max_new_tokens=max_new_tokens, temperature=temperature, top_p=top_p)
 
     @property
     def view(self) -> Any:
@@ -276,11 +340,14 @@ class MultiTask(TaskModule):
         self._totals = totals
         self._present = {task.name: totals.get(task.unit, 0.0) > 0 for task in tasks}
         weights = {}
-        for task in tasks:
+        for task in numbered:
             share = totals.get(f"row:{task.name}", 0.0) / max(totals["row"], 1.0) if self.weigh == "rows" else 1.0
             weights[task.name] = (self.weights or {}).get(task.name, 1.0) * share
         self.weighed = [(task, weights[task.name]) for task in numbered]
-        terms = multitask.terms(batch, tasks, found, weights)
+        terms = multitask.terms(batch, numbered, found, weights)
+        here = {task.name for task in numbered}
+        rest = [p for task in tasks if task.name not in here for p in task.own]  # of tasks that this run leaves out
+        terms[0] = replace(terms[0], sum=terms[0].sum + multitask.touched(rest, self.device))
         Attachment.of(self).terms(terms)
         return terms[0].sum
 
@@ -308,8 +375,7 @@ class MultiTask(TaskModule):
                 task, batch, rows, flat, head, score, accuracy=accuracy, comparison=self._comparison, reference=told
             )
         if all(one is None for one in found.values()) and torch.is_grad_enabled():
-            first = next(iter(self._known))  # a filler: the trunk takes part in the step, with a gradient of zero
-            found[first] = Outcome(
+            found[tasks[0].name] = Outcome(  # a filler: the trunk takes part in the step, with a gradient of zero
                 rows.float().sum()[None] * 0.0 + multitask.touched(tasks[0].own, rows.device), None, rows
             )
         self.computed = (flat, found) if torch.is_grad_enabled() else None
@@ -363,15 +429,35 @@ class MultiTask(TaskModule):
         self._evaluate(batch)
 
     def predict_step(self, batch: Batch, batch_idx: int, dataloader_idx: int = 0) -> dict[str, Any]:
-        """``task``, ``rows`` (S,), and ``logits`` (N, C), ``logprob`` (N,) of tokens or answers, or ``reward`` (S,)."""
-        found = self._outcomes(batch, self._numbered(batch, self._tasks()), compares=False)
+        """What the first task that a batch holds says of its rows, ``rows`` (S,) naming them; a filler has none.
+
+        Returns:
+            ``task``, ``rows``, and as `SFT` ``probabilities`` (S, C), ``value`` (S,), ``logprob`` (S,), or of words
+            ``probabilities`` (N, C) and ``segment`` (N,); of pairs, whose rows are the better answer, then the worse one,
+            ``reward`` (S,) or ``logprob`` (S,).
+        """
+        tasks = self._numbered(batch, self._tasks())
+        found = self._outcomes(batch, tasks, compares=False)
         self._adapters.all_on()
-        name, seen = next((name, one) for name, one in found.items() if one is not None)
-        what = {"logprob": -seen.losses} if seen.logits is None else {"logits": seen.logits}
-        if self._known[name].objective in OF_PAIRS:  # of each row: the better answer of a pair, then the worse one
-            assert seen.logits is not None
-            what = {"reward" if self._known[name].objective == "reward" else "logprob": seen.logits.reshape(-1)}
-        return {"task": name, "rows": batch.rows, **what}
+        task = next((task for task in tasks if found[task.name] is not None), None)
+        if task is None:
+            return {"task": batch.task, "rows": batch.rows[:0]}
+        seen, mine = found[task.name], batch.columns[f"rows/{task.number}"]
+        assert seen is not None
+        return {"task": task.name, "rows": batch.rows[mine], **self._said(task, seen, batch, mine)}
+
+    def _said(self, task: Task, seen: Outcome, batch: Batch, mine: Tensor) -> dict[str, Tensor]:
+        if task.objective == "causal_lm":
+            owner = batch.segment_of_scored[batch.columns[f"scored/{task.number}"]]
+            return {"logprob": seen.losses.new_zeros(len(batch.rows)).index_add(0, owner, -seen.losses)[mine]}
+        assert seen.logits is not None
+        if task.objective in OF_PAIRS:
+            return {"reward" if task.objective == "reward" else "logprob": seen.logits.reshape(-1)}
+        if task.objective == "regression":
+            return {"value": seen.logits[:, 0]}
+        if seen.segments is not None:  # of words; the rows of a task are in order
+            return {"segment": torch.searchsorted(mine, seen.segments), "probabilities": seen.logits.softmax(-1)}
+        return {"probabilities": seen.logits.sigmoid() if self._known[task.name].several else seen.logits.softmax(-1)}
 
     def _evaluate(self, batch: Batch) -> None:
         for name, seen in self._outcomes(batch, self._numbered(batch, self._tasks()), accuracy=True).items():

@@ -6,7 +6,7 @@ from torch import Tensor, nn
 
 from lightning_ft import GradientSurgery, Refusal
 from lightning_ft.engine import compatibility
-from lightning_ft.functional.gradient_surgery import cagrad, mgda, nash, upgrad
+from lightning_ft.functional.gradient_surgery import cagrad, mgda, nash, pcgrad, upgrad
 from tests.contract import Case, checks_for
 from tests.contract.subjects import TermsNet, fit
 from tests.seams import toy
@@ -57,6 +57,7 @@ def by_hand(method) -> dict[str, Tensor]:
 
 
 METHODS = {
+    "pcgrad": pcgrad,  # of two the order does not matter
     "upgrad": lambda gram: 2 * upgrad(gram),
     "cagrad": lambda gram: 2 * cagrad(gram, 0.5),
     "mgda": lambda gram: 2 * mgda(gram),

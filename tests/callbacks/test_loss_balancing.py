@@ -148,7 +148,7 @@ def test_uncertainty_recovers_known_noise(tmp_path) -> None:
     callback = LossBalancing("uncertainty", terms=["a", "b"], squared=["a", "b"])
     run = pl.Trainer(**{**QUIET, "max_steps": 300, "default_root_dir": tmp_path, "callbacks": [callback]})
     run.fit(module)
-    s = module.balancing.log_variance.detach()
+    s = module.balancing.values
     torch.testing.assert_close((s / 2).exp(), torch.tensor([10.0, 1.0]), rtol=0.02, atol=0)
     squared = (module.line(module.x[:, None]).T - module.y).square().mean(1).detach()
     torch.testing.assert_close(s, squared.log(), atol=1e-3, rtol=0)
@@ -185,16 +185,33 @@ def test_gradnorm_gives_gradients_one_length(tmp_path) -> None:
     assert 0.5 < lengths["big"] / lengths["small"] < 2.0, lengths  # each batch has its own lengths
 
 
+def test_gradnorm_keeps_the_sum_of_those_that_are_present() -> None:
+    """Weights (2, 0.5, 0.5), of which the last is absent: the others keep 2.5, not 2."""
+    callback = LossBalancing("gradnorm", lr=0.1)
+    for name, weight in {"a": 2.0, "b": 0.5, "c": 0.5}.items():
+        callback._learned[name] = torch.tensor([weight, 0.0, 0.0, 0.0], dtype=torch.float64)
+    callback._descend(["a", "b"], torch.tensor([1.0, -1.0]), scale=True)
+    a, b, c = callback._values(["a", "b", "c"], 1.0).tolist()
+    assert (a, b) == pytest.approx((2.5 * 1.9 / 2.5, 2.5 * 0.6 / 2.5)) and c == 0.5
+
+
 def test_refusals(tmp_path) -> None:
     with pytest.raises(Refusal, match=r"LossBalancing\.weights belongs to the method static"):
         LossBalancing("dwa", weights={"a": 1.0})
+    for idle in ({"alpha": 0.1}, {"lr": 0.1}, {"terms": ["a"]}, {"squared": ["a"]}):
+        with pytest.raises(
+            Refusal, match=rf"LossBalancing\.{next(iter(idle))} belongs to the methods? .*dwa; leave it out"
+        ):
+            LossBalancing("dwa", **idle)
+    with pytest.raises(Refusal, match=r"LossBalancing\.temperature belongs to the method dwa, and the method is famo"):
+        LossBalancing("famo", temperature=3.0)
     with pytest.raises(Refusal, match="names 'sft', and the step's terms are own, other"):
         fit(tmp_path, TermsNet(), LossBalancing("static", weights={"sft": 1.0}))
     with pytest.raises(Refusal, match="famo cannot work with accumulation"):
         fit(tmp_path, TermsNet(), LossBalancing("famo"), accumulate_grad_batches=2)
     with pytest.raises(Refusal, match=r"TermsNet does not say which it has; name them \(balancing\.terms\)"):
         fit(tmp_path, TermsNet(), LossBalancing("uncertainty"))
-    with pytest.raises(Refusal, match=r"The optimizer decays balancing\.log_variance"):
+    with pytest.raises(Refusal, match=r"The optimizer decays the parameters of module\.balancing"):
         pl.Trainer(
             **{**QUIET, "max_steps": 1, "default_root_dir": tmp_path}, callbacks=[LossBalancing(terms=["a", "b"])]
         ).fit(Noisy(decay=0.1))

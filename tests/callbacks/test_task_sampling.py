@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from lightning.pytorch.callbacks import ModelCheckpoint
 from scipy.stats import chisquare
 
 from lightning_ft import Refusal, TaskSampling
@@ -73,6 +74,21 @@ def test_round_robin_takes_tasks_in_turn(tmp_path) -> None:
     assert seen == [0, 1, 2, 0, 1, 2]
 
 
+@pytest.mark.parametrize("batches", ["mixed", "homogeneous"])
+def test_round_robin_goes_on_where_the_last_epoch_ended(batches: str, tmp_path) -> None:
+    """Four batches or eight rows an epoch are no whole turns of three tasks; over three epochs all come alike."""
+    module, data = job(tmp_path, batches=batches, batch_size=2, epoch_rows=8)
+    counted = torch.zeros(3, dtype=torch.long)
+
+    class Watch(Steps):
+        def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
+            counted.add_(torch.bincount(batch.columns["task"], minlength=3))
+
+    options = {"max_steps": 12, "max_epochs": 3, "limit_val_batches": 0}
+    fit(tmp_path, module, data, TaskSampling("round_robin"), Watch(), **options)
+    assert counted.tolist() == [8, 8, 8]
+
+
 def test_loss_driven_follows_the_losses(tmp_path) -> None:
     """The share of a task in the second epoch is its base share times its loss relative to the first; by hand from the log."""
     losses: list[dict[str, float]] = []
@@ -95,7 +111,36 @@ def test_loss_driven_follows_the_losses(tmp_path) -> None:
     assert sampling.chances(NAMES, SIZES, 0).tolist() == pytest.approx([24 / 41, 10 / 41, 7 / 41])
 
 
+def test_loss_driven_after_a_run_that_ended_in_an_epoch(tmp_path) -> None:
+    """Three steps an epoch, stopped after five and extended: the data's third epoch follows the losses of the second."""
+    seen: list[tuple[int, list[float], bool]] = []
+
+    class Noting(TaskSampling):
+        def chances(self, names, sizes, epoch):
+            found = super().chances(names, sizes, epoch)
+            seen.append((epoch, found.tolist(), epoch in self._ratios))
+            return found
+
+    options = {"epoch_rows": 24, "model": {"lr": 0.2}}
+    keep = ModelCheckpoint(tmp_path / "files", save_last=True, save_top_k=0)
+    module, data = job(tmp_path, **options)
+    more = {"max_epochs": -1, "limit_val_batches": 0, "enable_checkpointing": True}
+    fit(tmp_path, module, data, Noting("loss_driven"), keep, max_steps=5, **more)
+    seen.clear()
+    again, data = job(tmp_path, **options)
+    run = trainer(tmp_path, Noting("loss_driven"), max_steps=12, use_distributed_sampler=False, **more)
+    run.fit(again, data, ckpt_path=tmp_path / "files" / "last.ckpt")
+    assert max(epoch for epoch, *_ in seen) >= 2
+    assert all(known for epoch, _, known in seen if epoch > 0), [(epoch, known) for epoch, _, known in seen]
+
+
 def test_refusals(tmp_path) -> None:
+    with pytest.raises(
+        Refusal, match=r"TaskSampling\.cap belongs to the methods proportional, temperature, loss_driven"
+    ):
+        TaskSampling("uniform", cap=10)
+    with pytest.raises(Refusal, match=r"TaskSampling\.strength belongs to the method loss_driven, and the method is"):
+        TaskSampling("temperature", strength=0.5)
     with pytest.raises(Refusal, match="weights and the method weighted belong together"):
         TaskSampling("weighted")
     with pytest.raises(Refusal, match=r"TaskSampling\.weights must be at least 0"):
@@ -106,6 +151,7 @@ def test_refusals(tmp_path) -> None:
     module, data = job(tmp_path)
     with pytest.raises(Refusal, match=r"TaskSampling\.weights names a, and the tasks are classes, words, numbers"):
         fit(tmp_path, module, data, TaskSampling("weighted", weights={"a": 1.0}))
+    assert module.model is None, "before a model is loaded"
     module, data = job(tmp_path)
     with pytest.raises(Refusal, match="ClassificationData has no tasks; use MultiTaskData"):
         trainer(tmp_path, TaskSampling()).fit(module, data.tasks["classes"])

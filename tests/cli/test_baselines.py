@@ -11,6 +11,8 @@ import yaml
 
 from lightning_ft import ClassificationData, MultiTaskData
 from lightning_ft.cli import baselines, compare, main
+from lightning_ft.cli.report_parts.beside_baselines import beside_baselines
+from lightning_ft.cli.report_parts.run_files import RunFiles
 from lightning_ft.functional.errors import Refusal
 from tests.cli import conftest
 from tests.modules.multitask_jobs import job
@@ -82,6 +84,49 @@ def test_the_last_line_says_what_works(real: str, tmp_path: Path, monkeypatch: p
     main.main(["fit", "--config", real, "--trainer.max_epochs=1", *QUIET])
     said = "".join(capsys.readouterr())
     assert "Measure it: lightning-ft validate --ckpt_path" in said and "generate" not in said
+
+
+def test_a_baseline_of_zero_leaves_a_table(tmp_path: Path) -> None:
+    """An f1 of 0 has no relative improvement; what the others brought is told all the same."""
+    found = [baselines.Single("words", "f1", 0.4, 0.0, 3), baselines.Single("tone", "accuracy", 0.6, 0.5, 3)]
+    said = baselines.table(found)
+    assert (
+        "| words | f1 | 0.4 | 0 | 3 | – |" in said and "| +20.0% |" in said and "| mean (Delta m) | | | | | – |" in said
+    )
+    baselines.write(tmp_path, found)
+    told = json.loads((tmp_path / "baselines.json").read_text(), parse_constant=pytest.fail)
+    assert told["mean_delta"] is None and [one["delta"] for one in told["tasks"]] == [None, pytest.approx(0.2)]
+
+
+def test_a_baseline_is_told_nothing_of_the_ranks_of_the_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """After a fit with DDP the environment has them, and a child would wait for ranks that are gone."""
+    ranks = {"LOCAL_RANK": "0", "NODE_RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "1"}
+    for name, value in {**ranks, "TORCHELASTIC_RUN_ID": "x", "KEPT": "yes"}.items():
+        monkeypatch.setenv(name, value)
+    seen: dict[str, str] = {}
+
+    class Process:
+        def __init__(self, words: list[str], *, env: dict[str, str], **_: Any) -> None:
+            seen.update(env)
+
+        def wait(self) -> int:
+            return 0
+
+    monkeypatch.setattr(compare.subprocess, "Popen", Process)
+    assert compare.fit(["--config", "x"], tmp_path / "log") == 0
+    assert seen["KEPT"] == "yes" and not set(seen) & {*ranks, "TORCHELASTIC_RUN_ID"}
+
+
+def test_the_report_has_the_table(tmp_path: Path) -> None:
+    run = RunFiles(tmp_path)
+    assert beside_baselines([run]) is None
+    found = [baselines.Single("words", "f1", 0.4, 0.0, 3), baselines.Single("<tone>", "accuracy", 0.6, 0.5, 7)]
+    baselines.write(tmp_path, found)
+    html = beside_baselines([run])
+    assert html is not None and "<th>&lt;tone&gt;</th><td>accuracy</td><td>0.6</td><td>0.5</td><td>+20.0%</td>" in html
+    assert "<th>words</th><td>f1</td><td>0.4</td><td>0</td><td>–</td>" in html
+    (tmp_path / "baselines.json").write_text("{")
+    assert beside_baselines([run]) is None and run.notes == ["baselines.json cannot be read."]
 
 
 def test_steps_and_words() -> None:

@@ -1,5 +1,7 @@
 """Task sampling: chi-squared against the intended distributions, and what an epoch holds."""
 
+import math
+
 import numpy as np
 import pytest
 from scipy.stats import chisquare
@@ -48,6 +50,7 @@ def test_a_cap_bounds_large_tasks() -> None:
 
 def test_tasks_in_turn() -> None:
     assert task_sequence(np.ones(3) / 3, 7, seed=0, epoch=0, in_turn=True).tolist() == [0, 1, 2, 0, 1, 2, 0]
+    assert task_sequence(np.ones(3) / 3, 7, seed=0, epoch=1, in_turn=True).tolist() == [1, 2, 0, 1, 2, 0, 1]
 
 
 def test_epochs_differ_and_are_the_same_each_time() -> None:
@@ -72,3 +75,4 @@ def test_no_row_comes_twice_before_all_came_once() -> None:
 def test_relative_improvement_by_hand() -> None:
     found = relative_improvement({"a": 0.9, "b": 2.0}, {"a": 0.6, "b": 1.0}, lower=frozenset({"b"}))
     assert found == pytest.approx((0.5 - 1.0) / 2)
+    assert math.isnan(relative_improvement({"a": 0.4}, {"a": 0.0})) and math.isnan(relative_improvement({}, {}))

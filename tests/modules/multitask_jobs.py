@@ -98,8 +98,6 @@ def pairs_job(folder: Path, model: dict[str, Any] | None = None, **data: Any) ->
         parts[name] = PreferenceData(str(path), val_path=str(path), cache_dir=str(folder / "cache"))
     parts["texts"] = others.tasks["texts"]
     options = {"objectives": {"liked": "reward", "policy": "dpo"}, "dpo_beta": 0.3, **(model or {})}
-    if "only" in data:
-        options["objectives"] = {k: v for k, v in options["objectives"].items() if k == data["only"]}
     module, _ = job(folder, "llama", model=options)
     return module, MultiTaskData(parts, **{"batch_size": 8, "seed": 1, **data})
 
@@ -128,3 +126,22 @@ def taught(folder: Path, **data_options: Any) -> tuple[dict[str, str], MultiTask
         found[name] = str(folder / f"teacher-{name}.ckpt")
         run.save_checkpoint(found[name])
     return found, module, data
+
+
+def predicted_on_ranks(folder: str, rows: int, devices: int = 2) -> dict[str, list[int]]:
+    """Task -> numbers of the rows that this rank has predicted, of so many of the first task and all of the others."""
+    torch.set_num_threads(1)
+    module, data = job(Path(folder))
+    for name, one in data.tasks.items():
+        one.predict_path = one.val_path
+        if name == "classes":
+            one.predict_path = str(Path(folder) / f"{rows}.jsonl")
+            lines = Path(str(one.val_path)).read_text().splitlines(keepends=True)[:rows]
+            Path(str(one.predict_path)).write_text("".join(lines))
+    ranks: dict[str, Any] = {"devices": devices, "strategy": "ddp"} if devices > 1 else {}
+    run = trainer(Path(folder), max_steps=1, use_distributed_sampler=False, **ranks)
+    found: dict[str, list[int]] = {}
+    for batches in run.predict(module, data) or []:
+        for said in batches:
+            found.setdefault(said["task"], []).extend(n for n in said["rows"].tolist() if n >= 0)
+    return found

@@ -1,6 +1,7 @@
 """MultiTask with MultiTaskData: one trunk for the rows of all, each task's exact mean, and what is each task's own."""
 
 import copy
+import math
 from pathlib import Path
 
 import pytest
@@ -9,8 +10,20 @@ import torch.nn.functional as F  # noqa: N812
 from lightning.pytorch.callbacks import ModelCheckpoint
 
 import lightning_ft
-from lightning_ft import ClassificationData, GradientSurgery, LoRA, LossBalancing, MultiTaskData, Refusal, TaskSampling
+from lightning_ft import (
+    SFT,
+    ClassificationData,
+    GradientSurgery,
+    LoRA,
+    LossBalancing,
+    MultiTaskData,
+    Refusal,
+    SampleGenerations,
+    TaskSampling,
+)
 from lightning_ft.engine.attachment import Attachment
+from lightning_ft.engine.module import FineTuningModule
+from lightning_ft.nn.adapters import set_adapters
 from lightning_ft.nn.registry import injected_layers
 from tests.contract.subjects import Steps, differing, trainer
 from tests.modules.multitask_jobs import fit, job, on_ranks, weights
@@ -304,8 +317,126 @@ def test_balancing_and_surgery_find_the_tasks(tmp_path) -> None:
     module, data = job(tmp_path, model={"weigh": "tasks"}, batch_size=12)
     run = fit(tmp_path, module, data, LossBalancing("uncertainty"), GradientSurgery("pcgrad"), limit_val_batches=0)
     assert {f"train/weight/{name}" for name in TASKS} | {"train/conflict_rate"} <= set(run.callback_metrics)
-    assert module.balancing.log_variance.abs().sum() > 0
+    assert module.balancing.values.abs().sum() > 0
     assert Attachment.of(module).seed == 0
+
+
+def test_a_name_that_torch_would_trip_over_is_refused(tmp_path) -> None:
+    _, data = job(tmp_path)
+    for name in ("type", "values", "training", "float"):
+        with pytest.raises(Refusal, match=rf"no task can be called '{name}', .*; call it {name}_task"):
+            MultiTaskData({name: data.tasks["numbers"]})
+        module, _ = job(tmp_path, model={"objectives": {"numbers": "regression"}})
+        with pytest.raises(Refusal, match=rf"add_task: no task can be called '{name}'"):
+            module.add_task(name, "regression")
+
+
+def test_misspelt_tasks_are_refused_before_a_model_is_loaded(tmp_path) -> None:
+    for argument, value in {
+        "weights": {"toon": 5.0},
+        "labels": {"toon": ["a", "b"]},
+        "several": ["toon"],
+        "baselines": {"classes": 1.0, "words": 1.0, "numbers": 1.0, "toon": 1.0},
+    }.items():
+        module, data = job(tmp_path, model={argument: value})
+        with pytest.raises(
+            Refusal, match=rf"MultiTask\.{argument} names 'toon', and the tasks are classes, words, numbers"
+        ):
+            fit(tmp_path, module, data)
+        assert module.model is None
+    module, data = job(tmp_path, model={"objectives": {"toon": "dpo"}}, only="numbers")
+    with pytest.raises(Refusal, match=r"MultiTask\.objectives names 'toon'"):
+        fit(tmp_path, module, data)
+    module, data = job(tmp_path, model={"baselines": {"classes": 0.5}})
+    with pytest.raises(Refusal, match=r"MultiTask\.baselines has no measure of 'numbers'"):
+        fit(tmp_path, module, data)
+    module, data = job(tmp_path, model={"weights": {"classes": 5.0}, "baselines": {"numbers": 0.5}}, only="numbers")
+    assert fit(tmp_path, module, data, max_steps=1, limit_val_batches=0).global_step == 1
+
+
+def test_numbers_alone_with_one_row_have_no_measure(tmp_path) -> None:
+    """One row has no pearson: there is no mean, and nothing to compare, which is no reason to end the run."""
+    (tmp_path / "one.jsonl").write_text('{"text": "hello", "label": 0.5}\n')
+    module, data = job(tmp_path, model={"baselines": {"numbers": 0.5}}, only="numbers")
+    data.tasks["numbers"].val_path = str(tmp_path / "one.jsonl")
+    run = fit(tmp_path, module, data, max_steps=1, limit_val_batches=None, val_check_interval=1)
+    assert math.isnan(run.callback_metrics["val/relative_improvement"])
+    assert "val/macro" not in run.callback_metrics and run.callback_metrics["val/loss"] >= 0
+
+
+def test_a_loaded_model_goes_on_with_one_of_its_tasks(tmp_path) -> None:
+    """The steps have the term of that task alone, in what is logged, too; the heads of the others rest."""
+    module, data = job(tmp_path)
+    keep = ModelCheckpoint(tmp_path / "files", save_last=True, save_top_k=0)
+    fit(tmp_path, module, data, keep, enable_checkpointing=True, limit_val_batches=0, max_steps=2)
+    loaded = lightning_ft.load(tmp_path / "files" / "last.ckpt")
+    loaded.train()
+    before = weights(loaded)
+    _, rows = job(tmp_path, only="numbers")
+    balancing = LossBalancing("static", weights={"numbers": 2.0})
+    run = fit(tmp_path, loaded, rows, balancing, max_steps=2, limit_val_batches=0)
+    assert {n for n in run.callback_metrics if n.startswith("train/")} == {"train/loss", "train/weight/numbers"}
+    changed = differing(before, weights(loaded))
+    assert {n.split(".")[1] for n in changed if n.startswith("heads.")} == {"numbers"}
+
+
+def test_a_run_of_one_task_leaves_other_tasks_adapters_out(tmp_path) -> None:
+    """Else an adapter with another task's name would be one more that is shared, and the baseline larger than meant."""
+    adapters = [LoRA(2, name="shared"), LoRA(2, name="classes"), LoRA(2, name="numbers")]
+    module, data = job(tmp_path, batches="homogeneous", only="numbers")
+    keep = ModelCheckpoint(tmp_path / "files", save_last=True, save_top_k=0)
+    fit(tmp_path, module, data, *adapters, keep, max_steps=1, enable_checkpointing=True, limit_val_batches=0)
+    assert {layer.adapter_name for layer in injected_layers(module).values()} == {"shared", "numbers"}
+    loaded = lightning_ft.load(tmp_path / "files" / "last.ckpt")
+    assert not differing(weights(module), weights(loaded))
+    module, data = job(tmp_path, batches="homogeneous", only="numbers")
+    fit(tmp_path, module, data, LoRA(2, name="classes"), max_steps=1, limit_val_batches=0)
+    assert {n.split(".")[0] for n in weights(module)} == {"heads"}, "its base stays as frozen as beside the adapter"
+
+
+def speaking(folder: Path, *names: str, **data):
+    """A tiny Llama that has been taught texts twice and numbers, with adapters of these names that change what it says."""
+    _, some = job(folder, "llama")
+    parts = {"texts": some.tasks["texts"], "more": copy.deepcopy(some.tasks["texts"]), "numbers": some.tasks["numbers"]}
+    module, _ = job(folder, "llama")
+    rows = MultiTaskData({n: parts[n] for n in data.get("tasks", parts)}, batches="homogeneous", batch_size=4, seed=1)
+    fit(folder, module, rows, *(LoRA(2, name=name) for name in names), max_steps=1, limit_val_batches=0)
+    generator = torch.Generator().manual_seed(0)
+    for layer in injected_layers(module).values():
+        layer.lora_B.data.copy_(torch.randn(layer.lora_B.shape, generator=generator))
+    module.eval()
+    return module, rows
+
+
+def test_the_task_that_speaks_answers_by_its_own_adapter(tmp_path) -> None:
+    module, rows = speaking(tmp_path, "shared", "texts", "numbers", tasks=["texts", "numbers"])
+    said = module.generate(["hello"], max_new_tokens=8)
+    set_adapters(module.model, {"shared": 1.0, "texts": 1.0})
+    assert module.generate(["hello"], max_new_tokens=8) == said
+    set_adapters(module.model, {"shared": 1.0, "texts": 1.0, "numbers": 1.0})
+    assert FineTuningModule.generate(module, ["hello"], max_new_tokens=8) != said, "the test could not tell"
+    with pytest.raises(Refusal, match="task must be one that writes texts"):
+        module.generate(["hello"], task="numbers")
+
+
+def test_where_several_speak_one_is_to_be_named(tmp_path) -> None:
+    module, rows = speaking(tmp_path, "texts", "more")
+    with pytest.raises(Refusal, match="texts and more write texts, by adapters of their own: say which task"):
+        module.generate(["hello"])
+    one, other = (module.generate(["hello"], task=task, max_new_tokens=8) for task in ("texts", "more"))
+    assert one != other and all(layer.enabled for layer in injected_layers(module).values())
+    adapters = [LoRA(2, name="texts"), LoRA(2, name="more")]
+    fresh, _ = job(tmp_path, "llama")
+    with pytest.raises(Refusal, match="texts and more write texts, by adapters of their own: say which task"):
+        fit(tmp_path, fresh, rows, *adapters, SampleGenerations(["hello"]), max_steps=1)
+    assert fresh.model is None
+    fresh, _ = job(tmp_path, "llama")
+    samples = SampleGenerations(["hello"], max_new_tokens=2, task="more")
+    fit(tmp_path, fresh, rows, *adapters, samples, max_steps=1, limit_val_batches=0)
+    assert list(tmp_path.rglob("samples.jsonl"))
+    with pytest.raises(Refusal, match=r"SampleGenerations\.task chooses a task of MultiTask, and SFT has none"):
+        sft = SFT(str(tmp_path / "llama"))
+        fit(tmp_path, sft, rows.tasks["texts"], SampleGenerations(["hello"], task="more"), max_steps=1)
 
 
 def test_refusals(tmp_path) -> None:

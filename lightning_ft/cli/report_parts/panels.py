@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 
 from lightning_ft.cli.report_parts.adapting import adapting
+from lightning_ft.cli.report_parts.beside_baselines import beside_baselines
 from lightning_ft.cli.report_parts.curves import curves, speed
 from lightning_ft.cli.report_parts.facts import facts
 from lightning_ft.cli.report_parts.reward_and_kl import reward_and_kl
@@ -21,6 +22,7 @@ PANELS: tuple[tuple[str, Panel], ...] = (
     ("What was trained", facts),
     ("Curves", curves),
     ("Reward and KL", reward_and_kl),
+    ("Each task beside its baseline", beside_baselines),
     ("One task after another", task_matrix),
     ("Adapting, step by step", adapting),
     ("Speed", speed),

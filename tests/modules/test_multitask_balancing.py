@@ -1,0 +1,199 @@
+"""Balancing and surgery of several tasks: values by hand, their numbers from run to run, and what cannot work."""
+
+from pathlib import Path
+
+import lightning.pytorch as pl
+import pytest
+import torch
+from lightning.pytorch.callbacks import ModelCheckpoint
+from torch import Tensor, nn
+
+import lightning_ft
+from lightning_ft import Attachment, ClassificationData, GradientSurgery, LossBalancing, MultiTaskData, Refusal
+from lightning_ft.engine.terms import Term
+from lightning_ft.functional.gradient_surgery import pcgrad
+from tests.contract.subjects import QUIET, Steps
+from tests.modules.multitask_jobs import fit, job
+
+TASKS = ["classes", "words", "numbers"]
+
+
+class TwoHeads(pl.LightningModule):
+    """A trunk and two linear heads whose tasks disagree; plain SGD."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        generator = torch.Generator().manual_seed(0)
+        self.x = torch.randn(16, 3, generator=generator, dtype=torch.float64)
+        self.y = torch.randn(16, generator=generator, dtype=torch.float64)
+        torch.manual_seed(0)
+        self.trunk = nn.Linear(3, 4).double()
+        self.heads = nn.ModuleList([nn.Linear(4, 1).double() for _ in range(2)])
+        with torch.no_grad():
+            self.heads[1].weight.copy_(self.heads[0].weight)
+
+    def losses(self) -> list[Tensor]:
+        """The second wants the opposite, and is thrice as large."""
+        hidden = self.trunk(self.x).tanh()
+        a, b = (head(hidden)[:, 0] for head in self.heads)
+        return [(a - self.y).square().mean(), 3 * (b + self.y).square().mean()]
+
+    def training_step(self, batch: Tensor, batch_idx: int) -> Tensor:
+        losses = self.losses()
+        Attachment.of(self).terms([Term(n, one, 1.0, "mean") for n, one in zip("ab", losses, strict=True)])
+        return losses[0] + losses[1]
+
+    def train_dataloader(self):
+        return torch.utils.data.DataLoader(torch.zeros(8, 1))
+
+    def configure_optimizers(self):
+        return torch.optim.SGD(self.parameters(), lr=0.05)
+
+
+def train(folder: Path, module: pl.LightningModule, steps: int, *callbacks: pl.Callback) -> Steps:
+    seen = Steps()
+    more = {"max_steps": steps, "default_root_dir": folder, "callbacks": [*callbacks, seen]}
+    seen.losses = [0.0] * steps  # a module of one's own logs no sum
+    pl.Trainer(**{**QUIET, **more}).fit(module)
+    return seen
+
+
+def test_uncertainty_with_pcgrad_is_by_hand(tmp_path) -> None:
+    """PCGrad sees the trunk alone; each head has its own weighed gradient, each s its own slope."""
+    module = TwoHeads()
+    train(tmp_path, module, 4, LossBalancing(terms=["a", "b"], squared=["a"]), GradientSurgery("pcgrad"))
+    hand, s = TwoHeads(), torch.zeros(2, dtype=torch.float64, requires_grad=True)
+    trunk, conflicts = list(hand.trunk.parameters()), 0
+    for _ in range(4):
+        share = torch.tensor([0.5, 1.0], dtype=torch.float64)
+        weighed = share * torch.exp(-s) * torch.stack(hand.losses())
+        rows = [
+            torch.cat([g.reshape(-1) for g in torch.autograd.grad(one, trunk, retain_graph=True)]) for one in weighed
+        ]
+        gram = torch.stack(rows) @ torch.stack(rows).T
+        conflicts += int(gram[0, 1] < 0)
+        combined = pcgrad(gram) @ torch.stack(rows)
+        own = torch.autograd.grad((weighed + 0.5 * s).sum(), [*hand.heads.parameters(), s])
+        with torch.no_grad():
+            for p, g in zip([*hand.heads.parameters(), s], own, strict=True):
+                p -= 0.05 * g
+            for p, g in zip(trunk, combined.split([p.numel() for p in trunk]), strict=True):
+                p -= 0.05 * g.view_as(p)
+    assert conflicts == 4
+    for (name, p), q in zip(module.named_parameters(), [*hand.parameters(), *s.detach()], strict=True):
+        torch.testing.assert_close(p.double(), q.double(), rtol=1e-5, atol=1e-7, msg=name)  # s is kept in float32
+
+
+def test_gradnorm_weighs_heads_too(tmp_path) -> None:
+    """As in the paper, whose weights are of the losses: the heads' gradients are the plain ones times the weights."""
+    module, weights = TwoHeads(), []
+
+    class Watch(Steps):
+        def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
+            weights.append([float(trainer.callback_metrics[f"train/weight/{name}"]) for name in "ab"])
+
+    start = TwoHeads()
+    seen = train(tmp_path, module, 1, LossBalancing("gradnorm", lr=0.3), Watch())
+    plain = torch.autograd.grad(sum(start.losses()), [head.weight for head in start.heads])
+    assert weights[0] != [1.0, 1.0]
+    for number, (weight, gradient) in enumerate(zip(weights[0], plain, strict=True)):
+        torch.testing.assert_close(seen.gradients[0][f"heads.{number}.weight"], weight * gradient)
+
+
+def test_a_short_last_window_counts_s_once(tmp_path) -> None:
+    """Three micro-batches an epoch, two a window: the slope of s is 1/2 - m exp(-s) L in the window of one as in that of two."""
+    module, data = job(tmp_path, model={"weigh": "tasks"}, batch_size=4, epoch_rows=12)
+    before: list[Tensor] = []
+    losses: list[dict[str, float]] = []
+    steps = Steps()
+
+    class Watch(Steps):
+        def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
+            self.s = pl_module.balancing.values.clone()
+
+        def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
+            if len(steps.gradients) > len(losses):
+                before.append(self.s)
+                here = [n for n in TASKS if batch.window[f"row:{n}"]]
+                losses.append({n: float(trainer.callback_metrics[f"train/{n}"]) for n in here})
+
+    fit(
+        tmp_path,
+        module,
+        data,
+        LossBalancing("uncertainty"),
+        Watch(),
+        steps,
+        max_steps=4,
+        accumulate_grad_batches=2,
+        limit_val_batches=0,
+    )
+    assert len(losses) == 4
+    for s, loss, gradients in zip(before, losses, steps.gradients, strict=True):
+        for number, name in enumerate(TASKS):
+            share = 0.5 if name == "numbers" else 1.0
+            slope = 0.5 - share * float(torch.exp(-s[number])) * loss[name] if name in loss else 0.0
+            assert float(gradients[f"balancing.log_variance.{number}"]) == pytest.approx(slope, rel=1e-4, abs=1e-6)
+
+
+def test_s_has_a_group_and_a_rate_of_its_own(tmp_path) -> None:
+    """With AdamW at 5e-5 each s moves by about its own 0.025 a step."""
+    module, data = job(
+        tmp_path,
+        model={"weigh": "tasks", "optimizer": torch.optim.AdamW, "lr": 5e-5, "weight_decay": 0.1},
+        batch_size=30,
+    )
+    run = fit(tmp_path, module, data, LossBalancing("uncertainty"), max_steps=3, limit_val_batches=0)
+    own = {id(p) for p in module.balancing.parameters()}
+    groups = [g for g in run.optimizers[0].param_groups if own & {id(p) for p in g["params"]}]
+    assert len(groups) == 1 and own == {id(p) for p in groups[0]["params"]}
+    assert groups[0]["lr"] == pytest.approx(0.025) and groups[0]["weight_decay"] == 0.0
+    assert (module.balancing.values.abs() > 0.04).all()
+
+
+def later(folder: Path, module, data, *callbacks) -> pl.Trainer:
+    """A fit that has one task more."""
+    rows = str(folder / "numbers.jsonl")
+    stars = ClassificationData(rows, task="regression", val_path=rows, cache_dir=str(folder / "cache"))
+    return fit(folder, module, MultiTaskData({**data.tasks, "stars": stars}, batch_size=30), *callbacks, max_steps=2)
+
+
+def test_what_balancing_learned_follows_the_tasks(tmp_path) -> None:
+    """A loaded run goes on with its numbers, a task that was added begins at 0, and a fit without balancing drops them."""
+    module, data = job(tmp_path, model={"weigh": "tasks"}, batch_size=30)
+    keep = ModelCheckpoint(tmp_path / "files", save_last=True, save_top_k=0)
+    balancing = LossBalancing("uncertainty", lr=0.1)
+    fit(tmp_path, module, data, balancing, keep, max_steps=2, enable_checkpointing=True, limit_val_batches=0)
+    learned = module.balancing.values
+    starts: list[Tensor] = []
+
+    class Start(Steps):
+        def on_train_start(self, trainer, pl_module):
+            starts.append(pl_module.balancing.values.clone())
+
+    loaded = lightning_ft.load(tmp_path / "files" / "last.ckpt")
+    assert torch.equal(loaded.balancing.values, learned) and (learned != 0).all()
+    loaded.train()
+    loaded.add_task("stars", "regression")
+    later(tmp_path, loaded, data, LossBalancing("uncertainty"), Start())
+    assert torch.equal(starts[0], torch.cat([learned, torch.zeros(1)]))
+    assert (loaded.balancing.values != starts[0]).all()
+    for callbacks in ((), (LossBalancing("dwa", every_steps=1),)):
+        again = lightning_ft.load(tmp_path / "files" / "last.ckpt")
+        again.train()
+        _, rows = job(tmp_path, batch_size=30)
+        assert fit(tmp_path, again, rows, *callbacks, max_steps=2).global_step == 2
+        assert not hasattr(again, "balancing")
+
+
+def test_refusals(tmp_path) -> None:
+    for callback in (LossBalancing("gradnorm"), LossBalancing("famo"), GradientSurgery("pcgrad")):
+        module, data = job(tmp_path, batches="homogeneous")
+        with pytest.raises(Refusal, match="with homogeneous batches and no accumulation each step has one; set"):
+            fit(tmp_path, module, data, callback)
+        assert module.model is None
+    for arguments in ({"weights": {"toon": 5.0}, "method": "static"}, {"squared": ["toon"]}):
+        module, data = job(tmp_path)
+        with pytest.raises(Refusal, match="names 'toon', and the step's terms are classes, words, numbers"):
+            fit(tmp_path, module, data, LossBalancing(**arguments))
+        assert module.model is None

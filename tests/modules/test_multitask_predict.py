@@ -1,0 +1,71 @@
+"""Predictions of several tasks: every row of each once, on any number of ranks, as its own kind of answer."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from lightning_ft.cli.predictions import PredictionFile
+from tests.contract.subjects import trainer
+from tests.modules.multitask_jobs import fit, job, pairs_job, predicted_on_ranks
+
+
+def read(path: Path) -> list[dict]:
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def predicted(folder: Path, module, data) -> dict[str, list[dict]]:
+    """Task -> its lines."""
+    for name in data.tasks:
+        data.tasks[name].predict_path = data.tasks[name].val_path
+    file = folder / "predictions.jsonl"
+    trainer(folder, PredictionFile(file), use_distributed_sampler=False).predict(module, data)
+    found: dict[str, list[dict]] = {}
+    for line in read(file):
+        found.setdefault(line.pop("task"), []).append(line)
+    return found
+
+
+def test_no_row_is_lost_on_two_ranks(tmp_path: Path, two_ranks) -> None:
+    """Seventeen rows in batches of eight leave one rank a filler in the first task: the second task still comes."""
+    job(tmp_path)
+    both = two_ranks.run("tests.modules.multitask_jobs:predicted_on_ranks", folder=str(tmp_path), rows=17)
+    for name, count in {"classes": 17, "words": 10, "numbers": 7}.items():
+        assert sorted(both[0][name] + both[1][name]) == list(range(count))
+    assert predicted_on_ranks(str(tmp_path), 17, devices=1)["words"] == list(range(10))
+
+
+@pytest.mark.parametrize("packing", [True, False])
+def test_each_line_is_of_one_row(packing: bool, tmp_path: Path) -> None:
+    """Words by the row that they belong to, classes by their names, numbers, and log-probabilities of texts."""
+    module, data = job(tmp_path, "llama", batch_size=4, packing=packing)
+    fit(tmp_path, module, data, max_steps=1, limit_val_batches=0)
+    found = predicted(tmp_path, module, data)
+    sizes = {"classes": 24, "words": 10, "numbers": 7, "texts": 9}
+    assert {name: [line["row"] for line in lines] for name, lines in found.items()} == {
+        name: list(range(size)) for name, size in sizes.items()
+    }
+    names = data.task_labels()
+    for line in found["classes"]:
+        assert set(line["probabilities"]) == set(names["classes"]) and line["label"] in names["classes"]
+    rows = read(tmp_path / "words.jsonl")
+    for line, row in zip(found["words"], rows, strict=True):
+        (column,) = (key for key in row if isinstance(row[key], list) and key != "tokens" and len(row[key]))
+        assert len(line["words"]) == len(row[column]) and line["words"][0]["label"] in names["words"]
+    assert all(set(line) == {"row", "value"} for line in found["numbers"])
+    module.eval()
+    for line, row in zip(found["texts"], read(tmp_path / "texts.jsonl"), strict=True):
+        ids = torch.tensor([data.tasks["texts"]._get("predict").segments([line["row"]])[0].ids.tolist()])
+        with torch.no_grad():
+            logp = module.model(input_ids=ids).logits[0, :-1].log_softmax(-1)
+        assert line["logprob"] == pytest.approx(float(logp.gather(1, ids[0, 1:, None]).sum()), rel=1e-4), row
+
+
+def test_answers_of_a_pair_are_told_apart(tmp_path: Path) -> None:
+    module, data = pairs_job(tmp_path)
+    fit(tmp_path, module, data, max_steps=1, limit_val_batches=0)
+    found = predicted(tmp_path, module, data)
+    for name, key in {"liked": "reward", "policy": "logprob"}.items():
+        assert [line["answer"] for line in found[name]] == ["chosen", "rejected"] * 9
+        assert all(isinstance(line[key], float) for line in found[name])
