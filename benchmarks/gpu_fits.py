@@ -84,6 +84,13 @@ def jobs() -> dict[str, Job]:
 
         return {"optimizer": AdamW8bit}
 
+    def paged() -> dict[str, Any]:
+        import torch
+        from bitsandbytes import optim
+
+        # Pages move between a GPU's memory and the CPU's; a dry run on CPUs has none and takes the same steps.
+        return {"optimizer": optim.PagedAdamW8bit if torch.cuda.is_available() else optim.AdamW8bit}
+
     found |= {
         "norms": Job(lambda at: [ft.Freeze(["norms"])], 1e-3),
         "PiSSA": Job(lambda at: [ft.LoRA(8, init="pissa")], 5e-4),
@@ -96,6 +103,7 @@ def jobs() -> dict[str, Job]:
         "full, pure bf16": Job(lambda at: [], 6e-5, lambda: {"base_dtype": "pure_bfloat16"}, ("bf16",)),
         "full, in backward": Job(lambda at: [], 6e-5, lambda: {"optimizer": ft.InBackward}, ("fp32", "bf16")),
         "full, AdamW in 8 bits": Job(lambda at: [], 6e-5, eight_bits),
+        "full, paged AdamW in 8 bits": Job(lambda at: [], 6e-5, paged),
     }
     for mode in ("nf4", "nf4-dq", "fp4", "int8"):
         found[f"{mode} + LoRA"] = Job(lora, lr, lambda mode=mode: {"quantize": mode})

@@ -202,3 +202,32 @@ def test_sharded_factors_are_gathered(chat, tmp_path, two_ranks):
     assert one.keys() == two.keys()
     for name, value in one.items():
         torch.testing.assert_close(two[name], value, rtol=1e-4, atol=1e-6)
+
+
+def kinds_of_ranks():
+    """What has to be gathered otherwise than factors are: what a network gives, vectors, and a table before the embedding."""
+    return {"prefix": PrefixTuning(3, network=8), "ia3": IA3(), "prompt": PromptTuning(3, network=5)}
+
+
+def other_kinds(folder, chat, sharded):
+    """Fits of those kinds, each with its folder; ``sharded``: on two ranks."""
+    from pathlib import Path
+
+    for kind, technique in kinds_of_ranks().items():
+        module, data = chat_job(Path(chat), Path(folder), data={"batch_size": 4 if sharded else 8})
+        two = {"devices": 2, "strategy": FSDP2Strategy(), "use_distributed_sampler": False} if sharded else {}
+        export = ExportAdapter(output=f"{folder}/{kind}")
+        trainer(Path(folder), technique, export, max_steps=2, **two).fit(module, data)
+
+
+def test_what_is_no_factor_is_gathered_too(chat, tmp_path, two_ranks):
+    job = {"chat": str(chat), "folder": str(tmp_path / "two"), "sharded": True}
+    two_ranks.run("tests.callbacks.test_export_adapter:other_kinds", **job)
+    other_kinds(str(tmp_path / "one"), str(chat), sharded=False)
+    for kind in kinds_of_ranks():
+        one, two = tensors(tmp_path / "one" / kind), tensors(tmp_path / "two" / kind)
+        assert one.keys() == two.keys() and one
+        for name, value in one.items():
+            torch.testing.assert_close(two[name], value, rtol=1e-4, atol=1e-5, msg=f"{kind}: {name}")
+        configs = [json.loads((tmp_path / n / kind / "adapter_config.json").read_text()) for n in ("one", "two")]
+        assert configs[0] == configs[1]
