@@ -5,6 +5,7 @@ The parser gets the files' merged content alone, without positions; and it takes
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -19,6 +20,7 @@ class ConfigFiles:
     """Where each dotted key of the given files stands; later files and flags win, as in the parser."""
 
     lines: dict[str, list[tuple[Path, int, str | None]]] = field(default_factory=dict)
+    given: list[tuple[str, str | None]] = field(default_factory=list)  # keys and values of files and flags, in order
     paths: list[Path] = field(default_factory=list)
 
     @classmethod
@@ -30,7 +32,7 @@ class ConfigFiles:
         """
         files = cls()
         names = iter(config_arguments(argv))
-        for word in argv:
+        for place, word in enumerate(argv):
             if word in ("--config", "-c") or word.startswith("--config="):
                 name = next(names, None)
                 if name == "":
@@ -38,7 +40,10 @@ class ConfigFiles:
                 if name is not None and "://" not in name:  # None: the parser says that its value is missing
                     files._read(Path(name))
             elif word.startswith("--"):
-                files._forget(word.removeprefix("--").split("=")[0])  # KEY+ adds to what a file gives
+                key, equals, value = word.removeprefix("--").partition("=")
+                files._forget(key)  # KEY+ adds to what a file gives
+                following = argv[place + 1] if place + 1 < len(argv) else ""
+                files._note_flag(key, value if equals else following)
         return files
 
     def where(self, key: str, value: str | None = None) -> str:
@@ -53,6 +58,40 @@ class ConfigFiles:
             return ""
         path, line, _ = next((one for one in reversed(found) if one[2] == value), found[-1])
         return f" ({path}, line {line})"
+
+    def named(self, key: str, value: str | None = None) -> str:
+        """The key, in a file or flag, that one with ``*`` for a name means.
+
+        Args:
+            key: dotted, as ``model.rewards.*.length``.
+            value: what stands there; of several keys the last with this value is meant, else the last.
+
+        Returns:
+            The key with the name; without it (``model.rewards.length``) where nothing matches.
+        """
+        if "*" not in key:
+            return key
+        pattern = re.compile(r"[^.]+".join(re.escape(part) for part in key.split("*")))
+        found = [(given, text) for given, text in self.given if pattern.fullmatch(given)]
+        same = [given for given, text in found if text == value]
+        return (same or [given for given, _ in found] or [key.replace(".*", "")])[-1]
+
+    def _note_flag(self, key: str, value: str) -> None:
+        key = ".".join(part for part in key.rstrip("+").split(".") if part != "init_args")
+        try:
+            root = yaml.compose(value, Loader=yaml.SafeLoader)
+        except (yaml.YAMLError, RecursionError):  # which the parser tells of
+            root = None
+        self._note_given(root, key, value, set())
+
+    def _note_given(self, node: yaml.Node | None, key: str, text: str | None, inside: set[int]) -> None:
+        self.given.append((key, text))
+        if isinstance(node, yaml.MappingNode) and id(node) not in inside:
+            for name, value in node.value:
+                if isinstance(name, yaml.ScalarNode):
+                    below = key if name.value == "init_args" else f"{key}.{name.value}"
+                    plain = value.value if isinstance(value, yaml.ScalarNode) else None
+                    self._note_given(value, below, plain, inside | {id(node)})
 
     def _forget(self, key: str) -> None:
         """A flag gives ``key`` anew: what a file said of it, and of what lies below, is no longer the one that counts."""
@@ -114,6 +153,7 @@ class ConfigFiles:
             key = prefix if name.value == "init_args" else f"{prefix}.{name.value}".lstrip(".").rstrip("+")
             text = value.value if isinstance(value, yaml.ScalarNode) else None
             self.lines.setdefault(key, []).append((path, line, text))
+            self.given.append((key, text))
             self._note(value, key, path, inside | {id(node)})
 
 

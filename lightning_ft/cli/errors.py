@@ -22,6 +22,7 @@ from lightning_ft.cli.names import (
     class_at,
     describe_type,
     keys_of,
+    maps_to_class,
     nearest,
     takes_list_of_text,
     type_of,
@@ -36,10 +37,10 @@ DEBUG = "LIGHTNING_FT_DEBUG"
 
 
 class Where(Protocol):
-    """Gives the file and line in which a key was set, as ``" (a.yaml, line 3)"``, or nothing."""
+    """Gives the file and line in which a key was set, as ``" (a.yaml, line 3)"``, or nothing; or what else is known of it."""
 
     def __call__(self, key: str, value: str | None = None) -> str:
-        """The place of the key; where several files set it, of the one that gives it this value."""
+        """Of the key; where it was given several times, of that which gives it this value."""
 
 
 @dataclass
@@ -62,13 +63,19 @@ class _Node:
         return "\n".join([self.text, *(child.everything() for child in self.children)])
 
 
-def explain(message: str, parser: ArgumentParser, where: Where = lambda key, value=None: "") -> str:
+def explain(
+    message: str,
+    parser: ArgumentParser,
+    where: Where = lambda key, value=None: "",
+    named: Where = lambda key, value=None: key.replace(".*", ""),
+) -> str:
     """One sentence for a message of jsonargparse.
 
     Args:
         message: what the parser said, noise included.
         parser: the parser of the subcommand; it knows the keys and their types.
         where: gives the place of a key.
+        named: gives the key that was meant by one with ``*`` for a name that the message does not say.
     """
     unrecognised = re.match(r"unrecognized arguments: (.*)", message, re.S)
     if unrecognised:
@@ -84,6 +91,7 @@ def explain(message: str, parser: ArgumentParser, where: Where = lambda key, val
     if not problems:
         return _one_line(message)
     worst = max(problems, key=lambda problem: problem.key.count("."))  # max keeps the first of equals
+    worst.key = named(worst.key, worst.value)
     return _sentence(worst, parser, where)
 
 
@@ -224,7 +232,9 @@ def _problems(nodes: list[_Node], key: str, owner: type | None) -> Iterator[Prob
             rest = [_Node(inside.group(2))] if inside.group(2) else []
             yield from _problems(rest + node.children, f"{key}.{inside.group(1)}".lstrip("."), owner)
         elif chosen := re.match(r"Problem with given class_path '([^']*)'", node.text):
-            yield from _problems(node.children, key, class_at(chosen.group(1)))
+            # Of a mapping from names to objects the parser does not say which name it was: see `ConfigFiles.named`.
+            named = owner is not None and maps_to_class(type_of(owner, key.rpartition(".")[2]))
+            yield from _problems(node.children, f"{key}.*" if named else key, class_at(chosen.group(1)))
         elif unknown := re.match(r"Option '([^']*)' is not accepted", node.text):
             yield Problem("unknown", f"{key}.{unknown.group(1)}", owner)
         elif missing := re.match(r"the following arguments are required: ([\w.]+)", node.text, re.I):

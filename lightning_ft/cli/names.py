@@ -7,6 +7,7 @@ import inspect
 import json
 import types
 import typing
+from collections.abc import Mapping
 from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, Union, get_args, get_origin
@@ -117,6 +118,13 @@ def takes_list_of_text(hint: Any) -> bool:
     if get_origin(hint) in (Union, types.UnionType, Annotated):
         return any(takes_list_of_text(choice) for choice in get_args(hint))
     return get_origin(hint) is list and get_args(hint) == (str,)
+
+
+def maps_to_class(hint: Any) -> bool:
+    """Whether a type hint is, or has as a choice, a mapping from names to objects of a class."""
+    if get_origin(hint) in (Union, types.UnionType, Annotated):
+        return any(maps_to_class(choice) for choice in get_args(hint))
+    return get_origin(hint) in (dict, Mapping) and class_at(get_args(hint)[1]) is not None
 
 
 def written_as_list(value: str) -> str:

@@ -54,7 +54,7 @@ class Parser(LightningArgumentParser):
             super().error(message, ex)
         subcommands = getattr(self, "_subcommands_action", None)
         inner = next(iter(subcommands._name_parser_map.values()), self) if subcommands else self
-        raise Refusal(explain(message, inner, self.files.where)) from ex
+        raise Refusal(explain(message, inner, self.files.where, self.files.named)) from ex
 
 
 class FineTuningCLI(LightningCLI):

@@ -41,7 +41,8 @@ class Reward:
         timeout: seconds that a function, pattern or verifier may take for the answers of a round on one rank.
 
     Raises:
-        Refusal: none or two sources, or a setting that the one given does not have.
+        Refusal: where it is used, which is where it has a name: none or two sources, a number out of bounds, or a setting that
+            the source given does not have.
 
     Example:
         >>> Reward(length=40, weight=0.1).weight
@@ -61,12 +62,13 @@ class Reward:
     answer_tag: str | None = None
     timeout: Annotated[float, Gt(0)] = 60.0
 
-    def __post_init__(self) -> None:
+    def check(self) -> None:
+        """Refuses fields out of bounds, or that do not go together; `Rewards` asks, which knows the name to say."""
         check_arguments(self)
         given = [kind for kind in KINDS if getattr(self, kind) is not None]
         if len(given) != 1:
             got = f"got {' and '.join(given)}" if given else "got none"
-            raise Refusal(f"A reward comes from one of {', '.join(KINDS)}, {got}; give each an entry of its own.")
+            raise Refusal(f"a reward comes from one of {', '.join(KINDS)}, {got}; give each an entry of its own.")
         if abs(self.weight) == float("inf") or self.weight != self.weight:
             raise Refusal(f"Reward.weight must be finite, got {self.weight}.")
         kind = given[0]
@@ -79,7 +81,12 @@ class Reward:
                 raise Refusal(f"Reward.{name} belongs to a {owner}, and this reward is a {kind}; leave it out.")
 
     def source(self) -> RewardSource:
-        """What gives it."""
+        """What gives it.
+
+        Raises:
+            Refusal: what `check` refuses, or a pattern or tags that are none.
+        """
+        self.check()
         if self.function is not None:
             return FunctionReward(self.function, self.timeout)
         if self.checkpoint is not None:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import difflib
 from collections.abc import Callable, Collection, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any
 
 import torch
@@ -11,7 +12,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from lightning_ft.engine.rewards.reward import Reward
-from lightning_ft.engine.rewards.source import Completions
+from lightning_ft.engine.rewards.source import Completions, RewardSource
 from lightning_ft.functional.errors import Refusal
 
 
@@ -48,11 +49,15 @@ class Rewards:
                 "rewards must name at least one reward, as {short: {length: 40}}; see docs/guides/rewards.md for the kinds."
             )
         self.given: dict[str, Reward] = {}
+        self.sources: dict[str, RewardSource] = {}
         for name, one in given.items():
             if not isinstance(name, str) or not name.isidentifier() or name in ("total", "kl"):
                 raise Refusal(f"A reward is named by a word that is not total or kl, got {name!r}.")
-            self.given[name] = _reward(name, one)
-        self.sources = {name: one.source() for name, one in self.given.items()}
+            try:
+                self.given[name] = _reward(one)
+                self.sources[name] = self.given[name].source()
+            except Refusal as refusal:
+                raise Refusal(f"The reward {name}: {refusal}") from refusal
 
     def plain(self) -> dict[str, Any]:
         """What builds it again, in plain types."""
@@ -98,18 +103,20 @@ class Rewards:
         return Scores(weighted.nansum(0).masked_fill(nobody, torch.nan), each)
 
 
-def _reward(name: str, one: Reward | Mapping[str, Any] | Callable[..., Any]) -> Reward:
+def _reward(one: Reward | Mapping[str, Any] | Callable[..., Any]) -> Reward:
     if isinstance(one, Reward):
         return one
-    try:
-        if isinstance(one, Mapping):
-            return Reward(**one)
-    except TypeError as error:
-        unknown = str(error).rpartition("argument ")[2].strip("'")
-        raise Refusal(f"The reward {name} has no field {unknown}; see lightning_ft.Reward.") from error
+    if isinstance(one, Mapping):
+        known = [field.name for field in fields(Reward)]
+        unknown = next((str(key) for key in one if key not in known), None)
+        if unknown is not None:
+            near = difflib.get_close_matches(unknown, known, n=2)
+            hint = f"did you mean {' or '.join(near)}?" if near else "see lightning_ft.Reward."
+            raise Refusal(f"there is no field {unknown}; {hint}")
+        return Reward(**one)
     if callable(one):
         return Reward(function=one)
-    raise Refusal(f"The reward {name} must be a Reward, its fields or a function, got {one!r}.")
+    raise Refusal(f"it must be a Reward, its fields or a function, got {one!r}.")
 
 
 def _several_ranks() -> bool:

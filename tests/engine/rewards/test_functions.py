@@ -232,12 +232,22 @@ def test_a_verifier_is_reasoning_gym_s_own(as_text: bool) -> None:
         ({"length": 3, "timeout": 0}, "greater than 0"),
         ({"length": 3, "label": "good"}, "Reward.label belongs to a classifier, and this reward is a length"),
         ({"regex": "a", "answer_tag": "b"}, "belongs to a verifier"),
-        ({"lenth": 3}, "has no field lenth"),
+        ({"lenth": 3}, "there is no field lenth; did you mean length"),
+        ({"weight": 2.0}, "got none"),
     ],
 )
 def test_rewards_that_are_none(fields: dict[str, Any], message: str) -> None:
-    with pytest.raises(Refusal, match=message):
+    with pytest.raises(Refusal, match=f"^The reward it: .*{message}"):
         Rewards({"it": fields})
+
+
+def test_a_reward_of_python_that_is_none_is_named_too() -> None:
+    with pytest.raises(Refusal, match="^The reward it: a reward comes from one of function, .*, got none; give each"):
+        Rewards({"it": Reward(weight=2.0)})
+    with pytest.raises(Refusal, match="^The reward it: Reward.label belongs to a classifier"):
+        Rewards({"it": Reward(length=3, label="good")})
+    with pytest.raises(Refusal, match="^The reward it: it must be a Reward, its fields or a function, got 3"):
+        Rewards({"it": 3})  # type: ignore[dict-item]
 
 
 @pytest.mark.parametrize("given", [{}, [1], {"total": {"length": 3}}, {"a b": {"length": 3}}, {"a": 3}])
