@@ -74,7 +74,8 @@ def explained(error: RuntimeError, owner: str) -> BaseException:
     text = str(error)
     if _HOOKS in text:
         return Refusal(_CHECKPOINTED.format(owner=owner))
-    if "derivative for aten::" in text and "is not implemented" in text:
+    # "derivative for aten::x_backward is not implemented", or "the derivative for 'x_backward' is not implemented."
+    if "derivative for " in text and "is not implemented" in text:
         return Refusal(
             f"{owner} cannot work to order 2 with this net ({text.splitlines()[0][:120]}), because an operation of it has no "
             "second derivative; set order to 1."

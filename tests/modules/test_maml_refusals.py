@@ -91,6 +91,13 @@ def test_an_operation_without_a_second_derivative(tmp_path):
         module(net=net).backward(slope.square().sum())
 
 
+def test_the_other_words_for_a_missing_derivative():
+    x = torch.rand(3, 2, requires_grad=True)
+    (slope,) = torch.autograd.grad(torch.cdist(x, x + 1).square().sum(), x, create_graph=True)
+    with pytest.raises(Refusal, match="MAML cannot work to order 2 with this net .* set order to 1"):
+        module().backward(slope.square().sum())
+
+
 def test_fsdp2_is_refused(tmp_path):
     from lightning_ft import FSDP2Strategy
     from lightning_ft.engine.compatibility import check, situation
