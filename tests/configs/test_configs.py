@@ -117,6 +117,8 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> Callable[[Path], tuple[str
         return ("--config", str(tiny), "--trainer.max_steps=2", "--trainer.log_every_n_steps=1", *QUIET)
 
     def flags(path: Path) -> tuple[str, ...]:
+        if path.stem == "lwf":
+            return flags(CONFIGS / "continual_naive.yaml")
         if path.stem == "task_sampling":
             return several(CONFIGS / "multitask_classification.yaml")
         if path in JOBS and "MultiTask" in path.read_text():
@@ -181,8 +183,8 @@ def run(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureF
 
 
 def stacked(path: Path) -> list[str]:
-    """A job by itself; a fragment on full training, which has nothing that a technique would clash with."""
-    base = "multitask_classification" if path.stem == "task_sampling" else "sft_full"
+    """A job by itself; a fragment on full training, which has nothing that a technique would clash with, or on what it needs."""
+    base = {"task_sampling": "multitask_classification", "lwf": "continual_naive"}.get(path.stem, "sft_full")
     files = [path] if path in JOBS else [CONFIGS / f"{base}.yaml", path]
     return [word for file in files for word in ("--config", str(file))]
 
