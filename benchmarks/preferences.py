@@ -24,7 +24,7 @@ from benchmarks.vader_cells import SEEDS, Kept, best_rate, chosen
 RESULTS = Path(__file__).resolve().parent / "results"
 PAGES = RESULTS.parents[1] / "docs" / "techniques"
 REWARD_RATES = (5e-5, 2e-4)
-POLICY_RATES = (3e-4, 1e-4)
+POLICY_RATES = (1e-3, 3e-4, 1e-4)
 SETTING = {
     "train": cells.TRAIN,
     "val": cells.VAL,
