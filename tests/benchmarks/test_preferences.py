@@ -63,7 +63,7 @@ def test_every_cell_and_its_tables(ground, monkeypatch, capsys):
     preferences.main(arguments)
     kept = json.loads(output.read_text())
     assert not [key for key, cell in kept["cells"].items() if "failed" in cell], kept["cells"]
-    assert len(kept["cells"]) == 1 + 2 + 2 + 5
+    assert len(kept["cells"]) == 1 + 2 + 2 + 7
     for domain in UNSEEN:  # by a way of its own: one reward a sentence
         rater = preference_cells.Rater(folder / "work/reward_minilm_5e-05_0.ckpt")
         rows = preference_cells.read(files[domain])
