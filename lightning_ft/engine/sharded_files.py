@@ -7,6 +7,7 @@ only tensors and plain values.
 
 from __future__ import annotations
 
+import enum
 import os
 import pickle
 import shutil
@@ -67,9 +68,18 @@ class _IndexUnpickler(pickle.Unpickler):
             return getattr(torch, name)
         if (module, name) in (("torch", "Size"), ("torch.serialization", "_get_layout")):
             return super().find_class(module, name)
+        if (module, name) == ("builtins", "getattr"):
+            return _member
         if module.startswith("pathlib") and name in ("PosixPath", "PurePosixPath", "WindowsPath", "PureWindowsPath"):
             return Path  # of the machine that wrote it
         raise pickle.UnpicklingError(f"it names {module}.{name}")
+
+
+def _member(kind: Any, name: str) -> Any:
+    """What Python 3.11.0 to 3.11.3 write for a member of an enumeration: ``getattr`` of its class; nothing else is given."""
+    if isinstance(kind, enum.EnumMeta) and name in kind.__members__:
+        return kind[name]
+    raise pickle.UnpicklingError(f"it asks {kind!r} for {name}")
 
 
 class PlainPlanner(dcp.DefaultLoadPlanner):

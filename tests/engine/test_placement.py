@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import pickle
@@ -13,6 +14,7 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
 import transformers as hf
 from torch import Tensor
 
@@ -240,3 +242,23 @@ def test_compiled_blocks_learn_the_same_under_their_own_names(
         assert 4 <= graphs <= 16
     job["model"] = {"compile_blocks": "inducto"}
     assert "compile_blocks 'inducto' is no backend of torch.compile; take one of" in jobs.refused(**job)
+
+
+class _Written:
+    """What Python 3.11.0 to 3.11.3 make of a member of an enumeration."""
+
+    def __init__(self, kind: Any, name: str) -> None:
+        self.asked = (kind, name)
+
+    def __reduce__(self) -> tuple[Any, tuple[Any, str]]:
+        return getattr, self.asked
+
+
+def test_members_of_enumerations_are_read_as_any_python_writes_them() -> None:
+    kind = dcp.metadata._MEM_FORMAT_ENCODING
+    for written in (kind.TORCH_CONTIGUOUS_FORMAT, _Written(kind, "TORCH_CONTIGUOUS_FORMAT")):
+        read = sharded_files._IndexUnpickler(io.BytesIO(pickle.dumps(written))).load()
+        assert read is kind.TORCH_CONTIGUOUS_FORMAT
+    for other, name in ((kind, "__class__"), (dcp.metadata.Metadata, "__init__")):
+        with pytest.raises(pickle.UnpicklingError, match=f"for {name}"):
+            sharded_files._IndexUnpickler(io.BytesIO(pickle.dumps(_Written(other, name)))).load()
