@@ -117,7 +117,8 @@ def _by_needs(cell: Cell) -> Iterator[str]:
     if several and cell.extra == "generation":
         yield "writes none; leave the callback out."
     if "imitation" in needs and not several and not getattr(SUBJECTS[cell.subject].module.func, "imitates", False):  # type: ignore[attr-defined]
-        yield "compares answers with one another; distil first, or leave it out."
+        writes = SUBJECTS[cell.subject].rollouts
+        yield f"{'rewards of answers that it writes itself' if writes else 'compares answers with one another'}; distil first"
     if SUBJECTS[cell.subject].rollouts and cell.extra == "neftune":
         yield "because noise in training makes the policy another one than that which wrote the answers; leave it out."
     if cell.extra == "mas" and not hasattr(SUBJECTS[cell.subject].module.func, "likelihood"):  # type: ignore[attr-defined]
