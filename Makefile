@@ -16,7 +16,7 @@ ONE_THREAD := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false
 .DEFAULT_GOAL := help
 .PHONY: help install fetch quickstart test lint format matrix bench gpu clean
 .PHONY: reproduce-supervised reproduce-methods reproduce-preferences reproduce-continual reproduce-meta reproduce-distillation
-.PHONY: reproduce-multitask
+.PHONY: reproduce-multitask reproduce-rl
 
 help:  ## list the targets
 	@awk -F':.*## ' '/^[a-z-]+:.*## / { printf "  make %-20s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -70,6 +70,11 @@ reproduce-methods: install fetch  ## every method on both starter models (hours;
 
 reproduce-preferences: install fetch  ## a reward model, DPO and KTO on rated sentences (20 minutes; goes on where it stopped)
 	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.preferences
+
+reproduce-rl: install fetch  ## GRPO on sums; PPO, GRPO and DPO on sentiment (two hours; goes on where it stopped); GRPO beside TRL
+	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.rl_runs --at-once 2
+	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.sentiment_rl --at-once 2
+	$(BIN)/python -m benchmarks.grpo
 
 reproduce-continual: install fetch  ## what continual learning keeps, on digits and both starter models (75 minutes at most; goes on)
 	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.continual --minutes 75

@@ -66,6 +66,22 @@ def refuse_idle(obj: object, used_by: Mapping[str, Sequence[str]], method: str) 
             )
 
 
+def refuse_unread(obj: object, names: Sequence[str], why: str) -> None:
+    """Refuses arguments that differ from their defaults and that nothing reads, as the others are.
+
+    Args:
+        obj: a technique or module.
+        names: the arguments.
+        why: the rest of the sentence after "but", without a full stop.
+
+    Raises:
+        Refusal: ``GRPO.clip_low is 0.1, but cispo is bounded by cispo_most; leave it out.``
+    """
+    for name in names:
+        if (value := getattr(obj, name)) != signature_of(type(obj))[name].default:
+            raise Refusal(f"{type(obj).__name__}.{name} is {value}, but {why}; leave it out.")
+
+
 def describe(obj: object) -> str:
     """``Class(argument=value, ...)`` with the arguments that differ from their defaults."""
     shown = []

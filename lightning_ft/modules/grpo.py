@@ -6,7 +6,7 @@ import torch
 from annotated_types import Ge, Gt, Le
 from torch import Tensor
 
-from lightning_ft.engine.arguments import signature_of
+from lightning_ft.engine.arguments import refuse_unread
 from lightning_ft.engine.attachment import Attachment
 from lightning_ft.engine.batch import Batch
 from lightning_ft.engine.likelihood import Ask
@@ -176,16 +176,11 @@ class GRPO(RolloutModule):
         self.mask_truncated = mask_truncated
         self.drop_without_signal = drop_without_signal
         self.check()
-        if advantage == "rloo" and scale != "group":
-            raise Refusal(f"GRPO.scale is {scale!r}, but the advantage rloo divides by nothing; leave scale out.")
-        defaults = {name: one.default for name, one in signature_of(GRPO).items()}
+        if advantage == "rloo":
+            refuse_unread(self, ["scale"], "the advantage rloo divides by nothing")
         bounds = ["clip_low", "clip_high", "clip_both"]
         ignored, used = (bounds, ["cispo_most"]) if loss == "cispo" else (["cispo_most"], bounds)
-        for name in ignored:
-            if getattr(self, name) != defaults[name]:
-                raise Refusal(
-                    f"GRPO.{name} is {getattr(self, name)}, but {loss} is bounded by {', '.join(used)}; leave it out."
-                )
+        refuse_unread(self, ignored, f"{loss} is bounded by {', '.join(used)}")
         if clip_both is not None and clip_both <= 1 + clip_high:
             raise Refusal(f"GRPO.clip_both must be greater than 1 + clip_high, {1 + clip_high:g}, got {clip_both}.")
         clip = Clip(clip_low, clip_high, clip_both)

@@ -7,6 +7,7 @@ import torch
 from annotated_types import Ge, Gt, Le
 from torch import Tensor
 
+from lightning_ft.engine.arguments import refuse_unread
 from lightning_ft.engine.attachment import Attachment
 from lightning_ft.engine.batch import Batch
 from lightning_ft.engine.likelihood import Ask
@@ -192,6 +193,10 @@ class PPO(RolloutModule):
             raise Refusal(
                 "PPO.kl_target moves beta, and beta is 0, which stays 0; give a beta, or leave kl_target out."
             )
+        if kl_target is None:
+            refuse_unread(self, ["kl_horizon"], "without kl_target beta stays as it is")
+        if kl == "reward":
+            refuse_unread(self, ["correct_kl"], "the KL is in the reward, not in the loss (kl)")
         self._appraisal = ppo.Appraisal(gamma, lam, missing_end_penalty, whiten_rewards, whiten_advantages)
         self._settings = ppo.Settings(Clip(clip_low, clip_high), value_clip, value_weight, entropy_weight, correct_kl)
         self.values: ValueHead | ValueModel | None = None

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
 from lightning_ft.engine.batch import Batch
@@ -81,15 +82,18 @@ def _term(name: str, losses: Tensor, batch: Batch, settings: Settings, weight: f
 def measured(batch: Batch, logp: Tensor, entropy: Tensor, settings: Settings) -> Measured:
     """``entropy`` (N,) and how far the policy has gone from that which wrote the answers; means over tokens.
 
-    ``ratio``, ``clipped_low`` and ``clipped_high`` (shares of tokens whose gradient is cut), and ``policy_kl``: KL(old || now),
-    estimated by k3. At the first update of a round 1, 0, 0 and 0.
+    ``ratio``, ``clipped_low`` and ``clipped_high`` (shares of tokens whose gradient is cut; of cispo the latter are those whose
+    weight is held at its most, and none is low), and ``policy_kl``: KL(old || now), estimated by k3. At the first update of a
+    round 1, 0, 0 and 0.
     """
     logp, count = logp.detach(), float(len(logp))
     old = batch.columns.get("old_logps", logp)
     ratio = log_ratios(logp, old, batch.segment_of_scored, settings.importance)
-    cispo = settings.loss == "cispo"
-    clip = Clip(low=1.0, high=settings.cispo_most - 1) if cispo else settings.clip
-    low, high = clipped_share(ratio, batch.columns["advantages"], clip)
+    if settings.loss == "cispo":
+        high = ratio.exp() > settings.cispo_most
+        low = torch.zeros_like(high)
+    else:
+        low, high = clipped_share(ratio, batch.columns["advantages"], settings.clip)
     return {
         "entropy": (entropy.sum(), count),
         "ratio": (ratio.exp().sum(), count),

@@ -339,6 +339,8 @@ def test_on_a_base_in_four_bits(job: Path, tmp_path: Path) -> None:
         ({"beta": 0.0, "kl_target": 6.0}, "PPO.kl_target moves beta"),
         ({"rewards": {}}, "rewards must name at least one"),
         ({"kl": "both"}, "PPO.kl must be one of"),
+        ({"kl_horizon": 500.0}, "PPO.kl_horizon is 500.0, but without kl_target beta stays"),
+        ({"correct_kl": False}, "PPO.correct_kl is False, but the KL is in the reward"),
     ],
 )
 def test_arguments(given: dict[str, Any], message: str) -> None:
