@@ -19,9 +19,10 @@ from lightning_ft.engine.rollouts.round import Round
 from lightning_ft.engine.scoring import scores
 from lightning_ft.functional.advantages import Scale, group_advantages, leave_one_out, without_signal
 from lightning_ft.functional.errors import Refusal
+from lightning_ft.functional.kl_estimators import kl_estimate
 from lightning_ft.functional.policy_gradient import Clip, Importance, PolicyLoss
 from lightning_ft.models.quantize import Mode
-from lightning_ft.objectives import causal_lm, grpo
+from lightning_ft.objectives import causal_lm, grpo, ppo
 
 
 class GRPO(RolloutModule):
@@ -37,7 +38,7 @@ class GRPO(RolloutModule):
         base: the model to start from: ``starter:smollm2-135m``, a local folder, or a Hugging Face id. It should succeed now and
             then: where all answers fail, there is nothing to compare.
         rewards: by name: what answers are rewarded with, see `Reward`; in Python also plain functions.
-        samples: answers to each prompt; 8 is TRL's default.
+        samples: answers to each prompt; 8 is TRL's default. A single one only with ``reinforce++``.
         max_new_tokens: most tokens of an answer; 256 is TRL's default.
         temperature: of the writing, and of all probabilities in the loss.
         top_k: draw only among so many most likely tokens; 0 among all.
@@ -50,14 +51,17 @@ class GRPO(RolloutModule):
             constant instead of a clipped loss, so that no token loses its gradient. ``dapo`` is TRL's default.
         importance: ``token``, or ``sequence``: rho is the geometric mean over an answer's tokens (GSPO), which wants much
             narrower bounds, such as 3e-4 and 4e-4.
-        advantage: ``group`` as above, or ``rloo``: the reward less the mean of the *other* answers to the prompt.
+        advantage: ``group`` as above; ``rloo``: the reward less the mean of the *other* answers to the prompt; or ``reinforce++``:
+            of each token what follows it, the reward less ``beta`` times the rest of the KL, whitened over all tokens of the
+            round, so that answers to one prompt are not compared and one answer each may do (Hu et al., 2025).
         scale: what differences to the group's mean are divided by: the standard deviation of the ``group``, of the whole
             ``batch`` (round), or ``none``.
         clip_low: how far below 1 rho counts.
         clip_high: how far above; 0.28 in DAPO, so that rare tokens can grow.
         clip_both: most that rho counts at all, also for bad answers; None: no bound.
         cispo_most: see ``loss``.
-        beta: weight of the KL to the reference, estimated by k3 and added to the loss; 0 computes none.
+        beta: weight of the KL to the reference, estimated by k3 and added to the loss (with ``reinforce++``: by k1, taken off the
+            reward of each token); 0 computes none.
         correct_kl: multiply the KL of each token by its rho, so that its gradient becomes that of the reverse KL without bias
             (DeepSeek-V3.2), as TRL does; False leaves k3 alone, as in the GRPO paper.
         watch_kl: measure the KL to the reference once a round even with ``beta`` 0: one more forward pass.
@@ -65,7 +69,7 @@ class GRPO(RolloutModule):
             ``base``.
         mask_truncated: whether answers that the limit of tokens cut are left out of the loss; they still count in their group.
         drop_without_signal: whether groups that were all rewarded alike, whose advantages are 0, are left out of steps and
-            divisors; False counts their tokens among those that a loss is divided by, as TRL does.
+            divisors; False counts their tokens among those that a loss is divided by, as TRL does. With ``reinforce++`` none are.
         lr: peak learning rate; None takes a twentieth of what the technique suggests (LoRA 1e-5), or 1e-6 for full training,
             TRL's default.
         weight_decay: AdamW's decay of trained matrices.
@@ -98,7 +102,8 @@ class GRPO(RolloutModule):
 
     References:
         Shao et al., 2024 (DeepSeekMath), equation 3; Yu et al., 2025 (DAPO); Liu et al., 2025 (Dr. GRPO); Zheng et al., 2025
-        (GSPO); MiniMax, 2025 (CISPO); Ahmadian et al., 2024 (RLOO). Proven against TRL's trainers in tests/oracles.
+        (GSPO); MiniMax, 2025 (CISPO); Ahmadian et al., 2024 (RLOO); Hu et al., 2025 (REINFORCE++).
+        Proven against TRL's trainers in tests/oracles.
     """
 
     def __init__(
@@ -106,7 +111,7 @@ class GRPO(RolloutModule):
         base: str,
         *,
         rewards: dict[str, Reward],
-        samples: Annotated[int, Ge(2)] = 8,
+        samples: Annotated[int, Ge(1)] = 8,
         max_new_tokens: Annotated[int, Ge(1)] = 256,
         temperature: Annotated[float, Gt(0)] = 1.0,
         top_k: Annotated[int, Ge(0)] = 0,
@@ -115,7 +120,7 @@ class GRPO(RolloutModule):
         eval_temperature: Annotated[float, Ge(0)] = 0.0,
         loss: PolicyLoss = "dapo",
         importance: Importance = "token",
-        advantage: Literal["group", "rloo"] = "group",
+        advantage: Literal["group", "rloo", "reinforce++"] = "group",
         scale: Scale = "group",
         clip_low: Annotated[float, Gt(0), Le(1)] = 0.2,
         clip_high: Annotated[float, Gt(0)] = 0.2,
@@ -176,15 +181,24 @@ class GRPO(RolloutModule):
         self.mask_truncated = mask_truncated
         self.drop_without_signal = drop_without_signal
         self.check()
+        self._plain = advantage == "reinforce++"
+        if samples < 2 and not self._plain:
+            raise Refusal(
+                f"GRPO.samples must be at least 2, got {samples}: the advantage {advantage} compares answers to one prompt; raise "
+                "it, or take reinforce++."
+            )
         if advantage == "rloo":
             refuse_unread(self, ["scale"], "the advantage rloo divides by nothing")
+        if self._plain:
+            refuse_unread(self, ["scale"], "the advantage reinforce++ is whitened over all tokens of the round")
+            refuse_unread(self, ["correct_kl"], "the KL of reinforce++ is in the reward, not in the loss")
         bounds = ["clip_low", "clip_high", "clip_both"]
         ignored, used = (bounds, ["cispo_most"]) if loss == "cispo" else (["cispo_most"], bounds)
         refuse_unread(self, ignored, f"{loss} is bounded by {', '.join(used)}")
         if clip_both is not None and clip_both <= 1 + clip_high:
             raise Refusal(f"GRPO.clip_both must be greater than 1 + clip_high, {1 + clip_high:g}, got {clip_both}.")
-        clip = Clip(clip_low, clip_high, clip_both)
-        self._settings = grpo.Settings(loss, importance, clip, cispo_most, beta, correct_kl, max_new_tokens)
+        clip, in_loss = Clip(clip_low, clip_high, clip_both), 0.0 if self._plain else beta
+        self._settings = grpo.Settings(loss, importance, clip, cispo_most, in_loss, correct_kl, max_new_tokens)
 
     @property
     def _compares(self) -> bool:
@@ -197,18 +211,31 @@ class GRPO(RolloutModule):
         kept = super().keep(round)
         if self.mask_truncated:
             kept = kept & round.ended
-        if self.drop_without_signal:
+        if self.drop_without_signal and not self._plain:
             kept = kept & ~without_signal(round.rewards).repeat_interleave(self.samples)
         return kept
 
     def appraise(self, round: Round) -> None:
-        """The same advantage for every token of an answer."""
+        """The same advantage for every token of an answer; of ``reinforce++`` what follows each token."""
+        if self._plain:
+            round.tokens["advantages"] = self._following(round).float()
+            return
         rewards = round.rewards
         found = leave_one_out(rewards) if self.advantage == "rloo" else group_advantages(rewards, self.scale)
         round.tokens["advantages"] = found.reshape(-1)[round.owner].float()
 
+    def _following(self, round: Round) -> Tensor:
+        """(N,) what PPO would find without a critic: nothing is expected, so an advantage is all that came after a token."""
+        tokens, owner = round.tokens, round.owner
+        kl = kl_estimate(tokens["old_logps"], tokens["reference_logps"], "k1") if self.beta > 0 else None
+        nothing = torch.zeros(len(owner), dtype=torch.float64)
+        how = ppo.Appraisal(gamma=1.0, lam=1.0)
+        return ppo.appraised(round.scores.total, round.ended, owner, nothing, kl, self.beta, how)[0]
+
     def facts(self, round: Round) -> dict[str, float]:
-        """With the share of groups that were all rewarded alike."""
+        """With the share of groups that were all rewarded alike, where that matters."""
+        if self._plain:
+            return super().facts(round)
         return {**super().facts(round), "without_signal": float(without_signal(round.rewards).double().mean())}
 
     # -- steps ------------------------------------------------------------------------------------------------------------

@@ -312,7 +312,10 @@ def test_validation_asks_for_the_most_likely_answers(job, tmp_path):
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
-        ({"samples": 1}, "GRPO.samples must be at least 2"),
+        ({"samples": 0, "advantage": "reinforce++"}, "GRPO.samples must be at least 1"),
+        ({"samples": 1}, "GRPO.samples must be at least 2, got 1: the advantage group compares"),
+        ({"advantage": "reinforce++", "scale": "none"}, "GRPO.scale is none, but the advantage reinforce"),
+        ({"advantage": "reinforce++", "correct_kl": False}, "GRPO.correct_kl is False, but the KL of reinforce"),
         ({"temperature": 0.0}, "GRPO.temperature must be greater than 0"),
         ({"loss": "ppo"}, "GRPO.loss must be one of"),
         ({"advantage": "rloo", "scale": "none"}, "divides by nothing"),

@@ -111,8 +111,13 @@ TABLE = {"a": (1.0, 0.2, 0.0), "b": (0.1, 0.0, 0.8), "c": (0.3, 0.9, 0.5)}
 
 @pytest.mark.parametrize(
     "settings",
-    [{}, {"advantage": "rloo", "loss": "dr_grpo"}, {"loss": "grpo", "importance": "sequence"}],
-    ids=["dapo", "rloo", "gspo"],
+    [
+        {},
+        {"advantage": "rloo", "loss": "dr_grpo"},
+        {"loss": "grpo", "importance": "sequence"},
+        {"advantage": "reinforce++"},
+    ],
+    ids=["dapo", "rloo", "gspo", "reinforce++"],
 )
 def test_a_bandit_with_three_states_is_learned(tmp_path, settings):
     """One token an answer; which of three actions it is its number says. The best mean reward is that of the best actions."""
