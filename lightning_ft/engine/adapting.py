@@ -59,7 +59,9 @@ class AdaptingModule(EpisodeModule):
         check_net(self.model, order=self.order if self.implicit is None else 2, owner=type(self).__name__)
         parameters = dict(self.named_parameters())
         self._tied = len(parameters) != len(list(self.named_parameters(remove_duplicate=False)))
-        self.inner_names = [name for name in parameters if name in self._wanted() and parameters[name].requires_grad]
+        late = Attachment.of(self).late  # thawed during the run: they adapt from then on
+        wanted = [name for name in parameters if name in self._wanted()]
+        self.inner_names = [name for name in wanted if parameters[name].requires_grad or name in late]
         if not self.inner_names:
             raise Refusal(
                 f"{type(self).__name__}.inner {self.inner!r} names nothing that is trained, so no task could be adapted to; "
@@ -95,7 +97,7 @@ class AdaptingModule(EpisodeModule):
     def start(self) -> Weights:
         """The weights that the inner loop begins with, by name; the parameters themselves."""
         parameters = dict(self.named_parameters())
-        return {name: parameters[name] for name in self.inner_names}
+        return {name: parameters[name] for name in self.inner_names if parameters[name].requires_grad}
 
     def start_without_graph(self) -> Weights:
         """The same, through which nothing is learned."""

@@ -2,13 +2,14 @@
 
 from pathlib import Path
 
+import lightning.pytorch as pl
 import pytest
 import torch
 import yaml
 from torch import nn
 
 from benchmarks.meta_text import clip_of
-from lightning_ft import MAML, LoRA, Reptile
+from lightning_ft import MAML, GradualUnfreezing, LoRA, Reptile
 from lightning_ft.modules.reptile import in_turn
 from tests.modules.episodes import fit, mlp, module, on_ranks, sines, words, write_words
 from tests.modules.tasks import write_base
@@ -81,6 +82,23 @@ def test_over_lora_in_batches_of_texts(tmp_path):
     assert all(".lora_" in n or "classifier" in n or "pooler" in n for n in steps.gradients[0])
     assert all(float(g.abs().max()) > 0 for n, g in steps.gradients[1].items()), before
     assert {"val/loss", "val/accuracy", "val/step_0/accuracy_ci95"} <= set(runner.callback_metrics)
+
+
+@pytest.mark.parametrize("kind", [MAML, Reptile])
+def test_blocks_that_are_thawed_adapt_from_then_on(tmp_path, kind):
+    base, path = write_base("bert", tmp_path / "bert"), write_words(tmp_path)
+    made = kind(str(base), steps=2, inner_lr=0.1, lr=0.1, schedule="constant", optimizer=torch.optim.SGD)
+    adapting = []
+
+    class Count(pl.Callback):
+        def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
+            adapting.append(len(pl_module.start()))
+
+    gradual = GradualUnfreezing(unit="step", groups=2)
+    fit(tmp_path, made, words(path, tmp_path), gradual, Count(), max_steps=3)
+    assert adapting == sorted(set(adapting)) and len(adapting) == 3, "more of them at each step"
+    assert adapting[-1] == len(made.inner_names) == len(dict(made.named_parameters()))
+    assert any(".layer.0." in name for name in made.start())
 
 
 def test_the_way_is_longer_than_gradients_are_clipped_at(tmp_path):
