@@ -7,7 +7,8 @@
 
 A cell is one run: ``suite|method|strength|seed``. Finished ones are in results/continual.json and are not run again; several
 processes may work at once, each on its own methods. Where a method has a strength to choose, three values are tried first on rows
-and a seed of their own (``choose`` in place of the seed), and the one with the best average is taken. Digits always run on the CPU.
+and a seed of their own (``choose`` in place of the seed), and the one with the best average is taken. Digits always run on the
+CPU, sentences under autocast to bfloat16 where that is fast.
 
 The digits are scikit-learn's (1,797 of 8 x 8 pixels): five permutations of the pixels, or five tasks of two digits whose classes
 all compete. The sentences are VADER's, sign of the rating, in the order tweets, amazon, nyt, movie.
@@ -31,6 +32,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from benchmarks import continual_report
+from benchmarks.measure import fast_precision
 from benchmarks.vader_cells import Kept, quiet
 from lightning_ft import (
     AGEM,
@@ -209,6 +211,7 @@ def run(suite: str, method: str, strength: float, seed: int, accelerator: str = 
             parts = []  # it brings factors of its own
         trainer = pl.Trainer(
             accelerator="cpu" if suite.startswith("digits") else accelerator,
+            precision="32-true" if suite.startswith("digits") else fast_precision(),
             devices=1,
             callbacks=[*parts, *METHODS[method][1](strength)],
             max_epochs=-1,
@@ -230,6 +233,7 @@ def run(suite: str, method: str, strength: float, seed: int, accelerator: str = 
         "scores": stream.scores.metrics(method == "joint"),
         "seconds": round(time.monotonic() - begin, 1),
         "device": trainer.strategy.root_device.type,
+        "precision": str(trainer.precision),
     }
 
 

@@ -11,7 +11,8 @@
 - ``digits``: a teacher 64-512-512-10, students 64-32-10 with 100 labels and 1,300 images without.
 
 The rate of a method is chosen on validation rows with the first seed; two more seeds run at that rate, and test rows are reported.
-Cells are kept as they are done, teachers in ``--work``; a stopped run goes on where it was.
+Sentences and chats run under autocast to bfloat16 where that is fast. Cells are kept as they are done, teachers in ``--work``; a
+stopped run goes on where it was.
 """
 
 from __future__ import annotations

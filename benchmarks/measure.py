@@ -15,7 +15,7 @@ import time
 from dataclasses import dataclass, field
 from importlib import metadata
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 PACKAGES = ("torch", "lightning", "transformers", "trl", "peft", "accelerate", "datasets", "safetensors")
 
@@ -165,6 +165,15 @@ def device() -> str:
     import torch
 
     return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def fast_precision() -> Literal["bf16-mixed", "32-true"]:
+    """Of a Trainer: bfloat16 where products in it are fast (newer GPUs, CPUs with AVX512-BF16 or AMX), else float32."""
+    import torch
+
+    from lightning_ft.models.dtype import compute_dtype
+
+    return "bf16-mixed" if compute_dtype("auto", device()) is torch.bfloat16 else "32-true"
 
 
 def device_name() -> str:

@@ -12,7 +12,8 @@ differ in size, so that samplers have something to do.
 A cell is ``suite|method|seed``; of single tasks ``suite|single|seed|task``, and these share the budget: each trains for the steps
 that it would get under plain mixing. Each cell is kept when done and skipped the next time. Several processes may run at once,
 on CPUs or on one GPU, with one results file: each takes a cell that no other is at. Test rows, rate and base are the same for all
-cells of a suite; the seed draws heads and factors, VADER's training rows and the order of rows.
+cells of a suite; the seed draws heads and factors, VADER's training rows and the order of rows. Under
+autocast to bfloat16 where that is fast.
 """
 
 from __future__ import annotations

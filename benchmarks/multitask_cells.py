@@ -8,6 +8,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+from benchmarks.measure import fast_precision
 from benchmarks.vader_cells import written
 
 SIZES = {"tweets": 800, "amazonReviewSnippets": 400, "movieReviewSnippets": 200, "nytEditorialSnippets": 100}
@@ -131,6 +132,7 @@ def fitted(
 
     quiet: dict[str, Any] = {
         "accelerator": accelerator,
+        "precision": fast_precision(),
         "devices": 1,
         "logger": False,
         "enable_checkpointing": False,
@@ -259,6 +261,6 @@ def told(
         **({"losses": losses} if losses else {}),
         "seconds": seconds,
         "steps": steps,
-        "device": where,
+        "device": f"{where} ({fast_precision()})",
         "trainable": sum(p.numel() for p in module.parameters() if p.requires_grad),
     }

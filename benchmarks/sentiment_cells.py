@@ -13,6 +13,7 @@ from typing import Any
 import lightning.pytorch as pl
 
 from benchmarks.lexicon import Lexicon
+from benchmarks.measure import fast_precision
 from lightning_ft.functional.intervals import mean_interval
 
 WORDS = 4
@@ -193,7 +194,7 @@ def rater(folder: Path, plan: Plan) -> dict[str, float]:
 
     module = SFT(plan.rater_base, task="regression", lr=1e-4, head_lr=1e-3)
     data = ClassificationData(str(folder / "rated.jsonl"), val_fraction=0.1, batch_size=16)
-    made = trainer(folder, max_steps=plan.rater_steps, limit_val_batches=None)
+    made = trainer(folder, max_steps=plan.rater_steps, limit_val_batches=None, precision=fast_precision())
     made.fit(module, data)
     module.model.float().save_pretrained(folder / "rater")
     module.tokenizer.save_pretrained(folder / "rater")
