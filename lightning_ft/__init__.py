@@ -59,6 +59,7 @@ if TYPE_CHECKING:
     from lightning_ft.modules.maml import MAML
     from lightning_ft.modules.multitask import MultiTask
     from lightning_ft.modules.on_policy_distillation import OnPolicyDistillation
+    from lightning_ft.modules.online_dpo import OnlineDPO
     from lightning_ft.modules.ppo import PPO
     from lightning_ft.modules.protonet import ProtoNet
     from lightning_ft.modules.reptile import Reptile
@@ -101,6 +102,7 @@ _HOMES = {
     "MultiTaskData": "data.multitask_data",
     "NEFTune": "callbacks.neftune",
     "OnPolicyDistillation": "modules.on_policy_distillation",
+    "OnlineDPO": "modules.online_dpo",
     "OrthogonalLoRA": "callbacks.orthogonal_lora",
     "PPO": "modules.ppo",
     "PreferenceData": "data.preference_data",
@@ -160,6 +162,7 @@ __all__ = [
     "MultiTaskData",
     "NEFTune",
     "OnPolicyDistillation",
+    "OnlineDPO",
     "OrthogonalLoRA",
     "PPO",
     "PreferenceData",

@@ -32,7 +32,7 @@ from lightning_ft.functional.errors import Refusal
 
 
 class PromptData(SharedPrompts):
-    """Prompts that the trained model answers itself, as GRPO, PPO and OnPolicyDistillation learn from it.
+    """Prompts that the trained model answers itself, as GRPO, PPO, OnlineDPO and OnPolicyDistillation learn from it.
 
     A row has ``prompt`` (or ``question``, as reasoning-gym says): a string, which is gone on with, or a list of messages, which
     is answered. All other columns are there for rewards. When an epoch begins, the model as it then is writes the answers to the
@@ -170,8 +170,8 @@ class PromptData(SharedPrompts):
         module = self.trainer.lightning_module if self.trainer is not None else None
         if module is not None and not isinstance(module, RolloutModule):
             raise Refusal(
-                f"PromptData has no answers, and {type(module).__name__} writes none that it learns from: take GRPO, PPO or "
-                "OnPolicyDistillation, or data that have answers, such as SFTData."
+                f"PromptData has no answers, and {type(module).__name__} writes none that it learns from: take GRPO, PPO, "
+                "OnlineDPO or OnPolicyDistillation, or data that have answers, such as SFTData."
             )
         if stage in ("fit", None):
             self._round, self._answer_log = None, AnswerLog()
@@ -194,6 +194,7 @@ class PromptData(SharedPrompts):
             self._begin,
             prompts=self.prompts,
             samples=self._module.samples,
+            together=self._module.together,
             batch_size=self.batch_size,
             passes=self.passes,
             packed=self._packs,
@@ -212,7 +213,7 @@ class PromptData(SharedPrompts):
         found: dict[Split, Any] = dict(super().in_order())
         if self._round is not None:
             loader = self.train_dataloader()
-            loader.shared = False
+            loader.shared, loader.together = False, 1
             whole = replace(self._round, kept=torch.ones_like(self._round.kept))
             found["train"] = [batch for batch, _ in loader.first_pass(whole)]
         return found
@@ -222,8 +223,8 @@ class PromptData(SharedPrompts):
         module = self.trainer.lightning_module if self.trainer is not None else None
         if not isinstance(module, RolloutModule):
             raise Refusal(
-                "PromptData asks the module how many answers it writes: use it with a Trainer and GRPO, PPO or "
-                "OnPolicyDistillation."
+                "PromptData asks the module how many answers it writes: use it with a Trainer and GRPO, PPO, "
+                "OnlineDPO or OnPolicyDistillation."
             )
         return module
 

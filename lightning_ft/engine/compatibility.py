@@ -66,7 +66,7 @@ WORDS = {
     "mismatched_answers": "a loss over mismatched answers (KTO)",
     "episodes": "learning from episodes (MAML, Reptile, ProtoNet)",
     "several_tasks": "MultiTask",
-    "rollouts": "rounds of answers that the model writes itself (GRPO, PPO, OnPolicyDistillation)",
+    "rollouts": "rounds of answers that the model writes itself (GRPO, PPO, OnlineDPO, OnPolicyDistillation)",
     "bitsandbytes_precision": "Lightning's BitsandbytesPrecision",
     "time_saves_in_window": "ModelCheckpoint.train_time_interval with accumulation on several ranks",
 }

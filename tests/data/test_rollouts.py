@@ -65,6 +65,21 @@ def test_answers_to_a_prompt_stay_together_and_passes_differ():
     assert [int(row) for ranks in still.micro for row in ranks[0]] == list(range(S))
 
 
+@pytest.mark.parametrize("split", SPLITS)
+def test_two_answers_that_are_compared_meet_in_one_micro_batch(split):
+    """Two of four are kept, of two prompts none: an odd number of pairs does not split evenly."""
+    kept = np.zeros(S, dtype=bool)
+    for prompt in range(2, PROMPTS):
+        kept[prompt * SAMPLES + np.array([prompt % 3, 3])] = True
+    plan = deal(kept, split, passes=2, seed=3, together=2)
+    for ranks in plan.micro:
+        for part in ranks:
+            pairs = part.reshape(-1, 2)
+            assert (pairs[:, 0] // SAMPLES == pairs[:, 1] // SAMPLES).all() and (pairs[:, 0] < pairs[:, 1]).all()
+    seen = sorted(int(row) for ranks in plan.micro for part in ranks for row in part)
+    assert seen == sorted(np.flatnonzero(kept).tolist() * 2)
+
+
 def rollout(prompt, answer, group):
     tokens = {"advantages": torch.tensor([float(token) for token in answer])}
     return Rollout(np.array(prompt), np.array(answer), group, 10 + group, tokens)

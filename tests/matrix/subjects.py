@@ -204,6 +204,7 @@ SUBJECTS = {
 NOT_YET = {
     "KTO": "it estimates a KL term in each micro-batch, so that its layouts differ by design; tests/modules/test_kto compares them",
     "LinearProbe": "it learns from episodes, and trains nothing; tests/modules/test_protonet",
+    "OnlineDPO": "its rounds are GRPO's and its loss DPO's; tests/modules/test_online_dpo has all placements",
     "OnPolicyDistillation": "its rows are written while it trains; tests/modules/test_on_policy_distillation has all placements",
 }
 

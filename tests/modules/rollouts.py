@@ -39,11 +39,13 @@ def write_prompts(folder: Path, rows: int = 12) -> Path:
     return folder
 
 
-def grpo(job: Path, folder: Path, *, data: dict[str, Any] | None = None, **model: Any) -> tuple[GRPO, PromptData]:
+def grpo(
+    job: Path, folder: Path, *, data: dict[str, Any] | None = None, kind: type[Any] = GRPO, **model: Any
+) -> tuple[Any, PromptData]:
     """Four prompts a round with four answers of at most six tokens, in fp32, with plain SGD unless said otherwise."""
     given = {"prompts": 4, "batch_size": 16, "draw_batch": 4, "cache_dir": str(folder / "cache"), **(data or {})}
     made = {"rewards": {"sevens": sevens}, "samples": 4, "max_new_tokens": 6, "lr": 0.5, "optimizer": torch.optim.SGD}
-    return GRPO(str(job / "model"), **{**FP32, **made, **model}), PromptData(str(job / "prompts.jsonl"), **given)
+    return kind(str(job / "model"), **{**FP32, **made, **model}), PromptData(str(job / "prompts.jsonl"), **given)
 
 
 class Stir(pl.Callback):

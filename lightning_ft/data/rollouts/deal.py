@@ -24,6 +24,7 @@ def deal_round(
     *,
     samples: int,
     batch_size: int,
+    together: int = 1,
     world_size: int = 1,
     accumulate: int = 1,
     passes: int = 1,
@@ -38,6 +39,8 @@ def deal_round(
         lengths: (S,) tokens of each answer.
         samples: answers to each prompt, which follow one another.
         batch_size: most answers a micro-batch.
+        together: kept answers that meet in one micro-batch, in their order: 2 where a loss compares the two that are kept of each
+            prompt. Their number must be a multiple of it.
         world_size: ranks.
         accumulate: micro-batches a window.
         passes: how often the round is gone through.
@@ -51,8 +54,9 @@ def deal_round(
     for one in range(passes):
         order = permutation(prompts, (seed, _ROUND, number, one)) if shuffle else np.arange(prompts)
         rows = (order[:, None] * samples + np.arange(samples)).reshape(-1)
-        for window in np.array_split(rows[kept[rows]], count // accumulate):
-            pieces = np.array_split(window, accumulate * world_size)
+        units = rows[kept[rows]].reshape(-1, together)
+        for window in np.array_split(units, count // accumulate):
+            pieces = [piece.reshape(-1) for piece in np.array_split(window, accumulate * world_size)]
             micro += [pieces[i : i + world_size] for i in range(0, len(pieces), world_size)]
     totals = {
         "row": np.array([float(sum(map(len, ranks))) for ranks in micro]),

@@ -25,6 +25,7 @@ class RoundLoader(PlannedLoader):
         begin: gives the round of an epoch; called when its first batch is asked for.
         prompts: how many a round has.
         samples: answers to each.
+        together: kept answers that meet in one micro-batch.
         batch_size: answers a micro-batch.
         passes: how often a round is gone through.
         packed: answers end to end, or padded.
@@ -41,6 +42,7 @@ class RoundLoader(PlannedLoader):
         *,
         prompts: int,
         samples: int,
+        together: int,
         batch_size: int,
         passes: int,
         packed: bool,
@@ -63,6 +65,7 @@ class RoundLoader(PlannedLoader):
         self.begin = begin
         self.prompts = prompts
         self.samples = samples
+        self.together = together
         self.passes = passes
         self.shared = shared
         self.sampler = self  # Lightning tells the epoch to a loader's sampler only
@@ -90,6 +93,7 @@ class RoundLoader(PlannedLoader):
             round.lengths.numpy(),
             samples=self.samples,
             batch_size=self.batch_size,
+            together=self.together,
             world_size=placement.world_size,
             accumulate=placement.accumulate,
             passes=passes,

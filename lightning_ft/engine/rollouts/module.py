@@ -46,6 +46,8 @@ class RolloutModule(PolicyModule):
     rewarded = True
     """Whether there must be rewards; without them answers may still have some, to look at."""
     samples: int
+    together = 1
+    """Kept answers that have to meet in one micro-batch: 2 where those that are kept of each prompt are compared."""
     max_new_tokens: int
     temperature: float
     top_k: int
