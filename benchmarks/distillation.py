@@ -23,6 +23,7 @@ from statistics import median
 from typing import Any
 
 from benchmarks import measure
+from benchmarks.row_files import read, written
 
 OUTPUT = Path(__file__).resolve().parent / "results" / "distillation.json"
 BAR = 0.3
@@ -98,7 +99,7 @@ def write(folder: Path, size: dict[str, int], tokens: int) -> None:
         write_model(folder / who, seed=seed, num_hidden_layers=blocks, **size)
     letters = random.Random(0)
     texts = ["".join(letters.choices("abcdefgh ", k=tokens - 1)) for _ in range(ROWS)]  # and the end
-    (folder / "rows.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+    written(folder / "rows.jsonl", [{"text": text} for text in texts])
 
 
 def ours(folder: Path) -> dict[str, Any]:
@@ -156,8 +157,7 @@ def plain(folder: Path) -> dict[str, Any]:
     )
     student.train(), teacher.eval().requires_grad_(False)
     tokenizer = AutoTokenizer.from_pretrained(folder / "student")
-    lines = (folder / "rows.jsonl").read_text().splitlines()
-    texts = [json.loads(line)["text"] for line in lines]
+    texts = [row["text"] for row in read(folder / "rows.jsonl")]
     rows = [[*tokenizer(text)["input_ids"], tokenizer.eos_token_id] for text in texts]
     ids = torch.tensor(rows, device=device)
     optimizer = torch.optim.SGD(student.parameters(), lr=1e-3)

@@ -12,7 +12,8 @@ from statistics import median
 from typing import Any
 
 from benchmarks import vader_cells
-from benchmarks.vader_cells import trainer, written
+from benchmarks.row_files import written
+from benchmarks.vader_cells import trainer
 
 TEMPERATURE = 2.0
 """Of classes, DistilBERT's; of tokens 1, as their distributions are broad already."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import tempfile
 import warnings
@@ -73,12 +72,6 @@ def run(spec: Spec) -> dict[str, Any]:
     trainable = sum(p.numel() for p in module.parameters() if p.requires_grad)
     del options["tokens"]
     return emit("ours", clock, spec.device, trainable_parameters=trainable, options=options)
-
-
-def load(path: str) -> list[dict[str, Any]]:
-    """Read a JSONL file of pairs."""
-    with open(path, encoding="utf-8") as lines:
-        return [json.loads(line) for line in lines]
 
 
 if __name__ == "__main__":

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.method_list import DECODER, Setting, methods
+from benchmarks.row_files import written
 
 LLAMA_SMALL = {
     "hidden_size": 768,
@@ -139,7 +140,7 @@ def write_inputs(folder: Path, dry: bool) -> dict[str, Any]:
     rows = [row(f"Count to {n % 50}." * (1 + n % 5), "one two three four five " * (1 + n % 5)) for n in range(32)]
     if dry:
         rows = rows[:4]
-    (folder / "rows.jsonl").write_text("".join(json.dumps(item) + "\n" for item in rows * REPEATS), encoding="utf-8")
+    written(folder / "rows.jsonl", rows * REPEATS)
     found = {"batch": len(rows), "large": facts(byte_tokenizer(), rows, folder / "large")}
     (folder / "facts.json").write_text(json.dumps(found), encoding="utf-8")
     return found

@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from benchmarks.vader_cells import written
+from benchmarks.row_files import written
 
 SIZES = {"tweets": 800, "amazonReviewSnippets": 400, "movieReviewSnippets": 200, "nytEditorialSnippets": 100}
 TEST, STEPS, BATCH, LR, HEAD_LR, SEEDS = 300, 240, 32, 1e-4, 1e-3, (0, 1, 2)

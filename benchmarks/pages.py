@@ -1,4 +1,4 @@
-"""What pages of results share: where was measured, and the blocks of the docs between ``<!-- measured: NAME -->`` and ``<!-- end -->``."""
+"""What pages of results share: where was measured, and blocks of the docs from ``<!-- measured: NAME -->`` to ``<!-- end -->``."""
 
 from __future__ import annotations
 

@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks import measure
+from benchmarks.row_files import written
 
 DOMAINS = ("tweets", "amazonReviewSnippets", "movieReviewSnippets")
 TRAIN, VAL, TEST, STEPS, BATCH, SEEDS = 2000, 400, 1000, 63, 32, (0, 1, 2)
@@ -69,12 +70,6 @@ def write_questions(folder: Path) -> dict[str, str]:
         name: written(folder / f"asked_{name}.jsonl", [{k: row[k] for k in ("prompt", "completion")} for row in chosen])
         for name, chosen in splits.items()
     }
-
-
-def written(file: Path, rows: list[dict[str, Any]]) -> str:
-    """The path of the rows as a file."""
-    file.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
-    return str(file)
 
 
 def encoder_job(
