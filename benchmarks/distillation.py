@@ -24,6 +24,7 @@ from typing import Any
 
 from benchmarks import measure
 from benchmarks.row_files import read, written
+from benchmarks.silent import silent_trainer
 
 OUTPUT = Path(__file__).resolve().parent / "results" / "distillation.json"
 BAR = 0.3
@@ -128,18 +129,14 @@ def ours(folder: Path) -> dict[str, Any]:
     )
     data = SFTData(str(folder / "rows.jsonl"), batch_size=ROWS, shuffle=False, cache_dir=str(folder / "cache"))
     taught = Distillation(str(folder / "teacher"), temperature=TEMPERATURE, dtype="float32")
-    trainer = pl.Trainer(
+    trainer = silent_trainer(
+        folder,
+        [taught, Look()],
         max_steps=STEPS,
         max_epochs=-1,
         accelerator="auto",
         devices=1,
-        logger=False,
-        enable_checkpointing=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
         limit_val_batches=0,
-        default_root_dir=folder,
-        callbacks=[taught, Look()],
     )
     trainer.fit(module, data)
     return watch.found("ours")

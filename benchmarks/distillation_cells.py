@@ -13,6 +13,7 @@ from typing import Any
 
 from benchmarks import vader_cells
 from benchmarks.row_files import written
+from benchmarks.silent import silent_trainer
 from benchmarks.vader_cells import trainer
 
 TEMPERATURE = 2.0
@@ -406,16 +407,7 @@ def digits(seed: int, sizes: Sizes) -> dict[str, Any]:
         seen = TensorDataset(images[:rows], told)
         # As many steps for all: a hundred rows are gone through fourteen times an epoch.
         loader = DataLoader(seen, batch_size=100, sampler=RandomSampler(seen, num_samples=TRAINED))
-        run = pl.Trainer(
-            max_epochs=epochs,
-            accelerator="cpu",
-            logger=False,
-            enable_checkpointing=False,
-            enable_progress_bar=False,
-            enable_model_summary=False,
-            callbacks=list(callbacks),
-        )
-        run.fit(module, loader)
+        silent_trainer(None, callbacks, max_epochs=epochs, accelerator="cpu").fit(module, loader)
         with torch.no_grad():
             return float((module.net(images[TRAINED:]).argmax(1) == classes[TRAINED:]).double().mean())
 

@@ -17,6 +17,7 @@ import torch
 
 from benchmarks.random_model import write_model
 from benchmarks.row_files import written
+from benchmarks.silent import silent_trainer
 from lightning_ft import SFT, LoRA, SFTData
 from lightning_ft.engine.importance import importance
 from lightning_ft.engine.likelihood import LogLikelihood
@@ -52,16 +53,9 @@ def measure(base: str, batches: int, folder: Path, techniques: list[Any], batch_
     ]
     path = written(folder / "rows.jsonl", chats)
     cost = Cost(batches)
-    quiet = {
-        "logger": False,
-        "enable_checkpointing": False,
-        "enable_progress_bar": False,
-        "enable_model_summary": False,
-    }
     data = SFTData(path, batch_size=batch_size, cache_dir=str(folder / "cache"))
-    pl.Trainer(accelerator="cpu", max_steps=1, limit_val_batches=0, callbacks=[*techniques, cost], **quiet).fit(
-        SFT(base), data
-    )
+    fitter = silent_trainer(None, [*techniques, cost], accelerator="cpu", max_steps=1, limit_val_batches=0)
+    fitter.fit(SFT(base), data)
     ordinary, fisher = (sorted(values)[len(values) // 2] for values in cost.seconds.values())
     return {"ordinary": ordinary, "fisher": fisher, "ratio": fisher / ordinary, "batches": batches}
 

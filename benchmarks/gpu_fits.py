@@ -16,6 +16,7 @@ from typing import Any
 
 from benchmarks.method_list import DECODER, Setting, methods
 from benchmarks.row_files import written
+from benchmarks.silent import silent_trainer
 
 LLAMA_SMALL = {
     "hidden_size": 768,
@@ -226,21 +227,9 @@ def fit(job: Job, precision: str, folder: Path, device: str, steps: int) -> dict
 
 def bare_trainer(folder: str | Path, device: str, callbacks: list[Any], **options: Any) -> Any:
     """A trainer on one device that shows and keeps nothing."""
-    import lightning.pytorch as pl
-
-    fixed = {"max_epochs": -1, "limit_val_batches": 0, "num_sanity_val_steps": 0}
-    return pl.Trainer(
-        accelerator="gpu" if device == "cuda" else "cpu",
-        devices=1,
-        callbacks=callbacks,
-        default_root_dir=folder,
-        logger=False,
-        enable_checkpointing=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-        use_distributed_sampler=False,
-        **{**fixed, **options},
-    )
+    fixed = {"max_epochs": -1, "limit_val_batches": 0, "num_sanity_val_steps": 0, "use_distributed_sampler": False}
+    accelerator = "gpu" if device == "cuda" else "cpu"
+    return silent_trainer(folder, callbacks, accelerator=accelerator, devices=1, **{**fixed, **options})
 
 
 def loss_of(module: Any, batch: Any, device: str) -> float:

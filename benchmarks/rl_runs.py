@@ -28,6 +28,7 @@ from benchmarks import pages, rl_report  # noqa: E402
 from benchmarks.cell_jobs import device, run_cells  # noqa: E402
 from benchmarks.row_files import written  # noqa: E402
 from benchmarks.runs import RESULTS, Store  # noqa: E402
+from benchmarks.silent import silent_trainer  # noqa: E402
 from benchmarks.vader_cells import chosen, quiet  # noqa: E402
 from lightning_ft.functional.intervals import mean_interval, wilson  # noqa: E402
 
@@ -142,14 +143,6 @@ def parts(arguments: argparse.Namespace, folder: Path, name: str, train: str, he
     return module, data
 
 
-def bare(folder: Path, **options: Any) -> Any:
-    """A Trainer without bars."""
-    from lightning import Trainer
-
-    off = {"logger": False, "enable_progress_bar": False, "enable_model_summary": False, "enable_checkpointing": False}
-    return Trainer(devices=1, default_root_dir=folder, **{**off, **options})
-
-
 def probe(arguments: argparse.Namespace) -> None:
     """Prints the share that is solved of each candidate, with an interval."""
     from lightning_ft import LoRA
@@ -158,7 +151,7 @@ def probe(arguments: argparse.Namespace) -> None:
         rows = split(name, arguments.held)[1]
         held = written(arguments.folder / f"{name}.jsonl", rows)
         module, data = parts(arguments, arguments.folder, name, held, held)
-        found = solved(module, data, bare(arguments.folder, callbacks=[LoRA(r=16)]), rows, name)
+        found = solved(module, data, silent_trainer(arguments.folder, [LoRA(r=16)], devices=1), rows, name)
         right, answers = found["right"], found["answers"]
         low, high = wilson(sum(right), len(right))
         print(
@@ -182,7 +175,7 @@ def learn(arguments: argparse.Namespace, key: str) -> dict[str, Any]:
     before_file: Path = folder / "before.json"
     if not before_file.exists():
         module, data = parts(arguments, folder, name, train, held)
-        found = solved(module, data, bare(folder, callbacks=[LoRA(r=16)]), held_out, name)
+        found = solved(module, data, silent_trainer(folder, [LoRA(r=16)], devices=1), held_out, name)
         before_file.write_text(json.dumps(found))
         print(f"{key}: before {sum(found['right'])} of {len(found['right'])}", flush=True)
     points: Path = folder / "rounds.jsonl"
@@ -201,13 +194,14 @@ def learn(arguments: argparse.Namespace, key: str) -> dict[str, Any]:
 
     save = ModelCheckpoint(folder, filename="last-{epoch}", every_n_epochs=1, save_on_train_epoch_end=True)
     module, data = parts(arguments, folder, name, train, held)
-    trainer = bare(
+    trainer = silent_trainer(
         folder,
+        [LoRA(r=16, alpha=32), save, Points()],
+        devices=1,
         max_epochs=arguments.rounds,
         max_time={"minutes": int(arguments.minutes), "seconds": int(arguments.minutes * 60) % 60},
         accumulate_grad_batches=2,
         gradient_clip_val=1.0,
-        callbacks=[LoRA(r=16, alpha=32), save, Points()],
         enable_checkpointing=True,
         limit_val_batches=0,
     )

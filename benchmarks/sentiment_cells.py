@@ -13,6 +13,7 @@ import lightning.pytorch as pl
 
 from benchmarks.lexicon import Lexicon
 from benchmarks.row_files import read, written
+from benchmarks.silent import silent_trainer
 from lightning_ft.functional.intervals import mean_interval
 
 WORDS = 4
@@ -149,18 +150,12 @@ def logps(module: Any, prompts: Sequence[Sequence[int]], answers: Sequence[Seque
 
 def trainer(folder: Path, *callbacks: pl.Callback, **options: Any) -> pl.Trainer:
     given = {
-        "logger": False,
-        "enable_checkpointing": False,
-        "enable_progress_bar": False,
-        "enable_model_summary": False,
-    }
-    given |= {
         "limit_val_batches": 0,
         "num_sanity_val_steps": 0,
         "gradient_clip_val": 1.0,
         "use_distributed_sampler": False,
     }
-    return pl.Trainer(callbacks=list(callbacks), default_root_dir=str(folder), **{**given, **options})
+    return silent_trainer(folder, callbacks, **{**given, **options})
 
 
 def prepare(folder: Path, plan: Plan) -> None:

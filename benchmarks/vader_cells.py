@@ -21,6 +21,7 @@ from typing import Any
 
 from benchmarks import measure
 from benchmarks.row_files import written
+from benchmarks.silent import silent_trainer
 
 DOMAINS = ("tweets", "amazonReviewSnippets", "movieReviewSnippets")
 TRAIN, VAL, TEST, STEPS, BATCH, SEEDS = 2000, 400, 1000, 63, 32, (0, 1, 2)
@@ -114,19 +115,9 @@ def decoder_job(
 
 def trainer(folder: Path, callbacks: list[Any], **options: Any) -> Any:
     """A trainer that writes nothing, clips, and does not validate while it trains; on the GPU where there is one."""
-    import lightning.pytorch as pl
-
     accelerator = "gpu" if measure.device() == "cuda" else "cpu"
     fixed = {"accelerator": accelerator, "devices": 1, "gradient_clip_val": 1.0, "limit_val_batches": 0}
-    return pl.Trainer(
-        callbacks=callbacks,
-        logger=False,
-        enable_checkpointing=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-        default_root_dir=folder,
-        **{**fixed, **options},
-    )
+    return silent_trainer(folder, callbacks, **{**fixed, **options})
 
 
 def encoder_cell(
