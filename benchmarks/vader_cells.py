@@ -135,10 +135,7 @@ def encoder_cell(
     pl.seed_everything(seed, verbose=False)
     module, data = encoder_job(task, rate, files, **model)
     found = _fitted(module, data, trainer(folder, callbacks, max_steps=STEPS, max_epochs=-1))
-    judge = trainer(folder, [], limit_val_batches=None)
-    (val,) = judge.validate(module, data, verbose=False)
-    (test,) = judge.test(module, data, verbose=False)
-    return {**found, "scores": {k: float(v) for k, v in {**val, **test}.items()}}
+    return {**found, "scores": judged(module, data, folder)}
 
 
 def decoder_cell(
@@ -156,6 +153,14 @@ def decoder_cell(
     right, rows = label_accuracy(module.to(measure.device()), data)
     scores = {**{k: float(v) for k, v in val.items()}, "test/right": right, "test/rows": rows}
     return {**found, "scores": {**scores, "test/accuracy": right / rows}}
+
+
+def judged(module: Any, data: Any, folder: Path, **options: Any) -> dict[str, float]:
+    """What is measured of all validation and test rows."""
+    judge = trainer(folder, [], **{**options, "limit_val_batches": None})
+    (val,) = judge.validate(module, data, verbose=False)
+    (test,) = judge.test(module, data, verbose=False)
+    return {name: float(value) for name, value in {**val, **test}.items()}
 
 
 def _fitted(module: Any, data: Any, fitter: Any) -> dict[str, Any]:
