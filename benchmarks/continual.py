@@ -33,6 +33,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from benchmarks import continual_report
 from benchmarks.measure import fast_precision
+from benchmarks.silent import silent_trainer
 from benchmarks.vader_cells import Kept, quiet
 from lightning_ft import (
     AGEM,
@@ -209,16 +210,13 @@ def run(suite: str, method: str, strength: float, seed: int, accelerator: str = 
         module, stream, parts = make(suite, seed, baseline, Path(place))
         if method == "orthogonal_lora":
             parts = []  # it brings factors of its own
-        trainer = pl.Trainer(
+        trainer = silent_trainer(
+            None,
+            [*parts, *METHODS[method][1](strength)],
             accelerator="cpu" if suite.startswith("digits") else accelerator,
             precision="32-true" if suite.startswith("digits") else fast_precision(),
             devices=1,
-            callbacks=[*parts, *METHODS[method][1](strength)],
             max_epochs=-1,
-            logger=False,
-            enable_checkpointing=False,
-            enable_progress_bar=False,
-            enable_model_summary=False,
             num_sanity_val_steps=0,
             use_distributed_sampler=False,
         )

@@ -24,6 +24,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Sampler, TensorDataset
 
+from benchmarks.silent import silent_trainer
 from lightning_ft import EWC, MAS, Replay, SynapticIntelligence
 from lightning_ft.engine.technique import Technique
 
@@ -121,15 +122,8 @@ def run(method: str, seed: int, *, tasks: int = TASKS, epochs: int = EPOCHS) -> 
             x = torch.cat([train[0][:, p] for p in permutations[: t + 1]])
             y = train[1].repeat(t + 1)
         loader = DataLoader(TensorDataset(x, y), batch_sampler=Order(len(x), net))
-        pl.Trainer(
-            accelerator="cpu",
-            max_epochs=epochs,
-            logger=False,
-            enable_checkpointing=False,
-            enable_progress_bar=False,
-            enable_model_summary=False,
-            callbacks=[technique] if technique is not None else [],
-        ).fit(net, loader)
+        callbacks = [technique] if technique is not None else []
+        silent_trainer(None, callbacks, accelerator="cpu", max_epochs=epochs).fit(net, loader)
         with torch.no_grad():
             for u, other in enumerate(permutations):
                 matrix[t, u] = (net(held_out[0][:, other]).argmax(-1) == held_out[1]).float().mean()

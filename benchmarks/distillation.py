@@ -23,6 +23,8 @@ from statistics import median
 from typing import Any
 
 from benchmarks import measure
+from benchmarks.row_files import read, written
+from benchmarks.silent import silent_trainer
 
 OUTPUT = Path(__file__).resolve().parent / "results" / "distillation.json"
 BAR = 0.3
@@ -98,7 +100,7 @@ def write(folder: Path, size: dict[str, int], tokens: int) -> None:
         write_model(folder / who, seed=seed, num_hidden_layers=blocks, **size)
     letters = random.Random(0)
     texts = ["".join(letters.choices("abcdefgh ", k=tokens - 1)) for _ in range(ROWS)]  # and the end
-    (folder / "rows.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+    written(folder / "rows.jsonl", [{"text": text} for text in texts])
 
 
 def ours(folder: Path) -> dict[str, Any]:
@@ -127,18 +129,14 @@ def ours(folder: Path) -> dict[str, Any]:
     )
     data = SFTData(str(folder / "rows.jsonl"), batch_size=ROWS, shuffle=False, cache_dir=str(folder / "cache"))
     taught = Distillation(str(folder / "teacher"), temperature=TEMPERATURE, dtype="float32")
-    trainer = pl.Trainer(
+    trainer = silent_trainer(
+        folder,
+        [taught, Look()],
         max_steps=STEPS,
         max_epochs=-1,
         accelerator="auto",
         devices=1,
-        logger=False,
-        enable_checkpointing=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
         limit_val_batches=0,
-        default_root_dir=folder,
-        callbacks=[taught, Look()],
     )
     trainer.fit(module, data)
     return watch.found("ours")
@@ -156,8 +154,7 @@ def plain(folder: Path) -> dict[str, Any]:
     )
     student.train(), teacher.eval().requires_grad_(False)
     tokenizer = AutoTokenizer.from_pretrained(folder / "student")
-    lines = (folder / "rows.jsonl").read_text().splitlines()
-    texts = [json.loads(line)["text"] for line in lines]
+    texts = [row["text"] for row in read(folder / "rows.jsonl")]
     rows = [[*tokenizer(text)["input_ids"], tokenizer.eos_token_id] for text in texts]
     ids = torch.tensor(rows, device=device)
     optimizer = torch.optim.SGD(student.parameters(), lr=1e-3)

@@ -12,7 +12,8 @@ from statistics import median
 from typing import Any
 
 from benchmarks import measure, vader_cells
-from benchmarks.vader_cells import trainer, written
+from benchmarks.row_files import written
+from benchmarks.vader_cells import trainer
 
 TEMPERATURE = 2.0
 """Of classes, DistilBERT's; of tokens 1, as their distributions are broad already."""
@@ -51,19 +52,9 @@ class Sizes:
     digit_epochs: tuple[int, int] = (20, 60)
 
 
-def accelerator() -> dict[str, Any]:
-    """Of a Trainer: the GPU where there is one, and bfloat16 where that is fast."""
-    import torch
-
-    place = {"accelerator": "gpu", "devices": 1} if torch.cuda.is_available() else {}
-    return {**place, "precision": measure.fast_precision()}
-
-
-def device() -> Any:
-    """Where what is measured outside of a Trainer runs."""
-    import torch
-
-    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+def precision() -> dict[str, Any]:
+    """Of a Trainer: bfloat16 where that is fast."""
+    return {"precision": measure.fast_precision()}
 
 
 def cut(folder: Path, keep: int, output: Path, cls: Any) -> None:
@@ -81,8 +72,15 @@ def cut(folder: Path, keep: int, output: Path, cls: Any) -> None:
 def fitted(module: Any, data: Any, callbacks: list[Any], folder: Path, **options: Any) -> float:
     """Seconds of a fit."""
     begun = time.perf_counter()
-    trainer(folder, callbacks, **{**accelerator(), **options}).fit(module, data)
+    trainer(folder, callbacks, **{**precision(), **options}).fit(module, data)
     return time.perf_counter() - begun
+
+
+def scored(module: Any, data: Any, seconds: float, folder: Path) -> dict[str, Any]:
+    """A cell: what the fit took, how large the model is, and what all validation and test rows say of it."""
+    parameters = sum(p.numel() for p in module.parameters())
+    scores = vader_cells.judged(module, data, folder, **precision())
+    return {"seconds": seconds, "parameters": parameters, "scores": scores}
 
 
 def let_go() -> None:
@@ -117,17 +115,6 @@ class Sentences:
         data.truncation = "keep_start"  # nothing that a real tokenizer makes of these sentences is so long
         return module, data
 
-    def _scored(self, module: Any, data: Any, seconds: float) -> dict[str, Any]:
-        judge = trainer(self.work, [], **{**accelerator(), "limit_val_batches": None})
-        (val,) = judge.validate(module, data, verbose=False)
-        (test,) = judge.test(module, data, verbose=False)
-        parameters = sum(p.numel() for p in module.parameters())
-        return {
-            "seconds": seconds,
-            "parameters": parameters,
-            "scores": {k: float(v) for k, v in {**val, **test}.items()},
-        }
-
     def teacher(self, seed: int) -> dict[str, Any]:
         """Tunes the whole encoder, and keeps it and its student's beginning."""
         import lightning.pytorch as pl
@@ -138,7 +125,7 @@ class Sentences:
         pl.seed_everything(seed, verbose=False)
         module, data = self._job(self.sizes.encoder, "train", 1e-4)
         seconds = fitted(module, data, [], self.work, max_steps=self.sizes.teacher_steps, max_epochs=-1)
-        found = self._scored(module, data, seconds)
+        found = scored(module, data, seconds, self.work)
         export_merged(module.model.cpu(), module.tokenizer, self.teacher_folder(seed))
         cut(
             self.teacher_folder(seed),
@@ -167,7 +154,7 @@ class Sentences:
         module, data = self._job(str(self.student_folder(seed)), train, rate)
         made = callbacks(str(self.teacher_folder(seed)))
         seconds = fitted(module, data, made, self.work, max_steps=self.sizes.steps, max_epochs=-1)
-        found = self._scored(module, data, seconds)
+        found = scored(module, data, seconds, self.work)
         let_go()
         return found
 
@@ -179,7 +166,7 @@ class Sentences:
         for who, folder in (("teacher", self.teacher_folder(0)), ("student", self.student_folder(0))):
             module, data = self._job(str(folder), "train", 1e-4)
             data.predict_path = self.files["test"]
-            judges[who] = (trainer(self.work, [], **accelerator()), module, data)
+            judges[who] = (trainer(self.work, [], **precision()), module, data)
         for turn in range(turns + 1):
             for who, (judge, module, data) in judges.items():
                 begun = time.perf_counter()
@@ -326,12 +313,8 @@ class Chats:
         return self._scored(*self._job(str(self.student_folder), 1e-4), 0.0)
 
     def _scored(self, module: Any, data: Any, seconds: float) -> dict[str, Any]:
-        judge = trainer(self.work, [], **{**accelerator(), "limit_val_batches": None})
-        (val,) = judge.validate(module, data, verbose=False)
-        (test,) = judge.test(module, data, verbose=False)
-        scores = {k: float(v) for k, v in {**val, **test}.items()}
-        parameters = sum(p.numel() for p in module.parameters())
-        return {"seconds": seconds, "parameters": parameters, "scores": {**scores, **self._agreement(module, data)}}
+        found = scored(module, data, seconds, self.work)
+        return {**found, "scores": {**found["scores"], **self._agreement(module, data)}}
 
     def _agreement(self, module: Any, data: Any) -> dict[str, float]:
         """Share of the test rows' answer tokens where student and teacher hold the same token likeliest, and KL(q || p)."""
@@ -340,7 +323,7 @@ class Chats:
         from lightning_ft.engine.scoring import scored_hidden
         from lightning_ft.engine.teacher import load_teacher, origin_of
 
-        at = device()
+        at = torch.device(measure.device())
         view, frozen = load_teacher(origin_of(str(self.teacher_folder)), "causal_lm", packing=True, device=at)
         module.to(at).eval()
         same = count = 0
@@ -360,79 +343,3 @@ class Chats:
                 divergence += float(own["forward_kl"].double().sum())
                 count += len(batch.labels)
         return {"test/agreement": same / count, "test/kl": divergence / count, "test/tokens": float(count)}
-
-
-# -- digits ---------------------------------------------------------------------------------------------------------------------
-
-LABELLED, TRAINED = 100, 1400
-
-
-def digits(seed: int, sizes: Sizes) -> dict[str, Any]:
-    """A teacher 64-512-512-10 of 1,400 labelled images, students 64-32-10 of 100 labelled and 1,300 unlabelled ones."""
-    import lightning.pytorch as pl
-    import torch
-    from sklearn.datasets import load_digits
-    from torch import Tensor, nn
-    from torch.utils.data import DataLoader, RandomSampler, TensorDataset
-
-    from lightning_ft import Distillation
-
-    pixels, classes = (torch.tensor(each) for each in load_digits(return_X_y=True))
-    order = torch.randperm(len(pixels), generator=torch.Generator().manual_seed(seed))
-    images, classes = pixels[order].float() / 16, classes[order]
-
-    class Digits(pl.LightningModule):
-        """A user's own module; a class of -1 is not known."""
-
-        def __init__(self, *widths: int) -> None:
-            super().__init__()
-            layers: list[nn.Module] = []
-            for before, after in zip((64, *widths), (*widths, 10), strict=True):
-                layers += [nn.Linear(before, after), nn.ReLU()]
-            self.net = nn.Sequential(*layers[:-1])
-
-        def training_step(self, batch: list[Tensor], batch_idx: int) -> Tensor:
-            logits, known = self.net(batch[0]), batch[1] >= 0
-            if not known.any():
-                return logits.sum() * 0.0
-            return nn.functional.cross_entropy(logits[known], batch[1][known])
-
-        def configure_optimizers(self) -> torch.optim.Optimizer:
-            return torch.optim.Adam(self.parameters(), lr=1e-3)
-
-    def accuracy(module: Digits, known: int, rows: int, epochs: int, *callbacks: Any) -> float:
-        told = classes[:rows].clone()
-        told[known:] = -1
-        seen = TensorDataset(images[:rows], told)
-        # As many steps for all: a hundred rows are gone through fourteen times an epoch.
-        loader = DataLoader(seen, batch_size=100, sampler=RandomSampler(seen, num_samples=TRAINED))
-        run = pl.Trainer(
-            max_epochs=epochs,
-            accelerator="cpu",
-            logger=False,
-            enable_checkpointing=False,
-            enable_progress_bar=False,
-            enable_model_summary=False,
-            callbacks=list(callbacks),
-        )
-        run.fit(module, loader)
-        with torch.no_grad():
-            return float((module.net(images[TRAINED:]).argmax(1) == classes[TRAINED:]).double().mean())
-
-    begun, long = time.perf_counter(), sizes.digit_epochs[1]
-    pl.seed_everything(seed, verbose=False)
-    teacher = Digits(512, 512)
-    scores = {"teacher": accuracy(teacher, TRAINED, TRAINED, sizes.digit_epochs[0])}
-    for name, known, rows, task in (
-        ("alone", LABELLED, LABELLED, None),
-        ("teacher alone", 0, TRAINED, 0.0),
-        ("labels and teacher", LABELLED, TRAINED, 1.0),
-    ):
-        pl.seed_everything(seed, verbose=False)
-        taught = [] if task is None else [_digit_teacher(Distillation, teacher.net, task)]
-        scores[name] = accuracy(Digits(32), known, rows, long, *taught)
-    return {"seconds": time.perf_counter() - begun, "scores": scores}
-
-
-def _digit_teacher(cls: Any, net: Any, task: float) -> Any:
-    return cls(teacher_module=lambda: net, student="net", temperature=4.0, task=task)

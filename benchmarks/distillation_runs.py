@@ -24,7 +24,8 @@ from pathlib import Path
 from statistics import mean, stdev
 from typing import Any
 
-from benchmarks.distillation_cells import CHAT_METHODS, SENTENCE_METHODS, Chats, Sentences, Sizes, digits
+from benchmarks.distillation_cells import CHAT_METHODS, SENTENCE_METHODS, Chats, Sentences, Sizes
+from benchmarks.distillation_digits import digits
 from benchmarks.vader_cells import SEEDS, Kept, best_rate, chosen, quiet
 
 RESULTS = Path(__file__).resolve().parent / "results"

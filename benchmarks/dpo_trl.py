@@ -16,8 +16,8 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("HF_DATASETS_OFFLINE", "1")
 os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
 
-from benchmarks.dpo_ours import load  # noqa: E402
 from benchmarks.measure import Spec, StepClock, emit  # noqa: E402
+from benchmarks.row_files import read  # noqa: E402
 
 # precision: fp32; bf16 = autocast over fp32 weights; bf16-base = autocast over bf16 weights (PEFT keeps its factors in fp32);
 # bf16-base-plain = bf16 weights without autocast; checkpointed: activations computed again in backward, TRL's default, which
@@ -89,7 +89,7 @@ def run(spec: Spec) -> dict[str, Any]:
         trainer = DPOTrainer(
             model=model,
             args=config,
-            train_dataset=Dataset.from_list(load(spec.rows)),
+            train_dataset=Dataset.from_list(read(spec.rows)),
             processing_class=tokenizer,
             callbacks=[Watch()],
         )

@@ -7,7 +7,6 @@ Without a base it is a random Llama of four layers of width 256.
 from __future__ import annotations
 
 import argparse
-import json
 import tempfile
 import time
 from pathlib import Path
@@ -17,6 +16,8 @@ import lightning.pytorch as pl
 import torch
 
 from benchmarks.random_model import write_model
+from benchmarks.row_files import written
+from benchmarks.silent import silent_trainer
 from lightning_ft import SFT, LoRA, SFTData
 from lightning_ft.engine.importance import importance
 from lightning_ft.engine.likelihood import LogLikelihood
@@ -46,23 +47,15 @@ class Cost(pl.Callback):
 
 def measure(base: str, batches: int, folder: Path, techniques: list[Any], batch_size: int = 8) -> dict[str, float]:
     """Median seconds of both and their ratio; the first batch of an estimate, which is proven, counts."""
-    path = folder / "rows.jsonl"
     chats = [
         {"prompt": f"Question {n}: " + "what comes next " * (1 + n % 7), "completion": " It is " + "so " * (4 + n % 9)}
         for n in range(256)
     ]
-    path.write_text("".join(json.dumps(chat) + "\n" for chat in chats))
+    path = written(folder / "rows.jsonl", chats)
     cost = Cost(batches)
-    quiet = {
-        "logger": False,
-        "enable_checkpointing": False,
-        "enable_progress_bar": False,
-        "enable_model_summary": False,
-    }
-    data = SFTData(str(path), batch_size=batch_size, cache_dir=str(folder / "cache"))
-    pl.Trainer(accelerator="cpu", max_steps=1, limit_val_batches=0, callbacks=[*techniques, cost], **quiet).fit(
-        SFT(base), data
-    )
+    data = SFTData(path, batch_size=batch_size, cache_dir=str(folder / "cache"))
+    fitter = silent_trainer(None, [*techniques, cost], accelerator="cpu", max_steps=1, limit_val_batches=0)
+    fitter.fit(SFT(base), data)
     ordinary, fisher = (sorted(values)[len(values) // 2] for values in cost.seconds.values())
     return {"ordinary": ordinary, "fisher": fisher, "ratio": fisher / ordinary, "batches": batches}
 

@@ -15,6 +15,8 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.method_list import DECODER, Setting, methods
+from benchmarks.row_files import written
+from benchmarks.silent import silent_trainer
 
 LLAMA_SMALL = {
     "hidden_size": 768,
@@ -139,7 +141,7 @@ def write_inputs(folder: Path, dry: bool) -> dict[str, Any]:
     rows = [row(f"Count to {n % 50}." * (1 + n % 5), "one two three four five " * (1 + n % 5)) for n in range(32)]
     if dry:
         rows = rows[:4]
-    (folder / "rows.jsonl").write_text("".join(json.dumps(item) + "\n" for item in rows * REPEATS), encoding="utf-8")
+    written(folder / "rows.jsonl", rows * REPEATS)
     found = {"batch": len(rows), "large": facts(byte_tokenizer(), rows, folder / "large")}
     (folder / "facts.json").write_text(json.dumps(found), encoding="utf-8")
     return found
@@ -225,21 +227,9 @@ def fit(job: Job, precision: str, folder: Path, device: str, steps: int) -> dict
 
 def bare_trainer(folder: str | Path, device: str, callbacks: list[Any], **options: Any) -> Any:
     """A trainer on one device that shows and keeps nothing."""
-    import lightning.pytorch as pl
-
-    fixed = {"max_epochs": -1, "limit_val_batches": 0, "num_sanity_val_steps": 0}
-    return pl.Trainer(
-        accelerator="gpu" if device == "cuda" else "cpu",
-        devices=1,
-        callbacks=callbacks,
-        default_root_dir=folder,
-        logger=False,
-        enable_checkpointing=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-        use_distributed_sampler=False,
-        **{**fixed, **options},
-    )
+    fixed = {"max_epochs": -1, "limit_val_batches": 0, "num_sanity_val_steps": 0, "use_distributed_sampler": False}
+    accelerator = "gpu" if device == "cuda" else "cpu"
+    return silent_trainer(folder, callbacks, accelerator=accelerator, devices=1, **{**fixed, **options})
 
 
 def loss_of(module: Any, batch: Any, device: str) -> float:

@@ -15,15 +15,9 @@ from typing import Any
 
 from benchmarks.gpu_fits import bare_trainer
 from benchmarks.grpo_ours import vowels
+from benchmarks.row_files import written
 
 WORDS = ("red", "blue", "green", "small", "large", "round", "flat", "old", "new", "warm")
-
-
-def write_rows(folder: Path, name: str, rows: list[dict[str, Any]]) -> str:
-    """The path of the rows as a file."""
-    file = folder / name
-    file.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
-    return str(file)
 
 
 def preferences() -> list[dict[str, Any]]:
@@ -78,7 +72,7 @@ def dpo(folder: Path, device: str, steps: int, share: bool | None = None) -> dic
     from lightning_ft import DPO, LoRA, PreferenceData
 
     def make(place: Path) -> tuple[Any, Any, list[Any]]:
-        pairs = write_rows(place, "pairs.jsonl", preferences())
+        pairs = written(place / "pairs.jsonl", preferences())
         data = PreferenceData(pairs, batch_size=8, shuffle=False, share_prompts=share, cache_dir=str(place / "cache"))
         return DPO(str(folder / "model"), lr=1e-3, warmup_steps=0, schedule="constant"), data, [LoRA(8)]
 
@@ -95,7 +89,7 @@ def kto(folder: Path, device: str, steps: int) -> dict[str, Any]:
             for row in preferences()
             for kind in ("chosen", "rejected")
         ]
-        path = write_rows(place, "marked.jsonl", rows)
+        path = written(place / "marked.jsonl", rows)
         data = UnpairedPreferenceData(path, batch_size=16, shuffle=False, cache_dir=str(place / "cache"))
         return KTO(str(folder / "model"), lr=1e-3, warmup_steps=0, schedule="constant"), data, [LoRA(8)]
 
@@ -107,7 +101,7 @@ def reward_model(folder: Path, device: str, steps: int) -> dict[str, Any]:
     from lightning_ft import LoRA, PreferenceData, RewardModel
 
     def make(place: Path) -> tuple[Any, Any, list[Any]]:
-        pairs = write_rows(place, "pairs.jsonl", preferences())
+        pairs = written(place / "pairs.jsonl", preferences())
         data = PreferenceData(pairs, batch_size=8, shuffle=False, cache_dir=str(place / "cache"))
         module = RewardModel(str(folder / "model"), lr=1e-3, head_lr=1e-3, warmup_steps=0, schedule="constant")
         return module, data, [LoRA(8)]
@@ -164,7 +158,7 @@ def rollouts(folder: Path, device: str, steps: int, kind: str) -> dict[str, Any]
         "schedule": "constant",
     }
     with tempfile.TemporaryDirectory() as name:
-        prompts = write_rows(Path(name), "prompts.jsonl", [{"prompt": f"Say {n}."} for n in range(64)])
+        prompts = written(Path(name) / "prompts.jsonl", [{"prompt": f"Say {n}."} for n in range(64)])
         base = str(folder / "model")
         module: Any = PPO(base, value_lr=1e-3, **common) if kind == "ppo" else GRPO(base, samples=4, **common)
         data = PromptData(prompts, prompts=4, batch_size=4, draw_batch=4, cache_dir=str(Path(name) / "cache"))
@@ -197,7 +191,7 @@ def stream(folder: Path, device: str, steps: int, kind: str) -> dict[str, Any]:
         tasks = {}
         for task, word in (("first", "one"), ("second", "two")):
             rows = [{"prompt": f"Say {n}.", "completion": f" {word} {n}"} for n in range(24)]
-            path = write_rows(place, f"{task}.jsonl", rows)
+            path = written(place / f"{task}.jsonl", rows)
             tasks[task] = ft.SFTData(path, val_path=path, batch_size=8, max_length=None, cache_dir=str(place / "cache"))
         module = ft.SFT(str(folder / "model"), lr=1e-3, warmup_steps=0, schedule="constant")
         course = ft.TaskStream(tasks, epochs=1, metric="val/loss")
@@ -227,8 +221,8 @@ def several_tasks(folder: Path, device: str, steps: int, kind: str) -> dict[str,
         rated = [{"text": f"{word} thing {n}", "label": len(word) / 4} for n in range(40) for word in WORDS[:3]]
         kept = {"cache_dir": str(place / "cache")}
         tasks = {
-            "class": ft.ClassificationData(write_rows(place, "texts.jsonl", texts), **kept),
-            "number": ft.ClassificationData(write_rows(place, "rated.jsonl", rated), task="regression", **kept),
+            "class": ft.ClassificationData(written(place / "texts.jsonl", texts), **kept),
+            "number": ft.ClassificationData(written(place / "rated.jsonl", rated), task="regression", **kept),
             "words": ft.SFTData(_same(folder, place), max_length=None, **kept),
         }
         data = ft.MultiTaskData(tasks, batch_size=12)
@@ -266,7 +260,7 @@ def meta(folder: Path, device: str, steps: int, kind: str) -> dict[str, Any]:
 
     with tempfile.TemporaryDirectory() as name:
         rows = [{"text": f"{word} thing {n}", "label": word} for word in WORDS for n in range(8)]
-        path = write_rows(Path(name), "texts.jsonl", rows)
+        path = written(Path(name) / "texts.jsonl", rows)
         data = EpisodeData(
             path, way=3, shot=2, query=2, episodes=2 * steps, batch_size=2, seed=0, cache_dir=str(Path(name) / "cache")
         )

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.measure import Spec
+from benchmarks.row_files import written
 
 BATCH = {"sft": 16, "dpo": 8}
 SETTINGS = {
@@ -34,7 +35,7 @@ def prepared(folder: Path, name: str) -> Path:
     place.mkdir(exist_ok=True)
     tokenizer = byte_tokenizer()
     rows = long_rows(tokenizer) if name == "sft" else long_pairs()
-    (place / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    written(place / "rows.jsonl", rows)
     if name == "dpo":
         (place / "tokens.json").write_text(json.dumps(facts(tokenizer, rows, folder / "large")["tokens"]))
     write_adapter(folder / "large", place / "adapter")
@@ -80,9 +81,9 @@ def grpo(folder: Path, device: str, steps: int) -> dict[str, Any]:
     from benchmarks import grpo_ours
 
     rows = [{"prompt": [{"role": "user", "content": f"Count to {n}."}]} for n in range(64)]
-    (folder / "prompts.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    prompts = written(folder / "prompts.jsonl", rows)
     given = spec(folder, device, steps, "sft", {"new_tokens": 64 if device == "cuda" else 4})
-    given.rows, given.steps, given.warmup = str(folder / "prompts.jsonl"), 4, 1
+    given.rows, given.steps, given.warmup = prompts, 4, 1
     return grpo_ours.run(given)
 
 

@@ -12,6 +12,7 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("HF_DATASETS_OFFLINE", "1")
 
 from benchmarks.measure import Spec, StepClock, emit  # noqa: E402
+from benchmarks.silent import silent_trainer  # noqa: E402
 
 
 def vowels(completions: list[Any], **columns: Any) -> list[float]:
@@ -74,17 +75,13 @@ def run(spec: Spec) -> dict[str, Any]:
             log_answers=0,
             cache_dir=folder,
         )
-        trainer = Trainer(
+        trainer = silent_trainer(
+            folder,
+            [LoRA(r=spec.r, alpha=spec.alpha, init_from=spec.adapter), Watch()],
             accelerator="gpu" if spec.device == "cuda" else "cpu",
             devices=1,
             max_epochs=spec.steps,
             accumulate_grad_batches=-(-answers // spec.batch_size),
-            callbacks=[LoRA(r=spec.r, alpha=spec.alpha, init_from=spec.adapter), Watch()],
-            default_root_dir=folder,
-            logger=False,
-            enable_checkpointing=False,
-            enable_progress_bar=False,
-            enable_model_summary=False,
             num_sanity_val_steps=0,
             limit_val_batches=0,
         )

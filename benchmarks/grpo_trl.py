@@ -16,9 +16,9 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("HF_DATASETS_OFFLINE", "1")
 os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
 
-from benchmarks.dpo_ours import load  # noqa: E402
 from benchmarks.grpo_ours import vowels  # noqa: E402
 from benchmarks.measure import Spec, StepClock, emit  # noqa: E402
+from benchmarks.row_files import read  # noqa: E402
 
 # precision: fp32; bf16 = autocast over fp32 weights; bf16-base = autocast over bf16 weights (PEFT keeps its factors in fp32);
 # bf16-base-plain = bf16 weights without autocast.
@@ -71,7 +71,7 @@ def run(spec: Spec) -> dict[str, Any]:
                 clock.step(written[-1], float(logs["reward"]))
 
     answers = options["prompts"] * options["samples"]
-    rows = [{"prompt": row["prompt"]} for row in load(spec.rows)]
+    rows = [{"prompt": row["prompt"]} for row in read(spec.rows)]
     with tempfile.TemporaryDirectory() as folder:
         config = GRPOConfig(
             output_dir=folder,

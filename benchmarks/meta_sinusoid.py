@@ -27,6 +27,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 
 from benchmarks import meta_report, vader_cells
 from benchmarks.process_cells import run_cells
+from benchmarks.silent import silent_trainer
 from benchmarks.vader_cells import Kept
 from lightning_ft import MAML, EpisodeData, Reptile
 from lightning_ft.nn.small_nets import MLP
@@ -105,7 +106,7 @@ def cell(name: str, seed: int, work: Path) -> dict[str, Any]:
         module = Reptile(net=MLP([1, 64, 64, 1], "tanh"), **row["model"])
     folder = work / f"{name}_{seed}"
     saver = ModelCheckpoint(folder, every_n_train_steps=SAVE_EVERY, save_last=True, save_top_k=0)
-    trainer = quiet_trainer(saver, max_epochs=1, enable_checkpointing=True, default_root_dir=folder)
+    trainer = quiet_trainer(saver, max_epochs=1, enable_checkpointing=True, folder=folder)
     last = folder / "last.ckpt"
     trainer.fit(module, data, ckpt_path=last if last.exists() else None, weights_only=True)
     found = {key.removeprefix("val/"): float(value) for key, value in trainer.callback_metrics.items()}
@@ -114,15 +115,8 @@ def cell(name: str, seed: int, work: Path) -> dict[str, Any]:
 
 
 def quiet_trainer(*callbacks: Callback, **options: Any) -> pl.Trainer:
-    """A Trainer that says and writes nothing."""
-    fixed: dict[str, Any] = {"logger": False, "enable_checkpointing": False, "num_sanity_val_steps": 0}
-    return pl.Trainer(
-        accelerator="cpu",
-        enable_progress_bar=False,
-        enable_model_summary=False,
-        callbacks=list(callbacks),
-        **{**fixed, **options},
-    )
+    """A Trainer on the processor that says and writes nothing."""
+    return silent_trainer(callbacks=callbacks, **{"accelerator": "cpu", "num_sanity_val_steps": 0, **options})
 
 
 def main(argv: list[str] | None = None) -> None:

@@ -25,6 +25,7 @@ import torch
 
 from benchmarks import measure, meta_report, vader_cells
 from benchmarks.process_cells import run_cells
+from benchmarks.silent import silent_trainer
 from benchmarks.vader_cells import Kept
 from lightning_ft import MAML, EpisodeData, LinearProbe, LoRA, ProtoNet, Reptile
 
@@ -68,18 +69,15 @@ def cell(row: dict[str, Any], data: dict[str, Any], base: str, *, shot: int, see
         arguments["eval_steps"] = EVAL_STEPS
     module = row["module"](base, **arguments)
     rows = EpisodeData(**data, way=WAY, shot=shot, query=5, small_classes="drop", bad_rows="drop", seed=seed)
-    trainer = pl.Trainer(
+    trainer = silent_trainer(
+        None,
+        [LoRA(r=8)] if row.get("lora") else [],
         accelerator="auto",
         devices=1,
         max_epochs=1,
         gradient_clip_val=clip_of(row["module"]),
-        logger=False,
         limit_val_batches=0,
         num_sanity_val_steps=0,
-        enable_checkpointing=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-        callbacks=[LoRA(r=8)] if row.get("lora") else [],
     )
     begin = time.perf_counter()
     if row.get("train", True):

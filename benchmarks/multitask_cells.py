@@ -9,7 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.measure import fast_precision
-from benchmarks.vader_cells import written
+from benchmarks.row_files import written
+from benchmarks.silent import silent_trainer
 
 SIZES = {"tweets": 800, "amazonReviewSnippets": 400, "movieReviewSnippets": 200, "nytEditorialSnippets": 100}
 TEST, STEPS, BATCH, LR, HEAD_LR, SEEDS = 300, 240, 32, 1e-4, 1e-3, (0, 1, 2)
@@ -128,24 +129,13 @@ def fitted(
     module: Any, data: Any, callbacks: list[Any], steps: int, folder: Path, accelerator: str
 ) -> tuple[dict[str, float], float]:
     """What a validation after the fit measures, and seconds of the fit."""
-    import lightning.pytorch as pl
-
-    quiet: dict[str, Any] = {
-        "accelerator": accelerator,
-        "precision": fast_precision(),
-        "devices": 1,
-        "logger": False,
-        "enable_checkpointing": False,
-        "enable_progress_bar": False,
-        "enable_model_summary": False,
-        "default_root_dir": folder,
-    }
+    place: dict[str, Any] = {"accelerator": accelerator, "devices": 1, "precision": fast_precision()}
     epochs = -(-steps // max(1, steps // 6))  # six, and what is left over; annealed sampling must know how many
     fit: dict[str, Any] = {"max_steps": steps, "max_epochs": epochs, "gradient_clip_val": 1.0, "limit_val_batches": 0}
     begin = time.perf_counter()
-    pl.Trainer(**quiet, **fit, use_distributed_sampler=False, callbacks=callbacks).fit(module, data)
+    silent_trainer(folder, callbacks, **place, **fit, use_distributed_sampler=False).fit(module, data)
     seconds = time.perf_counter() - begin
-    judge = pl.Trainer(**quiet)
+    judge = silent_trainer(folder, **place)
     judge.validate(module, data, verbose=False)
     return {name: float(value) for name, value in judge.callback_metrics.items()}, seconds
 

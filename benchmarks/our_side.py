@@ -11,6 +11,7 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("HF_DATASETS_OFFLINE", "1")
 
 from benchmarks.measure import Spec, StepClock, emit  # noqa: E402
+from benchmarks.silent import silent_trainer  # noqa: E402
 
 
 def run(spec: Spec) -> dict[str, Any]:
@@ -54,17 +55,13 @@ def run(spec: Spec) -> dict[str, Any]:
             max_length=None,
             cache_dir=folder,
         )
-        trainer = Trainer(
+        trainer = silent_trainer(
+            folder,
+            [LoRA(r=spec.r, alpha=spec.alpha, init_from=spec.adapter), Watch()],
             accelerator="gpu" if spec.device == "cuda" else "cpu",
             devices=1,
             max_steps=spec.steps,
             max_epochs=-1,
-            callbacks=[LoRA(r=spec.r, alpha=spec.alpha, init_from=spec.adapter), Watch()],
-            default_root_dir=folder,
-            logger=False,
-            enable_checkpointing=False,
-            enable_progress_bar=False,
-            enable_model_summary=False,
             num_sanity_val_steps=0,
         )
         trainer.fit(module, datamodule=data)

@@ -1,10 +1,19 @@
-"""What was measured, written into pages of the docs between ``<!-- measured: NAME -->`` and ``<!-- end -->``."""
+"""What pages of results share: where was measured, and blocks of the docs from ``<!-- measured: NAME -->`` to ``<!-- end -->``."""
 
 from __future__ import annotations
 
 import re
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
+
+
+def machine(data: dict[str, Any]) -> str:
+    """Where the runs of a `benchmarks.runs.Store` were measured."""
+    found = data["machine"]
+    devices = sorted({run["device"] for run in data["runs"].values()})
+    versions = ", ".join(f"{name} {found['versions'].get(name)}" for name in ("torch", "lightning", "transformers"))
+    return f"{found['cpu']}, {found['cores']} cores; {', '.join(devices) or 'nothing has run'}; {versions}."
 
 
 def fill(page: Path, name: str, lines: Sequence[str]) -> None:

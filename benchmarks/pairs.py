@@ -16,6 +16,7 @@ import re
 from pathlib import Path
 from typing import Any
 
+from benchmarks.row_files import written
 from benchmarks.rows import linear_shapes, write_adapter
 
 Pair = dict[str, list[dict[str, str]]]
@@ -127,8 +128,7 @@ def main() -> None:
     described: dict[str, Any] = {"model": str(model)}
     for name in arguments.workloads.split(","):
         pairs = long_pairs() if name == "long" else short_pairs()
-        lines = "".join(json.dumps(item, ensure_ascii=False) + "\n" for item in pairs)
-        (arguments.output / f"{name}.jsonl").write_text(lines, encoding="utf-8")
+        written(arguments.output / f"{name}.jsonl", pairs, ascii_only=False)
         described[name] = facts(tokenizer, pairs, model)
     write_adapter(model, arguments.output / "adapter", r=RANK)
     print(json.dumps(described))

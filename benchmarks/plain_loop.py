@@ -15,7 +15,8 @@ from typing import Any
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 from benchmarks.measure import Spec, StepClock, emit, matmul_peak  # noqa: E402
-from benchmarks.rows import encode, load  # noqa: E402
+from benchmarks.row_files import read  # noqa: E402
+from benchmarks.rows import encode  # noqa: E402
 
 
 def pack(rows: list[tuple[list[int], list[int]]]) -> tuple[Any, Any, tuple[int, ...], Any, Any]:
@@ -51,7 +52,7 @@ def run(spec: Spec) -> dict[str, Any]:
     model.train()
     trained = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=spec.lr, weight_decay=0.0, fused=True)
-    rows = [encode(tokenizer, item) for item in load(spec.rows)]
+    rows = [encode(tokenizer, item) for item in read(spec.rows)]
     unused_mask = torch.zeros(1, 1, 1, 1, dtype=torch.bool)  # four axes: transformers builds no T x T mask
     clock = StepClock(spec.warmup)
     clock.start()

@@ -4,7 +4,6 @@ fits of that language model on them.
 
 from __future__ import annotations
 
-import json
 import random
 import time
 from collections.abc import Mapping, Sequence
@@ -13,7 +12,8 @@ from typing import Any
 
 from benchmarks import measure
 from benchmarks.lexicon import Lexicon
-from benchmarks.vader_cells import trainer, written
+from benchmarks.row_files import read, written
+from benchmarks.vader_cells import trainer
 from lightning_ft.functional.intervals import mean_interval, wilson
 
 LEARNED, UNSEEN = ("tweets", "amazonReviewSnippets"), ("movieReviewSnippets", "nytEditorialSnippets")
@@ -84,11 +84,6 @@ def _paired(rows: Sequence[tuple[float, str]], wanted: int) -> tuple[list[dict[s
         better, worse = sorted((row, partner), reverse=True)
         pairs.append({"prompt": PROMPT, "chosen": f" {better[1]}", "rejected": f" {worse[1]}"})
     raise SystemExit(f"There are only {len(pairs)} pairs of {wanted}.")
-
-
-def read(file: str) -> list[dict[str, Any]]:
-    """The rows of a file."""
-    return [json.loads(line) for line in Path(file).read_text(encoding="utf-8").splitlines()]
 
 
 # -- the reward model ---------------------------------------------------------------------------------------------------------
@@ -267,10 +262,7 @@ def write_answers(base: str, files: Mapping[str, str], rater: Rater, target: Pat
         if one.strip() and other.strip() and one.strip() != other.strip():
             chosen, rejected = (one, other) if high > low else (other, one)
             rows.append({"prompt": prompt, "chosen": chosen.rstrip(), "rejected": rejected.rstrip()})
-    part = target.with_suffix(".part")
-    written(part, rows)
-    part.replace(target)
-    return str(target)
+    return written(target, rows)
 
 
 def started(base: str) -> Any:

@@ -19,6 +19,7 @@ from typing import Any
 from benchmarks import preference_cells as cells
 from benchmarks import preferences_report, vader_cells
 from benchmarks.lexicon import Lexicon
+from benchmarks.row_files import read
 from benchmarks.vader_cells import SEEDS, Kept, best_rate, chosen
 
 RESULTS = Path(__file__).resolve().parent / "results"
@@ -87,7 +88,7 @@ def _policies(kept: Kept, files: dict[str, str], work: Path, folder: Path, best:
     rater, answers = cells.Rater(checkpoint), work / "answers.jsonl"
     if not answers.exists():
         cells.write_answers("starter:smollm2-135m", files, rater, answers)
-    kept.content["pairs"] = len(cells.read(str(answers)))
+    kept.content["pairs"] = len(read(answers))
     for key, (method, rate) in policy_keys().items():
 
         def cell(method: str = method, rate: float = rate) -> dict[str, Any]:

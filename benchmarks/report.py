@@ -10,13 +10,6 @@ Run = dict[str, Any]
 BARS = {"speed": (2.2, 2.5), "memory": (0.5, 0.45)}
 
 
-def headline(run: Run) -> str:
-    """One run in a few words."""
-    if "failed" in run:
-        return f"could not run: {run['failed'][:120]}"
-    return f"{run['tokens_per_second']:.0f} tokens/s, {run['peak_memory_bytes'] / 1e9:.2f} GB"
-
-
 def leaders(data: dict[str, Any], grid: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
     """The fastest setting of each layout on the long rows."""
     best: dict[str, tuple[float, str]] = {}

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from benchmarks.pages import machine
 from lightning_ft.functional.intervals import mean_interval
 
 PLOT = Path(__file__).resolve().parents[1] / "docs" / "images" / "rl_grpo.png"
@@ -52,14 +53,6 @@ def docs(data: dict[str, Any]) -> list[str]:
         return []
     words = f"`python -m benchmarks.rl_runs`: {told(data)} {machine(data)}"
     return ["## Measured", "", words, "", *table(data), "", "![score and KL by round](../images/rl_grpo.png)"]
-
-
-def machine(data: dict[str, Any]) -> str:
-    """Where it was measured."""
-    found = data["machine"]
-    devices = sorted({run["device"] for run in data["runs"].values()})
-    versions = ", ".join(f"{name} {found['versions'].get(name)}" for name in ("torch", "lightning", "transformers"))
-    return f"{found['cpu']}, {found['cores']} cores; {', '.join(devices) or 'nothing has run'}; {versions}."
 
 
 def render(data: dict[str, Any]) -> str:

@@ -26,7 +26,9 @@ os.environ.setdefault("HF_DATASETS_OFFLINE", "1")
 
 from benchmarks import pages, rl_report  # noqa: E402
 from benchmarks.cell_jobs import device, run_cells  # noqa: E402
+from benchmarks.row_files import written  # noqa: E402
 from benchmarks.runs import RESULTS, Store  # noqa: E402
+from benchmarks.silent import silent_trainer  # noqa: E402
 from benchmarks.vader_cells import chosen, quiet  # noqa: E402
 from lightning_ft.functional.intervals import mean_interval, wilson  # noqa: E402
 
@@ -94,13 +96,6 @@ def tasks(name: str, size: int, seed: int) -> list[dict[str, Any]]:
     ]
 
 
-def write(path: Path, rows: list[dict[str, Any]]) -> Path:
-    """Rows as JSON lines."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return path
-
-
 def split(name: str, held: int) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
     """Tasks to learn from, and others that are not among them, each question once."""
     kept = {row["question"]: row for row in tasks(name, 4 * held, 1)}
@@ -122,7 +117,7 @@ def solved(module: Any, data: Any, trainer: Any, rows: list[dict[str, Any]], nam
     return {"right": right, "answers": answers}
 
 
-def parts(arguments: argparse.Namespace, folder: Path, name: str, train: Path, held: Path) -> tuple[Any, Any]:
+def parts(arguments: argparse.Namespace, folder: Path, name: str, train: str, held: str) -> tuple[Any, Any]:
     """Module and data."""
     from lightning_ft import GRPO, PromptData, Reward
 
@@ -144,16 +139,8 @@ def parts(arguments: argparse.Namespace, folder: Path, name: str, train: Path, h
         warmup_steps=5,
         schedule="linear",
     )
-    data = PromptData(str(train), predict_path=str(held), prompts=PROMPTS, draw_batch=4 * PROMPTS, batch_size=32)
+    data = PromptData(train, predict_path=held, prompts=PROMPTS, draw_batch=4 * PROMPTS, batch_size=32)
     return module, data
-
-
-def bare(folder: Path, **options: Any) -> Any:
-    """A Trainer without bars."""
-    from lightning import Trainer
-
-    off = {"logger": False, "enable_progress_bar": False, "enable_model_summary": False, "enable_checkpointing": False}
-    return Trainer(devices=1, default_root_dir=folder, **{**off, **options})
 
 
 def probe(arguments: argparse.Namespace) -> None:
@@ -162,9 +149,9 @@ def probe(arguments: argparse.Namespace) -> None:
 
     for name in CANDIDATES:
         rows = split(name, arguments.held)[1]
-        held = write(arguments.folder / f"{name}.jsonl", rows)
+        held = written(arguments.folder / f"{name}.jsonl", rows)
         module, data = parts(arguments, arguments.folder, name, held, held)
-        found = solved(module, data, bare(arguments.folder, callbacks=[LoRA(r=16)]), rows, name)
+        found = solved(module, data, silent_trainer(arguments.folder, [LoRA(r=16)], devices=1), rows, name)
         right, answers = found["right"], found["answers"]
         low, high = wilson(sum(right), len(right))
         print(
@@ -184,11 +171,11 @@ def learn(arguments: argparse.Namespace, key: str) -> dict[str, Any]:
     seed_everything(int(seed), verbose=False)
     folder = arguments.folder / f"{name}_{seed}"
     learned, held_out = split(name, arguments.held)
-    train, held = write(folder / "train.jsonl", learned), write(folder / "held.jsonl", held_out)
+    train, held = written(folder / "train.jsonl", learned), written(folder / "held.jsonl", held_out)
     before_file: Path = folder / "before.json"
     if not before_file.exists():
         module, data = parts(arguments, folder, name, train, held)
-        found = solved(module, data, bare(folder, callbacks=[LoRA(r=16)]), held_out, name)
+        found = solved(module, data, silent_trainer(folder, [LoRA(r=16)], devices=1), held_out, name)
         before_file.write_text(json.dumps(found))
         print(f"{key}: before {sum(found['right'])} of {len(found['right'])}", flush=True)
     points: Path = folder / "rounds.jsonl"
@@ -207,13 +194,14 @@ def learn(arguments: argparse.Namespace, key: str) -> dict[str, Any]:
 
     save = ModelCheckpoint(folder, filename="last-{epoch}", every_n_epochs=1, save_on_train_epoch_end=True)
     module, data = parts(arguments, folder, name, train, held)
-    trainer = bare(
+    trainer = silent_trainer(
         folder,
+        [LoRA(r=16, alpha=32), save, Points()],
+        devices=1,
         max_epochs=arguments.rounds,
         max_time={"minutes": int(arguments.minutes), "seconds": int(arguments.minutes * 60) % 60},
         accumulate_grad_batches=2,
         gradient_clip_val=1.0,
-        callbacks=[LoRA(r=16, alpha=32), save, Points()],
         enable_checkpointing=True,
         limit_val_batches=0,
     )

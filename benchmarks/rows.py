@@ -17,6 +17,8 @@ import random
 from pathlib import Path
 from typing import Any
 
+from benchmarks.row_files import written
+
 TARGET_TOKENS = 174
 SENTIMENT = "Is the sentiment of this sentence positive or negative?"
 Row = dict[str, list[dict[str, str]]]
@@ -47,12 +49,6 @@ def encode(tokenizer: Any, item: Row) -> tuple[list[int], list[int]]:
 def scored_count(labels: list[int]) -> int:
     """How many tokens of a row are learned."""
     return sum(label != -100 for label in labels)
-
-
-def load(path: str | Path) -> list[Row]:
-    """Read a JSONL file of rows."""
-    with open(path, encoding="utf-8") as lines:
-        return [json.loads(line) for line in lines]
 
 
 def long_rows(tokenizer: Any, count: int = 64, seed: int = 0) -> list[Row]:
@@ -180,8 +176,7 @@ def main() -> None:
     described: dict[str, Any] = {"model": str(model)}
     for name in arguments.workloads.split(","):
         rows = long_rows(tokenizer) if name == "long" else short_rows(Path(starter.path("vader")))
-        lines = "".join(json.dumps(item, ensure_ascii=False) + "\n" for item in rows)
-        (arguments.output / f"{name}.jsonl").write_text(lines, encoding="utf-8")
+        written(arguments.output / f"{name}.jsonl", rows, ascii_only=False)
         described[name] = facts(tokenizer, rows, model)
     write_adapter(model, arguments.output / "adapter")
     (arguments.output / "facts.json").write_text(json.dumps(described, indent=1))

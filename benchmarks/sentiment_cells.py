@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import random
 from collections.abc import Sequence
@@ -14,6 +13,8 @@ import lightning.pytorch as pl
 
 from benchmarks.lexicon import Lexicon
 from benchmarks.measure import fast_precision
+from benchmarks.row_files import read, written
+from benchmarks.silent import silent_trainer
 from lightning_ft.functional.intervals import mean_interval
 
 WORDS = 4
@@ -75,17 +76,6 @@ def beginning(text: str) -> tuple[str, str]:
     """The first words, and how the sentence goes on."""
     words = text.split()
     return " ".join(words[:WORDS]), " " + " ".join(words[WORDS:])
-
-
-def write_rows(file: Path, rows: Sequence[dict[str, Any]]) -> Path:
-    file.parent.mkdir(parents=True, exist_ok=True)
-    part = file.with_suffix(f".{os.getpid()}.part")
-    part.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
-    return part.replace(file)
-
-
-def read_rows(file: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
 
 
 # -- judges ---------------------------------------------------------------------------------------------------------------------
@@ -161,18 +151,12 @@ def logps(module: Any, prompts: Sequence[Sequence[int]], answers: Sequence[Seque
 
 def trainer(folder: Path, *callbacks: pl.Callback, **options: Any) -> pl.Trainer:
     given = {
-        "logger": False,
-        "enable_checkpointing": False,
-        "enable_progress_bar": False,
-        "enable_model_summary": False,
-    }
-    given |= {
         "limit_val_batches": 0,
         "num_sanity_val_steps": 0,
         "gradient_clip_val": 1.0,
         "use_distributed_sampler": False,
     }
-    return pl.Trainer(callbacks=list(callbacks), default_root_dir=str(folder), **{**given, **options})
+    return silent_trainer(folder, callbacks, **{**given, **options})
 
 
 def prepare(folder: Path, plan: Plan) -> None:
@@ -181,12 +165,12 @@ def prepare(folder: Path, plan: Plan) -> None:
         return
     chosen = sentences(plan)
     rated = chosen[: plan.sentences]
-    write_rows(folder / "rated.jsonl", [{"text": t, "label": r} for r, t in rated])
+    written(folder / "rated.jsonl", [{"text": t, "label": r} for r, t in rated])
     rows = [dict(zip(("prompt", "completion"), beginning(t), strict=True)) for _, t in rated]
-    write_rows(folder / "sft.jsonl", rows)
+    written(folder / "sft.jsonl", rows)
     others = [{"prompt": beginning(t)[0]} for _, t in chosen[plan.sentences :]]
-    write_rows(folder / "prompts.jsonl", others[plan.held :])
-    write_rows(folder / "held.jsonl", others[: plan.held])
+    written(folder / "prompts.jsonl", others[plan.held :])
+    written(folder / "held.jsonl", others[: plan.held])
 
 
 def rater(folder: Path, plan: Plan) -> dict[str, float]:
@@ -222,7 +206,7 @@ def pairs(folder: Path, plan: Plan) -> dict[str, float]:
     from lightning_ft.engine.sampling import sample
 
     module = lightning_ft.load(folder / "sft.ckpt").eval().to("cuda" if torch.cuda.is_available() else "cpu")
-    asked = [row["prompt"] for row in read_rows(folder / "prompts.jsonl")]
+    asked = [row["prompt"] for row in read(folder / "prompts.jsonl")]
     judge = Rewards({"rater": {"classifier": str(folder / "rater"), "reads": "both"}})
     rows, tokenizer = [], module.tokenizer
     for begin in range(0, len(asked), 32):
@@ -241,7 +225,7 @@ def pairs(folder: Path, plan: Plan) -> dict[str, float]:
             better = int(scores[1][n] > scores[0][n])
             if ends[n][0].strip() and ends[n][1].strip() and ends[n][0] != ends[n][1]:
                 rows.append({"prompt": prompt, "chosen": ends[n][better], "rejected": ends[n][1 - better]})
-    write_rows(folder / "pairs.jsonl", rows)
+    written(folder / "pairs.jsonl", rows)
     return {"pairs": float(len(rows))}
 
 
@@ -286,7 +270,7 @@ def learn(kind: str, beta: float, folder: Path, plan: Plan, lexicon: Path | None
     from lightning_ft import DPO, GRPO, PPO, LoRA, PreferenceData, PromptData
 
     pl.seed_everything(0, verbose=False)
-    prompts = [row["prompt"] for row in read_rows(folder / "held.jsonl")]
+    prompts = [row["prompt"] for row in read(folder / "held.jsonl")]
     every = plan.look_every * (1 if kind != "dpo" else plan.steps_a_round)
     look = Look(f"{kind} {beta}", Judges(folder, lexicon), plan, prompts, every, rounds=kind != "dpo")
     lora = LoRA(init_from=str(folder / "sft"))

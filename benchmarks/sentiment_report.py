@@ -5,6 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from benchmarks.pages import machine
+
 PLOT = Path(__file__).resolve().parents[1] / "docs" / "images" / "sentiment_rl.png"
 JUDGES = {"rater": "rater (the ground truth)", "lexicon": "lexicon (outside)", "model": "reward model (trained on)"}
 COLOURS = {"ppo": "tab:blue", "grpo": "tab:orange", "dpo": "tab:green"}
@@ -86,14 +88,6 @@ def ends(data: dict[str, Any]) -> list[str]:
     each = [f"- {run['kind'].upper()}, beta {run['beta']}: {_one_line(run['points'][-1]['ends'][0])}" for run in found]
     start = f"- SFT: {_one_line(found[0]['points'][0]['ends'][0])}"
     return ["First held-out beginning, and how each goes on:", "", start, *each]
-
-
-def machine(data: dict[str, Any]) -> str:
-    """Where it was measured."""
-    found = data["machine"]
-    devices = sorted({run["device"] for run in data["runs"].values()})
-    versions = ", ".join(f"{name} {found['versions'].get(name)}" for name in ("torch", "lightning", "transformers"))
-    return f"{found['cpu']}, {found['cores']} cores; {', '.join(devices) or 'nothing has run'}; {versions}."
 
 
 def docs(data: dict[str, Any]) -> list[str]:

@@ -18,7 +18,8 @@ os.environ.setdefault("HF_DATASETS_OFFLINE", "1")
 os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
 
 from benchmarks.measure import Spec, StepClock, emit  # noqa: E402
-from benchmarks.rows import encode, load  # noqa: E402
+from benchmarks.row_files import read  # noqa: E402
+from benchmarks.rows import encode  # noqa: E402
 
 # precision: fp32; bf16 = autocast over fp32 weights; bf16-base = autocast over bf16 weights (PEFT keeps its factors
 # in fp32); bf16-base-plain = bf16 weights without autocast. layout: rows in order, rows grouped by length, packed.
@@ -51,7 +52,7 @@ def run(spec: Spec) -> dict[str, Any]:
     options = {"attention": "sdpa", "checkpointing": False, "loss_type": "nll", **spec.options}
     precision, layout = options["precision"], options["layout"]
     tokenizer = AutoTokenizer.from_pretrained(spec.model)
-    encoded = [encode(tokenizer, item) for item in load(spec.rows)]
+    encoded = [encode(tokenizer, item) for item in read(spec.rows)]
     # Token ids and labels are handed over ready: its own tokenisation is not timed, and all sides score the same.
     data = Dataset.from_list([{"input_ids": ids, "labels": labels} for ids, labels in encoded])
     lengths = [len(ids) for ids, _ in encoded]

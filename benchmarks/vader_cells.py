@@ -20,6 +20,8 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks import measure
+from benchmarks.row_files import written
+from benchmarks.silent import silent_trainer
 
 DOMAINS = ("tweets", "amazonReviewSnippets", "movieReviewSnippets")
 TRAIN, VAL, TEST, STEPS, BATCH, SEEDS = 2000, 400, 1000, 63, 32, (0, 1, 2)
@@ -71,12 +73,6 @@ def write_questions(folder: Path) -> dict[str, str]:
     }
 
 
-def written(file: Path, rows: list[dict[str, Any]]) -> str:
-    """The path of the rows as a file."""
-    file.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
-    return str(file)
-
-
 def encoder_job(
     task: str, rate: float, files: Mapping[str, str], base: str = "starter:minilm-l6", **model: Any
 ) -> tuple[Any, Any]:
@@ -119,19 +115,9 @@ def decoder_job(
 
 def trainer(folder: Path, callbacks: list[Any], **options: Any) -> Any:
     """A trainer that writes nothing, clips, and does not validate while it trains; on the GPU where there is one."""
-    import lightning.pytorch as pl
-
     accelerator = "gpu" if measure.device() == "cuda" else "cpu"
     fixed = {"accelerator": accelerator, "devices": 1, "gradient_clip_val": 1.0, "limit_val_batches": 0}
-    return pl.Trainer(
-        callbacks=callbacks,
-        logger=False,
-        enable_checkpointing=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-        default_root_dir=folder,
-        **{**fixed, **options},
-    )
+    return silent_trainer(folder, callbacks, **{**fixed, **options})
 
 
 def encoder_cell(
@@ -149,10 +135,7 @@ def encoder_cell(
     pl.seed_everything(seed, verbose=False)
     module, data = encoder_job(task, rate, files, **model)
     found = _fitted(module, data, trainer(folder, callbacks, max_steps=STEPS, max_epochs=-1))
-    judge = trainer(folder, [], limit_val_batches=None)
-    (val,) = judge.validate(module, data, verbose=False)
-    (test,) = judge.test(module, data, verbose=False)
-    return {**found, "scores": {k: float(v) for k, v in {**val, **test}.items()}}
+    return {**found, "scores": judged(module, data, folder)}
 
 
 def decoder_cell(
@@ -170,6 +153,14 @@ def decoder_cell(
     right, rows = label_accuracy(module.to(measure.device()), data)
     scores = {**{k: float(v) for k, v in val.items()}, "test/right": right, "test/rows": rows}
     return {**found, "scores": {**scores, "test/accuracy": right / rows}}
+
+
+def judged(module: Any, data: Any, folder: Path, **options: Any) -> dict[str, float]:
+    """What is measured of all validation and test rows."""
+    judge = trainer(folder, [], **{**options, "limit_val_batches": None})
+    (val,) = judge.validate(module, data, verbose=False)
+    (test,) = judge.test(module, data, verbose=False)
+    return {name: float(value) for name, value in {**val, **test}.items()}
 
 
 def _fitted(module: Any, data: Any, fitter: Any) -> dict[str, Any]:

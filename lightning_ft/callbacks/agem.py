@@ -1,6 +1,5 @@
 """Averaged gradient episodic memory: no step may raise the loss on rows of earlier tasks, to first order."""
 
-from dataclasses import replace
 from typing import Annotated, Any, ClassVar
 
 import lightning.pytorch as pl
@@ -9,17 +8,16 @@ import torch.distributed as dist
 from annotated_types import Ge
 from torch import Tensor, nn
 
-from lightning_ft.data.batch_rows import batch_of
-from lightning_ft.data.replay_memory import ReplayMemory, on_device, totals_of
+from lightning_ft.data.rehearsal import Rehearsal
+from lightning_ft.data.replay_memory import Balance
 from lightning_ft.engine.attachment import Attachment
 from lightning_ft.engine.batch import Batch
 from lightning_ft.engine.tasks import task_of
-from lightning_ft.engine.technique import Technique
 from lightning_ft.engine.traits import ROWS_ALONE, Cannot, Traits
 from lightning_ft.functional.gradient_projection import dot, project_
 
 
-class AGEM(Technique):
+class AGEM(Rehearsal):
     """Keeps rows of earlier tasks, and takes from every step the part of its gradient that would raise the loss on them.
 
     With g the gradient of the step (accumulated, over all ranks) and g_ref that of the module's own loss on rows of earlier tasks:
@@ -63,6 +61,8 @@ class AGEM(Technique):
         ),
     )
 
+    balance: Balance = "task"
+
     def __init__(
         self,
         size: Annotated[int, Ge(1)] = 500,
@@ -73,9 +73,7 @@ class AGEM(Technique):
         self.size = size
         self.rows = rows
         self.name = name
-        self._memory: ReplayMemory | None = None
-        self._attachment: Attachment | None = None
-        self._stored: dict[str, Any] = {}
+        super().__init__()
         self._batch: tuple[Any, int] | None = None
         self._projected = 0.0
         self.check()
@@ -85,25 +83,12 @@ class AGEM(Technique):
         self._attachment = attachment
         attachment.gradient_edit(self, first=True)
 
-    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """An empty memory, or that of the checkpoint, or of the fit before."""
-        super().on_train_start(trainer, pl_module)
-        if self._attachment is None:
-            return
-        if self._memory is None:
-            self._memory = ReplayMemory(self.size, "task", "AGEM")
-        if self._stored:
-            self._memory.load(self._stored)
-            self._stored = {}
-
     def on_train_batch_start(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
     ) -> None:
-        """Remembers what is trained; pairs learn their reference's log-probabilities before they are kept."""
+        """Remembers what is trained."""
+        super().on_train_batch_start(trainer, pl_module, batch, batch_idx)
         self._batch = (batch, batch_idx)
-        known = getattr(pl_module, "know_reference", None)
-        if self._memory is not None and callable(known):
-            known(batch)
 
     def edit_(self, parameters: dict[str, nn.Parameter]) -> None:
         """Projects the gradient of the step."""
@@ -134,12 +119,10 @@ class AGEM(Technique):
         """Of the mean loss over all drawn rows; each rank adds its own rows."""
         attachment = self._attachment
         assert attachment is not None
-        totals = totals_of(drawn)
-        made = batch_of(mine, packed=isinstance(batch, Batch) and batch.bounds is not None)
-        if isinstance(made, Batch):
-            made = replace(made, window=totals)
+        made = self._again(trainer, batch, mine, drawn)
+        totals = made.window or {} if isinstance(made, Batch) else {}
         with torch.enable_grad(), trainer.precision_plugin.forward_context():
-            terms = attachment.rerun(on_device(trainer, made), batch_idx)
+            terms = attachment.rerun(made, batch_idx)
             losses = [
                 term.weight * term.sum * (len(mine) / len(drawn) if term.unit == "mean" else 1 / totals[term.unit])
                 for term in terms
@@ -158,26 +141,15 @@ class AGEM(Technique):
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """Offers the rows of a complete window to the memory."""
-        if self._memory is None or self._attachment is None:
-            return
-        if not trainer.fit_loop.epoch_loop._should_accumulate():
+        """Logs whether the step was projected, where a window is complete, and offers its rows to the memory."""
+        if self._attachment is not None and not trainer.fit_loop.epoch_loop._should_accumulate():
             pl_module.log(f"train/{self.name}", self._projected, sync_dist=trainer.world_size > 1)
-        self._memory.note(trainer, batch)
-        self._memory.close(trainer)
+        super().on_train_batch_end(trainer, pl_module, outputs, batch, batch_idx)
 
     def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        """The memory stays for a next fit."""
+        """Lets the last batch go; the memory stays for a next fit."""
         super().teardown(trainer, pl_module, stage)
-        self._attachment, self._batch = None, None
-
-    def state_dict(self) -> dict[str, Any]:
-        """The memory, in plain tensors and numbers."""
-        return self._memory.state() if self._memory is not None else dict(self._stored)
-
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Taken when training starts."""
-        self._stored = dict(state_dict)
+        self._batch = None
 
 
 __all__ = ["AGEM"]

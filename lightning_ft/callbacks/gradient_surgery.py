@@ -10,7 +10,7 @@ from torch import Tensor
 from lightning_ft.engine.attachment import Attachment
 from lightning_ft.engine.task_list import refuse_one_task_a_step
 from lightning_ft.engine.technique import Technique
-from lightning_ft.engine.traits import Cannot, Traits
+from lightning_ft.engine.traits import TERMS_APART, Traits
 from lightning_ft.functional.gradient_surgery import METHODS, Method, cagrad, conflict_rate, pcgrad
 
 _ORDER = 11  # keeps the random order apart from other streams of the same seed
@@ -65,10 +65,7 @@ class GradientSurgery(Technique):
         edits=frozenset({"gradients"}),
         needs=frozenset({"terms"}),
         alone=True,
-        cannot=(
-            Cannot("fsdp2", "it needs each term's whole gradient, and FSDP2 reduces their sum", "use ddp"),
-            Cannot("fp16", "its gradients never pass the scaler", "use bf16-mixed or 32-true"),
-        ),
+        cannot=TERMS_APART,
     )
 
     def __init__(

@@ -23,7 +23,8 @@ from lightning_ft.engine.technique import Technique
 from lightning_ft.engine.traits import Traits
 from lightning_ft.formats.peft_prompt import load_peft_prompt_, read_prompt
 from lightning_ft.functional.errors import Refusal
-from lightning_ft.nn.prompt import Start, inject_prompt, prompt_place
+from lightning_ft.nn.prompt import Start, inject_prompt
+from lightning_ft.nn.prompt_places import prompt_place
 from lightning_ft.nn.registry import base_name
 
 

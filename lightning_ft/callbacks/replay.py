@@ -1,7 +1,6 @@
 """Experience replay: rows of earlier steps are trained on again, with their labels, with what the model said of them, or both."""
 
 from contextlib import nullcontext
-from dataclasses import replace
 from typing import Annotated, Any, ClassVar, Literal
 
 import lightning.pytorch as pl
@@ -10,11 +9,11 @@ from annotated_types import Ge
 from torch import Tensor
 
 from lightning_ft.data.batch_rows import Row, batch_of
-from lightning_ft.data.replay_memory import Balance, ReplayMemory, on_device, totals_of
+from lightning_ft.data.rehearsal import Rehearsal
+from lightning_ft.data.replay_memory import Balance, on_device, totals_of
 from lightning_ft.engine.attachment import Attachment
 from lightning_ft.engine.batch import Batch
 from lightning_ft.engine.outputs import outputs
-from lightning_ft.engine.technique import Technique
 from lightning_ft.engine.terms import Term
 from lightning_ft.engine.traits import ROWS_ALONE, Cannot, Traits
 from lightning_ft.functional.errors import Refusal
@@ -25,7 +24,7 @@ from lightning_ft.nn.head_values import head_values
 _EACH = 64  # rows that are asked for their logits at once, when they are kept
 
 
-class Replay(Technique):
+class Replay(Rehearsal):
     """Keeps some rows of what was trained and trains on them again in every step, so that earlier tasks are not forgotten.
 
     With B the rows of a step and M, M' rows drawn from memory, L the module's own loss as a mean:
@@ -106,9 +105,7 @@ class Replay(Technique):
         self.balance = balance
         self.top_k = top_k
         self.name = name
-        self._memory: ReplayMemory | None = None
-        self._attachment: Attachment | None = None
-        self._stored: dict[str, Any] = {}
+        super().__init__()
         self.check()
 
     @property
@@ -127,42 +124,6 @@ class Replay(Technique):
         if self._labels or self._distance:
             attachment.loss_term(self.name, self._terms)
 
-    # -- the run ----------------------------------------------------------------------------------------------------------
-
-    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """An empty memory, or that of the checkpoint, or of the fit before."""
-        super().on_train_start(trainer, pl_module)
-        if self._attachment is None:
-            return
-        if self._memory is None:
-            self._memory = ReplayMemory(self.size, self.balance, "Replay")
-        if self._stored:
-            self._memory.load(self._stored)
-            self._stored = {}
-
-    def on_train_batch_start(
-        self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
-    ) -> None:
-        """Pairs learn their reference's log-probabilities before they are kept, so that it is asked once."""
-        known = getattr(pl_module, "know_reference", None)
-        if self._memory is not None and callable(known):
-            known(batch)
-
-    def on_train_batch_end(
-        self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
-    ) -> None:
-        """Offers the rows of a complete window to the memory."""
-        if self._memory is None or self._attachment is None:
-            return
-        self._memory.note(trainer, batch)
-        asks = self._distance > 0
-        self._memory.close(trainer, complete=(lambda rows: self._ask(trainer, pl_module, rows)) if asks else None)
-
-    def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        """The memory stays for a next fit."""
-        super().teardown(trainer, pl_module, stage)
-        self._attachment = None
-
     # -- terms --------------------------------------------------------------------------------------------------------------
 
     def _terms(self, module: pl.LightningModule, batch: Any, output: Any) -> list[Term]:
@@ -175,27 +136,20 @@ class Replay(Technique):
         if self._labels:
             drawn = memory.draw(trainer, batch, self.rows)
             mine, share = memory.share(trainer, drawn)
-            terms = attachment.rerun(self._batch(trainer, batch, mine, drawn), self._index(trainer))
+            terms = attachment.rerun(self._again(trainer, batch, mine, drawn), self._index(trainer))
             for term in terms:
                 name = self.name if len(terms) == 1 else f"{self.name}/{term.name}"
                 found.append(self._counted(batch, term, name, self._labels, drawn, share))
         if self._distance:
             drawn = memory.draw(trainer, batch, self.rows, 1)
             mine, share = memory.share(trainer, drawn)
-            term = self._distance_term(module, self._batch(trainer, batch, mine, drawn), mine)
+            term = self._distance_term(module, self._again(trainer, batch, mine, drawn), mine)
             name = self.name if self.mode == "der" else f"{self.name}/logits"
             found.append(self._counted(batch, term, name, self._distance, drawn, share))
         return found
 
     def _index(self, trainer: pl.Trainer) -> int:
         return int(trainer.fit_loop.epoch_loop.batch_idx)
-
-    def _batch(self, trainer: pl.Trainer, batch: Any, mine: list[Row], drawn: list[Row]) -> Any:
-        packed = isinstance(batch, Batch) and batch.bounds is not None
-        made = batch_of(mine, packed=packed)
-        if isinstance(made, Batch):
-            made = replace(made, window=totals_of(drawn))
-        return on_device(trainer, made)
 
     def _counted(self, batch: Any, term: Term, name: str, factor: float, drawn: list[Row], share: float) -> Term:
         """A term of replayed rows, which are counted apart from those that are trained."""
@@ -236,8 +190,10 @@ class Replay(Technique):
         return Term("logits", value.sum(), float(len(log_p)), "token")
 
     @torch.no_grad()
-    def _ask(self, trainer: pl.Trainer, module: pl.LightningModule, rows: list[Row]) -> None:
-        """Adds what the model says now to rows that were kept."""
+    def _complete(self, trainer: pl.Trainer, module: pl.LightningModule, rows: list[Row]) -> None:
+        """What the model says now, where it will be compared with."""
+        if not self._distance:
+            return
         with evaluating(module), trainer.precision_plugin.forward_context():
             for begin in range(0, len(rows), _EACH):
                 piece = rows[begin : begin + _EACH]
@@ -256,18 +212,6 @@ class Replay(Technique):
                     row["top_logprob"] = scored["topk_logprob"][at].float().cpu()
                     row["top_index"] = scored["topk_index"][at].cpu()
                     row["rest_logprob"] = scored["rest_logprob"][at].float().cpu()
-
-    # -- what a checkpoint holds ---------------------------------------------------------------------------------------------
-
-    def state_dict(self) -> dict[str, Any]:
-        """The memory, in plain tensors and numbers."""
-        if self._memory is None:
-            return dict(self._stored)
-        return self._memory.state()
-
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Taken when training starts."""
-        self._stored = dict(state_dict)
 
 
 __all__ = ["Replay"]

@@ -17,6 +17,7 @@ from lightning_ft.engine.checkpoints import (
     injected_names,
     kept_keys,
     record_of,
+    refuse_earlier,
     restore_adapters,
 )
 from lightning_ft.engine.gradients import like
@@ -106,6 +107,7 @@ def go_on_from(given: str, trainer: pl.Trainer, module: pl.LightningModule) -> N
         listed = set(record["keys"])
         # An adapter whose task is still to come begins as it was made.
         fresh = {n for n in attachment.late if n not in listed} & injected_names(module)
+        refuse_earlier(listed, kept_keys(module))
         if problem := difference(listed, kept_keys(module) - fresh):
             raise Refusal(
                 f"TaskStream.continue_from: {given} does not fit this model: {problem}; use the same base, techniques and targets."

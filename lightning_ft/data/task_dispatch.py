@@ -21,6 +21,7 @@ from lightning_ft.data.task_continue import go_on_from
 from lightning_ft.data.task_course import begun, epochs_to_count, refuse_unbegun, settle
 from lightning_ft.data.task_scores import Scores
 from lightning_ft.engine.tasks import Task
+from lightning_ft.engine.wrappers import replace_on
 from lightning_ft.functional.errors import Refusal
 
 if TYPE_CHECKING:
@@ -120,21 +121,9 @@ class TaskDispatch(Callback):
             self._collect(module, end, split)
             self._log_by_task(module)
 
-        self._replace(module, name, one_step)
+        self._undo.append(replace_on(module, name, one_step))
         if ours:
-            self._replace(module, f"on_{kind}_epoch_end", epoch_end)
-
-    def _replace(self, module: pl.LightningModule, name: str, wrapper: Callable[..., Any]) -> None:
-        own = module.__dict__.get(name)
-        object.__setattr__(module, name, wrapper)
-
-        def undo() -> None:
-            if own is None:
-                module.__dict__.pop(name, None)
-            else:
-                object.__setattr__(module, name, own)
-
-        self._undo.append(undo)
+            self._undo.append(replace_on(module, f"on_{kind}_epoch_end", epoch_end))
 
     # -- measuring --------------------------------------------------------------------------------------------------
 
@@ -145,15 +134,11 @@ class TaskDispatch(Callback):
         def record(name: str, value: Any, **_: Any) -> None:
             found[name] = float(value)
 
-        own = module.__dict__.get("log")
-        object.__setattr__(module, "log", record)
+        undo = replace_on(module, "log", record)
         try:
             end()
         finally:
-            if own is None:
-                del module.__dict__["log"]
-            else:
-                object.__setattr__(module, "log", own)
+            undo()
         names = self.stream.names(split)  # type: ignore[arg-type]
         self._measured[names[self._loader]] = found
 

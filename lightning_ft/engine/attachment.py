@@ -1,44 +1,31 @@
 """The attachment: one per LightningModule, it holds everything that techniques add, in fixed phases.
 
-Lightning offers callbacks no hook to edit a model before the optimizer is built, no way to add a loss term, and none to
-edit gradients that survives a tuner. So five methods are wrapped on the module's *instance* while a Trainer runs it:
-
-    configure_model          the user's, then the model edits in phase order, each once
-    training_step            the user's, then the loss terms; one dispatcher, since Lightning unwraps a single level
-    backward                 per-term gradients, only where surgery asks for them
-    on_before_optimizer_step surgery, then closed-form penalties, then the user's
-    on_save/load_checkpoint  the checkpoint rule
-
-The first of our callbacks (or modules) to run ``setup`` installs them for all; ``teardown`` and ``on_exception`` undo
-them. Only what was trained remains.
+The first of our callbacks (or modules) to run ``setup`` installs it for all: the techniques register what they edit, and
+the module's methods are wrapped (see `lightning_ft.engine.wrappers`). ``teardown`` and ``on_exception`` undo that; only
+what was trained remains.
 """
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import TYPE_CHECKING, Any, cast
 
 import lightning.pytorch as pl
-import torch
-import torch.distributed as dist
 from lightning.pytorch.strategies import ModelParallelStrategy
 from lightning.pytorch.trainer.states import TrainerFn
-from lightning.pytorch.utilities.model_helpers import is_overridden
-from lightning.pytorch.utilities.signature_utils import is_param_in_hook_signature
 from torch import Tensor, nn
 
 from lightning_ft.engine import checkpoints, compatibility, in_backward
 from lightning_ft.engine.edits import Edits
 from lightning_ft.engine.freezing import set_training
-from lightning_ft.engine.gradients import GradientEdit, Surgery, TermGradients, audit, scale_
-from lightning_ft.engine.randomness import GlobalState, global_seed, seed_batch
+from lightning_ft.engine.gradients import GradientEdit, Surgery, TermGradients
+from lightning_ft.engine.randomness import global_seed
 from lightning_ft.engine.reference import References
 from lightning_ft.engine.step import Balancer, LossTerm, Step
-from lightning_ft.engine.strategies import FSDP2Strategy
 from lightning_ft.engine.tasks import baseline_of
 from lightning_ft.engine.terms import Term, Window
+from lightning_ft.engine.wrappers import Wrappers
 from lightning_ft.functional.errors import Refusal
 from lightning_ft.models.sharding import shard_
 from lightning_ft.nn.log_variances import LogVariances
@@ -68,17 +55,15 @@ class Attachment:
 
     def _forget_run(self) -> None:
         self.step = Step(self)
-        self._gradient_edits: list[GradientEdit] = []
+        self.gradient_edits: list[GradientEdit] = []
         self.term_gradients: TermGradients | None = None
         self._snapshots_wanted: set[str] = set()
-        self._conditional: set[str] = set()
+        self.may_lack_gradient: set[str] = set()
         self._cleanups: list[Callable[[], None]] = []
         self._evaluated: Callable[[], AbstractContextManager[None]] = nullcontext
-        self._audited = False
         self._trainer: pl.Trainer | None = None
         self._begun = False
-        self._own_step: Callable[..., Any] = self.module.training_step
-        self._takes_index = True
+        self._wrappers = Wrappers(self)
 
     # -- who there is ---------------------------------------------------------------------------------------------
 
@@ -133,7 +118,7 @@ class Attachment:
 
     def gradient_edit(self, edit: GradientEdit, *, first: bool = False) -> None:
         """Registers a closed-form edit of the gradients; ``first``: one that has to see them before any other has edited them."""
-        self._gradient_edits.insert(0 if first else len(self._gradient_edits), edit)
+        self.gradient_edits.insert(0 if first else len(self.gradient_edits), edit)
 
     def surgery(self, surgery: Surgery, *, weighs_own: bool = False) -> None:
         """Registers the one map from the Gram matrix of the terms' gradients to their weights.
@@ -162,7 +147,7 @@ class Attachment:
 
     def conditional(self, names: set[str]) -> None:
         """Declares parameters that may lack a gradient in a window."""
-        self._conditional |= names
+        self.may_lack_gradient |= names
 
     def evaluate_with(self, weights: Callable[[], AbstractContextManager[None]]) -> None:
         """Registers what puts the weights in place that are validated, sampled from and exported, where they are others."""
@@ -247,7 +232,7 @@ class Attachment:
                 trainer.strategy, "shard", lambda module: shard_(module, cast("DeviceMesh", module.device_mesh))
             )
             self.edit("shard", "fsdp2", plan, again=True)
-        self._wrap(stage)
+        self._wrappers.put(stage)
         self._installed = True
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Attachment:
@@ -277,53 +262,7 @@ class Attachment:
         self._installed = False
         self._forget_run()
 
-    def _wrap(self, stage: str) -> None:
-        module = self.module
-        self._global_state = GlobalState.capture()
-        self.on_leave(self._global_state.restore)
-        strict = module._strict_loading
-        module.strict_loading = False  # our own comparison of key sets is stricter; see engine/checkpoints.py
-        self.on_leave(lambda: setattr(module, "_strict_loading", strict))
-        self._replace("configure_model", self._configure_model(is_overridden("configure_model", module)))
-        # Modules of ours always dispatch (they hand over terms); a user's step is only wrapped while training.
-        if stage == "fit":
-            self._replace("training_step", self._training_step())
-            self._replace("on_before_optimizer_step", self._on_before_optimizer_step())
-            if self.term_gradients is not None:
-                self._replace("backward", self._backward())
-        self._replace("on_save_checkpoint", self._on_save_checkpoint())
-        self._replace("on_load_checkpoint", self._on_load_checkpoint())
-        if isinstance(self.trainer.strategy, FSDP2Strategy):
-            strategy, before = self.trainer.strategy, self.trainer.strategy.trained
-            strategy.trained = lambda: checkpoints.kept_keys(module)
-            self.on_leave(lambda: setattr(strategy, "trained", before))
-        checkpoints.make_atomic(self.trainer.strategy, self.on_leave)
-        compatibility.keep_factors_in_fp32(self.trainer.strategy, self.on_leave)
-
-    def _replace(self, name: str, wrapper: Callable[..., Any]) -> None:
-        """Puts a plain closure on the instance, and remembers to take it off."""
-        own = self.module.__dict__.get(name)
-        object.__setattr__(self.module, name, wrapper)
-
-        def undo() -> None:
-            if own is None:
-                self.module.__dict__.pop(name, None)
-            else:
-                object.__setattr__(self.module, name, own)
-
-        self.on_leave(undo)
-
     # -- model edits --------------------------------------------------------------------------------------------------
-
-    def _configure_model(self, overridden: bool) -> Callable[[], None]:
-        original = self.module.configure_model
-
-        def configure_model() -> None:
-            if overridden:
-                original()
-            self.apply_edits()
-
-        return configure_model
 
     def apply_edits(self) -> None:
         """Runs the edits that were not yet done, in phase order."""
@@ -366,7 +305,7 @@ class Attachment:
     @property
     def edits_gradients(self) -> bool:
         """Whether this run edits gradients between backward and the step."""
-        return bool(self._gradient_edits) or self.term_gradients is not None
+        return bool(self.gradient_edits) or self.term_gradients is not None
 
     @property
     def ranks(self) -> int:
@@ -405,100 +344,13 @@ class Attachment:
             batch: as the module's loader would give it, on the module's device.
             batch_idx: of the micro-batch that is trained.
         """
-        step, module = self.step, self.module
-        own, muted = step.own, step.muted
-        logs = {name: module.__dict__.get(name) for name in ("log", "log_dict")}
-        step.own, step.muted = None, True
-        for name in logs:
-            object.__setattr__(module, name, lambda *_, **__: None)
-        try:
-            output = self._own_step(batch, batch_idx) if self._takes_index else self._own_step(batch)
-            terms = step.own
-        finally:
-            step.own, step.muted = own, muted
-            for name, log in logs.items():
-                if log is None:
-                    del module.__dict__[name]
-                else:
-                    object.__setattr__(module, name, log)
-        if terms is not None:
-            return terms
-        loss = output["loss"] if isinstance(output, Mapping) else output
-        return [] if loss is None else [Term("loss", loss, 1.0, unit="mean")]
-
-    def _training_step(self) -> Callable[..., Any]:
-        original = self._own_step = self.module.training_step
-        self._takes_index = is_param_in_hook_signature(original, "batch_idx", min_args=2)
-
-        def training_step(*args: Any, **kwargs: Any) -> Any:
-            trainer = self.trainer
-            self.begin_training()  # a tuner runs batches with the callbacks taken away, ours too
-            if self.step.extra and not self.module.automatic_optimization:
-                raise Refusal("Loss terms need automatic optimization; this module steps its optimizers by hand.")
-            batch = args[0] if args else next(iter(kwargs.values()), None)
-            progress = trainer.fit_loop.epoch_loop
-            if (
-                progress.batch_progress.current.ready % trainer.accumulate_grad_batches
-                == 1 % trainer.accumulate_grad_batches
-            ):
-                self.step.begin_window()
-            seed_batch(self.seed, progress.total_batch_idx, trainer.global_rank)
-            self.step.own = None
-            for listener in self.step.before:
-                listener(batch)
-            output = original(*args, **kwargs)
-            return self.step.total(batch, output)
-
-        # Lightning unwraps one level of __wrapped__ to see whether batch_idx is wanted; FSDP2 adds a level of its own.
-        # A signature with `self` survives both, whatever is wrapped around it.
-        training_step.__signature__ = inspect.signature(getattr(original, "__func__", original))  # type: ignore[attr-defined]
-        return training_step
-
-    def _backward(self) -> Callable[..., None]:
-        def backward(loss: Tensor, *args: Any, **kwargs: Any) -> None:
-            assert self.term_gradients is not None
-            divisor = self.trainer.accumulate_grad_batches
-            self.term_gradients.accumulate([one / divisor for one in self.step.losses], self.trained())
-            self.step.losses = []
-
-        return backward
+        return self._wrappers.rerun(batch, batch_idx)
 
     # -- gradients ----------------------------------------------------------------------------------------------------
 
     def trained(self) -> list[nn.Parameter]:
         """The trained parameters in the module's order."""
         return [p for p in self.module.parameters() if p.requires_grad]
-
-    def _on_before_optimizer_step(self) -> Callable[..., None]:
-        original = self.module.on_before_optimizer_step
-
-        def on_before_optimizer_step(optimizer: torch.optim.Optimizer) -> None:
-            if self.step.window.pending:
-                self._correct()
-            if self.term_gradients is not None:
-                self.term_gradients.write_(self.trained())
-            if not self._audited:
-                # An optimizer that steps in backward has used the gradients up, and says of which.
-                stepped: set[Tensor] = getattr(optimizer, "stepped", set())
-                done = {n for n, p in self.module.named_parameters() if p in stepped}
-                audit(self.module, self._conditional | self.late | done)
-                self._audited = True
-            if self._gradient_edits:
-                named = {n: p for n, p in self.module.named_parameters() if p.requires_grad}
-                for edit in self._gradient_edits:
-                    edit.edit_(named)
-            original(optimizer)
-
-        return on_before_optimizer_step
-
-    def _correct(self) -> None:
-        """Gradients of sums over a nominal number become gradients of the exact mean (loaders without totals)."""
-        counted, numerator = self.step.window.correction()
-        if self.ranks > 1:
-            total = torch.tensor(counted, dtype=torch.float64, device=self.module.device)
-            dist.all_reduce(total)
-            counted = float(total)
-        scale_(self.module.parameters(), numerator / max(counted, 1.0))
 
     # -- checkpoints --------------------------------------------------------------------------------------------------
 
@@ -507,23 +359,9 @@ class Attachment:
         if not self._installed and self.fingerprint is not None and checkpoints.KEY not in checkpoint:
             checkpoints.write(self, checkpoint)
 
-    def _on_save_checkpoint(self) -> Callable[[dict[str, Any]], None]:
-        original = self.module.on_save_checkpoint
-
-        def on_save_checkpoint(checkpoint: dict[str, Any]) -> None:
-            original(checkpoint)
-            checkpoints.write(self, checkpoint)
-
-        return on_save_checkpoint
-
-    def _on_load_checkpoint(self) -> Callable[[dict[str, Any]], None]:
-        original = self.module.on_load_checkpoint
-
-        def on_load_checkpoint(checkpoint: dict[str, Any]) -> None:
-            self._restored_state = checkpoints.check(self, checkpoint)
-            self._begun = False  # a tuner trains, then restores what was before
-            self.references.load(self._restored_state.get("references", {}))
-            checkpoints.restore_adapters(self.module, self._restored_state)
-            original(checkpoint)
-
-        return on_load_checkpoint
+    def restore(self, checkpoint: dict[str, Any]) -> None:
+        """The checkpoint rule for a file that a run goes on from."""
+        self._restored_state = checkpoints.check(self, checkpoint)
+        self._begun = False  # a tuner trains, then restores what was before
+        self.references.load(self._restored_state.get("references", {}))
+        checkpoints.restore_adapters(self.module, self._restored_state)

@@ -178,6 +178,7 @@ def check(attachment: Attachment, checkpoint: dict[str, Any]) -> dict[str, Any]:
     trainer, module = attachment.trainer, attachment.module
     expected = kept_keys(module)
     listed = set(record["keys"])
+    refuse_earlier(listed, expected)
     if listed != expected:
         raise Refusal(
             f"The checkpoint does not fit this model: {difference(listed, expected)}. It was written with "
@@ -267,6 +268,24 @@ def restore_adapters(module: nn.Module, record: dict[str, Any]) -> None:
     """Lets a module compute with the combination of adapters that a file was saved with; older files do not say."""
     if record.get("adapters", active_adapters(module)) != active_adapters(module):
         set_adapters(module, record["adapters"])
+
+
+def refuse_earlier(listed: set[str], expected: set[str]) -> None:
+    """Refuses what an earlier version wrote in another form, before its keys are compared.
+
+    Args:
+        listed: what a file lists.
+        expected: what the model would write.
+
+    Raises:
+        Refusal: the variances of uncertainty balancing are one vector.
+    """
+    name = "balancing.log_variance"
+    if name in listed and f"{name}.0" in expected:
+        raise Refusal(
+            f"The checkpoint was written by an earlier version, which kept the variances of uncertainty balancing as one vector "
+            f"({name}) where this one has a number for each term; use the version that wrote it, or train anew."
+        )
 
 
 def difference(listed: set[str], expected: set[str]) -> str:

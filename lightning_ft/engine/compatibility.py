@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from lightning_ft.engine.batch import Batch
 from lightning_ft.engine.checkpoints import kept_keys
+from lightning_ft.engine.traits import TERMS_APART, Cannot
 from lightning_ft.functional.errors import Refusal
 from lightning_ft.nn.packed import has_packed_weights
 from lightning_ft.nn.registry import injected_layers
@@ -246,18 +247,17 @@ def check_packed_for_fsdp2(module: nn.Module) -> None:
 
 
 def check_surgery(where: Situation) -> None:
-    """Refuses gradient surgery where the terms' gradients cannot be had one by one.
+    """Refuses gradient surgery where the terms' gradients cannot be had one by one, whichever technique asks for it.
 
     Raises:
         Refusal: ``Gradient surgery cannot work with FSDP2, because ...; use ddp.``
     """
-    for word, why, fix in (
-        ("fsdp2", "it needs each term's whole gradient, and FSDP2 reduces their sum", "use ddp"),
-        ("fp16", "its gradients never pass the scaler", "use bf16-mixed or 32-true"),
-        ("manual_optimization", "it takes the place of backward", "use automatic optimization"),
-    ):
-        if word in where.words:
-            raise Refusal(f"Gradient surgery cannot work with {WORDS[word]}, because {why}; {fix}.")
+    by_hand = Cannot("manual_optimization", "it takes the place of backward", "use automatic optimization")
+    for cannot in (*TERMS_APART, by_hand):
+        if cannot.meets in where.words:
+            raise Refusal(
+                f"Gradient surgery cannot work with {WORDS[cannot.meets]}, because {cannot.why}; {cannot.fix}."
+            )
 
 
 def table(techniques: Iterable[type[Technique]]) -> list[tuple[str, str, str, str]]:

@@ -15,7 +15,14 @@ import lightning.pytorch as pl
 import torch
 
 from lightning_ft.engine.attachment import Attachment
-from lightning_ft.engine.checkpoints import difference, fingerprint, kept_keys, record_of, restore_adapters
+from lightning_ft.engine.checkpoints import (
+    difference,
+    fingerprint,
+    kept_keys,
+    record_of,
+    refuse_earlier,
+    restore_adapters,
+)
 from lightning_ft.engine.sharded_files import is_folder, read_whole
 from lightning_ft.engine.technique import Technique
 from lightning_ft.functional.errors import Refusal
@@ -68,7 +75,9 @@ def load(
         module = _built(recipe["class_path"], arguments, pl.LightningModule, (), "construct it and pass module=it")
     attachment = Attachment.of(module)
     attachment.rebuild([_technique(recipe, techniques) for recipe in record["techniques"]], seed=record["seed"])
-    problem = difference(set(record["keys"]), kept_keys(module))
+    listed, expected = set(record["keys"]), kept_keys(module)
+    refuse_earlier(listed, expected)
+    problem = difference(listed, expected)
     if problem:
         raise Refusal(
             f"{file} does not fit the model that its own recipe builds: {problem}; it was made by another version."

@@ -14,6 +14,7 @@ from lightning_ft.engine import freezing
 from lightning_ft.engine.attachment import Attachment
 from lightning_ft.engine.root import model_root
 from lightning_ft.engine.unfreezing_schedule import Phase
+from lightning_ft.engine.wrappers import replace_on
 from lightning_ft.functional.errors import Refusal
 from lightning_ft.nn.packed import is_packed
 
@@ -140,7 +141,7 @@ def release(module: nn.Module) -> None:
 
 def show_late_to_optimizers(module: pl.LightningModule) -> None:
     """While ``configure_optimizers`` runs, what is thawed later requires a gradient, as many a user's own asks for."""
-    attachment, own = Attachment.of(module), module.__dict__.get("configure_optimizers")
+    attachment = Attachment.of(module)
     original = module.configure_optimizers
 
     def configure_optimizers() -> Any:
@@ -152,14 +153,7 @@ def show_late_to_optimizers(module: pl.LightningModule) -> None:
             for parameter in hidden:
                 parameter.requires_grad_(False)
 
-    def undo() -> None:
-        if own is None:
-            module.__dict__.pop("configure_optimizers", None)
-        else:
-            object.__setattr__(module, "configure_optimizers", own)
-
-    object.__setattr__(module, "configure_optimizers", configure_optimizers)
-    attachment.on_leave(undo)
+    attachment.on_leave(replace_on(module, "configure_optimizers", configure_optimizers))
 
 
 def check_held(late: dict[str, nn.Parameter], optimizers: Iterable[Optimizer]) -> None:

@@ -44,6 +44,12 @@ ROWS_ALONE = (
 )
 """What no technique can meet that keeps single rows and trains on them again."""
 
+TERMS_APART = (
+    Cannot("fsdp2", "it needs each term's whole gradient, and FSDP2 reduces their sum", "use ddp"),
+    Cannot("fp16", "its gradients never pass the scaler", "use bf16-mixed or 32-true"),
+)
+"""What nothing can meet that takes the gradient of each loss term by itself."""
+
 
 @dataclass(frozen=True)
 class Traits:

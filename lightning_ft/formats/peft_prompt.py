@@ -25,7 +25,8 @@ from lightning_ft.formats.peft_folder import (
 )
 from lightning_ft.formats.peft_reading import CONFIG_FILE, PREFIX, read_json, read_tensors
 from lightning_ft.functional.errors import Refusal
-from lightning_ft.nn.prompt import PromptTokens, inject_prompt, prompt_place
+from lightning_ft.nn.prompt import PromptTokens, inject_prompt
+from lightning_ft.nn.prompt_places import prompt_place
 from lightning_ft.nn.registry import injected_layers, innermost
 
 _KEY, _HEAD = "prompt_embeddings", "base_model."

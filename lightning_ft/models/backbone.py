@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from lightning_ft.functional.errors import Refusal
 from lightning_ft.nn import attention
-from lightning_ft.nn.prompt import first_position
+from lightning_ft.nn.prompt_places import first_position
 from lightning_ft.nn.shared_segments import Shared
 
 

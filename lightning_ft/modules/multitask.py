@@ -1,43 +1,32 @@
 """Several tasks on one base: one trunk, which reads the rows of all at once, and a head for each."""
 
-from collections.abc import Collection, Sequence
 from dataclasses import replace
 from typing import Annotated, Any, Literal
 
 import torch
 from annotated_types import Ge, Gt, Lt
-from torch import Tensor, nn
+from torch import Tensor
 
 from lightning_ft.engine.answers import no_dropout, refuse_dropout
 from lightning_ft.engine.attachment import Attachment
 from lightning_ft.engine.batch import Batch
-from lightning_ft.engine.freezing import freeze_base
-from lightning_ft.engine.generation import Prompt
 from lightning_ft.engine.likelihood import Ask
 from lightning_ft.engine.module import DtypePolicy, OptimizerFactory
 from lightning_ft.engine.optimizer import Schedule
-from lightning_ft.engine.task_adapters import TaskAdapters
-from lightning_ft.engine.task_list import OF_PAIRS, SPEAKING, Objective
+from lightning_ft.engine.task_list import OF_PAIRS, Objective
 from lightning_ft.engine.task_measures import TaskMeasures
-from lightning_ft.engine.task_module import TaskModule
 from lightning_ft.engine.task_reference import reference_logps
-from lightning_ft.engine.technique import Technique
-from lightning_ft.formats.heads import kind_of
+from lightning_ft.engine.task_trunk import TaskTrunk
 from lightning_ft.functional.errors import Refusal
 from lightning_ft.functional.preference import LOSSES, Settings, parts
 from lightning_ft.functional.preference import check as check_losses
-from lightning_ft.models.admission_tasks import admit_task
-from lightning_ft.models.causal import CausalLM
-from lightning_ft.models.load_task import load_for_task
 from lightning_ft.models.quantize import Mode
-from lightning_ft.models.trunk import Trunk, take_off_head
-from lightning_ft.nn.task_head import Pool, TaskHead, pool_rows
 from lightning_ft.objectives import multitask
 from lightning_ft.objectives.multitask import Comparison, Outcome, Task, present
 from lightning_ft.objectives.multitask_likelihood import likelihood
 
 
-class MultiTask(TaskModule):
+class MultiTask(TaskTrunk):
     """Teaches one model several tasks at once: they share its trunk, and each has a head, a weight and measures of its own.
 
     Minimises ``sum_k w_k L_k`` with ``L_k`` the mean loss of task k over its rows (or scored tokens) in the accumulation window on
@@ -162,7 +151,6 @@ class MultiTask(TaskModule):
         for name, value in (weights or {}).items():
             if value < 0:
                 raise Refusal(f"MultiTask.weights must be at least 0, got {value} for {name}.")
-        self.heads = nn.ModuleDict()
         self.evaluations = TaskMeasures()
         self._comparison = Comparison(dpo_loss, Settings(dpo_beta))
         check_losses(weighed := parts(dpo_loss), self._comparison.settings)
@@ -170,7 +158,6 @@ class MultiTask(TaskModule):
             raise Refusal(
                 f"MultiTask.dpo_loss must be counted in pairs, and {dpo_loss} is in tokens, too; use DPO for it."
             )
-        self._adapters = TaskAdapters()
         self._present: dict[str, bool] = {}
         self._totals: dict[str, float] = {}
         self.weighed: list[tuple[Task, float]] = []
@@ -179,56 +166,15 @@ class MultiTask(TaskModule):
     # -- loading ------------------------------------------------------------------------------------------------------
 
     def configure_model(self) -> None:
-        """Loads the trunk, once, and makes the heads that are missing."""
-        self._known = self.asked()
-        seed = Attachment.of(self).seed
-        if self.model is None:
-            kind = "causal_lm" if self._speaks else "token_classification"
-            self.model, self._tokenizer, _ = load_for_task(
-                kind,
-                self.base,
-                labels=None if self._speaks else ["0", "1"],  # of a head that is taken off again
-                dtype_policy=self.base_dtype,
-                attention=self.attention,
-                trust_remote_code=self.trust_remote_code,
-                revision=self.revision,
-                seed=seed,
-            )
-            self.admission = admit_task(self.model, kind, packing=True)
-            if not self._speaks:
-                take_off_head(self.model)
-            self.model.train()  # Hugging Face returns eval mode and Lightning leaves it so: no dropout, silently
-        elif self._speaks and isinstance(self.view, Trunk):
-            raise Refusal(
-                "The module was loaded without a language head, so no task can be causal_lm or dpo; begin with one that is."
-            )
-        assert self.admission is not None
-        if getattr(self.datamodule, "packing", False) and not self.admission.packing:
-            raise Refusal(
-                f"{self.base} cannot take packed rows, because {self.admission.packing_reason}; set --data.packing false."
-            )
-        width = int(self.view.config.hidden_size)
+        """The trunk and heads, and measures for each task."""
+        super().configure_model()
         for name, task in self._known.items():
-            if name in self.evaluations:
-                continue
-            self.evaluations.add(name, task)
-            if task.objective in SPEAKING:
-                continue
-            outputs = 1 if task.objective in ("regression", "reward") else len(task.labels or [])
-            if not outputs:
-                raise Refusal(f"The task {name!r} has no classes: give labels, or data that name them.")
-            dropout = 0.0 if task.objective == "reward" else self.head_dropout
-            head = TaskHead(width, outputs, dropout=dropout, name=f"heads.{name}", seed=seed)
-            self.heads[name] = head.to(self.device)
+            if name not in self.evaluations:
+                self.evaluations.add(name, task)
 
     def register(self, attachment: Attachment) -> None:
-        """The base's own edits, a look at whose adapters there are once all are injected, and what pairs need."""
+        """The trunk's edits, and what pairs need."""
         super().register(attachment)
-        attachment.edit("hooks", "adapters of tasks", self._find_adapters, again=True)
-        callbacks: list[Any] = self._trainer.callbacks if self._trainer is not None else []  # type: ignore[attr-defined]
-        if any(isinstance(one, Technique) and self.sits_out(one) for one in callbacks):
-            # What is frozen beside an adapter is so without it.
-            attachment.edit("freeze", "freeze the base", lambda module: freeze_base(self.model))
         if not (hasattr(self.datamodule, "task_objectives") or (self.datamodule is None and self.objectives)):
             return  # setup refuses such data
         learned = {task.objective for task in self.asked().values()}
@@ -238,87 +184,6 @@ class MultiTask(TaskModule):
             refuse_dropout(attachment.techniques, "")
             if self._comparison.refers:
                 attachment.want_reference("start")
-
-    def _find_adapters(self, _: Any) -> None:
-        mixed = self._trainer is not None and getattr(self.datamodule, "batches", "") == "mixed"
-        self._adapters.find(self, self._known, mixed=mixed)
-
-    def sits_out(self, technique: Technique) -> bool:
-        """Whether it is an adapter of a task that the run leaves out by ``only``, which would be one more that is shared."""
-        if not hasattr(self.datamodule, "task_objectives") or "model" not in technique.traits.edits:
-            return False
-        name = technique.instance_name
-        return name in self.datamodule.tasks and name not in self.asked()
-
-    @property
-    def speakers(self) -> list[str]:
-        """Tasks that use the base's own language head."""
-        return [name for name, task in self.asked().items() if task.objective in SPEAKING]
-
-    @property
-    def _speaks(self) -> bool:
-        return bool(self.speakers)
-
-    @property
-    def writes(self) -> bool:
-        """Whether a task uses the base's own language head."""
-        return self._speaks
-
-    def speaker(self, task: str | None, own: Collection[str]) -> str | None:
-        """The task whose adapters answer a prompt.
-
-        Args:
-            task: as asked for; None: the one that speaks.
-            own: tasks that have adapters of their own.
-
-        Raises:
-            Refusal: for one that does not speak, or where several could and their answers differ.
-        """
-        speakers = self.speakers
-        if task is not None and task not in speakers:
-            raise Refusal(f"task must be one that writes texts ({', '.join(speakers) or 'none does'}), got {task!r}.")
-        if task is None and len(speakers) > 1 and set(own) & set(speakers):
-            raise Refusal(
-                f"{' and '.join(speakers)} write texts, by adapters of their own: say which task is to answer (task {speakers[0]})."
-            )
-        return task or next(iter(speakers), None)
-
-    def generate(
-        self,
-        prompts: Sequence[Prompt],
-        *,
-        task: str | None = None,
-        max_new_tokens: int = 64,
-        temperature: float = 0.0,
-        top_p: float = 1.0,
-    ) -> list[str]:
-        """Answers to prompts (strings or chats); of adapters of single tasks those of the task that speaks compute alone.
-
-        Args:
-            prompts: strings or chats.
-            task: which answers, where several could; None: the one that does.
-            max_new_tokens: longest answer.
-            temperature: 0 takes the most likely token.
-            top_p: of sampling: the smallest set of tokens with this probability.
-
-        Raises:
-            Refusal: no task writes text, or it is not said which.
-        """
-        with self._adapters.chosen(self.speaker(task, self._adapters.names)):
-            return super().generate(prompts, max_new_tokens=max_new_tokens, temperature=temperature, top_p=top_p)
-
-    @property
-    def view(self) -> Any:
-        """The base as its parts: a `CausalLM` where a task needs its head, else a `Trunk`."""
-        if self._view is None or self._view.model is not self.model:
-            has_head = self.model.get_output_embeddings() is not None
-            self._view = CausalLM(self.model) if has_head else Trunk(self.model)
-        return self._view
-
-    def own_rates(self) -> dict[str, float]:
-        """The heads' rate."""
-        factor = 1.0 if self.head_lr is None else self.head_lr / self.resolved_lr()
-        return {f"heads.{name}": factor for name, _ in self.heads.named_parameters()}
 
     def _tasks(self) -> list[Task]:
         trunk = {id(p) for p in self.view.backbone.parameters()}
@@ -381,14 +246,6 @@ class MultiTask(TaskModule):
         self.computed = (flat, found) if torch.is_grad_enabled() else None
         return found
 
-    def _trunk(self, batch: Batch) -> tuple[Tensor, Tensor]:
-        """(S, D) a vector for each row, and (T, D) all hidden states end to end."""
-        typed = batch.types is not None and "token_type_ids" in self.view._accepted
-        extra = {"token_type_ids": batch.types} if typed else {}
-        hidden = self.view.hidden(batch.ids, batch.positions, bounds=batch.bounds, mask=batch.mask, **extra)
-        rows = pool_rows(hidden, bounds=batch.bounds, mask=batch.mask, how=self._pool)
-        return rows, hidden.reshape(-1, hidden.shape[-1])
-
     def likelihood(self, batch: Batch, ask: Ask) -> Tensor:
         """What continual learning asks of each row or pair, (E,), see `lightning_ft.engine.likelihood`."""
         tasks = self._numbered(batch, self._tasks())
@@ -397,12 +254,6 @@ class MultiTask(TaskModule):
             return likelihood(batch, ask, tasks, dict(self.heads.items()), self.view, lambda: self._trunk(batch))
         finally:
             self._adapters.all_on()
-
-    @property
-    def _pool(self) -> Pool:
-        if self.pool != "auto":
-            return self.pool
-        return "first" if kind_of(self.view.config) == "encoder" else "last"
 
     def on_after_backward(self) -> None:
         """All adapters are on between steps, as checkpoints and exports are to find them; the graph is let go."""

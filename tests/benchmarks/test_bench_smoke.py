@@ -5,7 +5,7 @@ import json
 
 import pytest
 
-from benchmarks import gpu, report, sft
+from benchmarks import gpu, report, sft, turns
 from benchmarks.measure import StepClock
 from benchmarks.random_model import byte_tokenizer, write_model
 from benchmarks.rows import encode, facts, row, write_adapter
@@ -147,7 +147,7 @@ def test_the_driver_skips_finished_cells_and_renders(tmp_path, monkeypatch, caps
             *{"benchmarks.trl_side": (100, 8e9), "benchmarks.our_side": (260, 3.6e9)}.get(module, (265, 3e9))
         )
 
-    monkeypatch.setattr(sft, "launch", launch)
+    monkeypatch.setattr(turns, "launch", launch)
     flags = ["--workloads", "long", "--repeats", "2", "--grid", "fp32-padded,bf16-base-padded"]
     flags += ["--output", str(tmp_path / "sft.json")]
     sft.main(flags)

@@ -8,6 +8,7 @@ from benchmarks import methods, methods_report, methods_speed, supervised, vader
 from benchmarks.method_list import DECODER, ENCODER, Setting, gradual
 from benchmarks.method_list import methods as listed
 from benchmarks.random_model import write_model
+from benchmarks.row_files import written
 from benchmarks.vader_cells import Kept, best_rate
 from lightning_ft.functional.intervals import mean_interval, wilson
 from tests.modules.tasks import write_base
@@ -34,7 +35,7 @@ def files(tmp_path, monkeypatch):
             }
             for n in range(count)
         ]
-        found[split] = vader_cells.written(tmp_path / f"{split}.jsonl", rows)
+        found[split] = written(tmp_path / f"{split}.jsonl", rows)
     return found
 
 

@@ -7,6 +7,7 @@ import pytest
 from benchmarks import preference_cells, preferences, preferences_report
 from benchmarks.lexicon import Lexicon
 from benchmarks.preference_cells import GAP, LEARNED, UNSEEN
+from benchmarks.row_files import read
 from benchmarks.vader_cells import Kept
 from lightning_ft.data.vader import ratings
 from tests.data.tiny_tokenizers import tiny_tokenizer
@@ -32,15 +33,15 @@ def test_pairs_are_apart_and_no_sentence_is_seen_twice(tmp_path):
     texts = {}
     for split, domains in (("train", LEARNED), ("val", LEARNED), *((domain, (domain,)) for domain in UNSEEN)):
         rated = {text: rating for domain in domains for rating, text in ratings(domain)}
-        rows = preference_cells.read(files[split])
+        rows = read(files[split])
         for row in rows:
             better, worse = row["chosen"].removeprefix(" "), row["rejected"].removeprefix(" ")
             assert rated[better] - rated[worse] >= GAP
         texts[split] = [row[which] for row in rows for which in ("chosen", "rejected")]
     every = [text.lower() for found in texts.values() for text in found]
     assert len(set(every)) == len(every) and len(texts["train"]) == 2 * preference_cells.TRAIN
-    assert len(preference_cells.read(files["beginnings"])) == preference_cells.PROMPTS
-    assert len(preference_cells.read(files["held_out"])) == preference_cells.HELD_OUT
+    assert len(read(files["beginnings"])) == preference_cells.PROMPTS
+    assert len(read(files["held_out"])) == preference_cells.HELD_OUT
 
 
 def test_the_judge_by_hand(ground):
@@ -66,7 +67,7 @@ def test_every_cell_and_its_tables(ground, monkeypatch, capsys):
     assert len(kept["cells"]) == 1 + 2 + 2 + 7
     for domain in UNSEEN:  # by a way of its own: one reward a sentence
         rater = preference_cells.Rater(folder / "work/reward_minilm_5e-05_0.ckpt")
-        rows = preference_cells.read(files[domain])
+        rows = read(files[domain])
         w, lose = (rater.rewards([row[which].strip() for row in rows]) for which in ("chosen", "rejected"))
         scores = kept["cells"]["reward|minilm|5e-05|0"]["scores"]
         assert scores[f"{domain}/right"] == sum(a > b for a, b in zip(w, lose, strict=True))

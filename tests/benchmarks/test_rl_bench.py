@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks import grpo, side_by_side
+from benchmarks import grpo, turns
 from benchmarks.pairs import short_pairs
 from benchmarks.random_model import write_model
 from benchmarks.rows import write_adapter
@@ -95,7 +95,7 @@ def test_a_comparison_that_was_stopped_goes_on(workspace, tmp_path, monkeypatch,
         return {**run, "options": {"writing_seconds": [9.0, 1.0]}}
 
     rows = "one"
-    monkeypatch.setattr(side_by_side, "launch", launch)
+    monkeypatch.setattr(turns, "launch", launch)
     words = ["--workloads=short", "--repeats=1", f"--output={tmp_path / 'grpo.json'}"]
     grid = {name: {"precision": name} for name in ("fp32", "bf16", "bf16-base-plain")}
     what = replace(grpo.COMPARISON, grid=grid)
@@ -110,5 +110,5 @@ def test_a_comparison_that_was_stopped_goes_on(workspace, tmp_path, monkeypatch,
     grpo.main([*words, "--repeats=2"])
     assert ran == [("trl", "fp32"), ("ours", None)], "the second turn alone"
     rows = "other"
-    with pytest.raises(SystemExit, match="holds runs on other pairs"):
+    with pytest.raises(SystemExit, match="holds runs on other rows"):
         grpo.main(words)

@@ -12,7 +12,7 @@ import lightning_ft
 from lightning_ft import Attachment, ClassificationData, GradientSurgery, LossBalancing, MultiTaskData, Refusal
 from lightning_ft.engine.terms import Term
 from lightning_ft.functional.gradient_surgery import pcgrad
-from tests.contract.subjects import QUIET, Steps
+from tests.contract.subjects import QUIET, Steps, trainer
 from tests.modules.multitask_jobs import fit, job
 
 TASKS = ["classes", "words", "numbers"]
@@ -184,6 +184,29 @@ def test_what_balancing_learned_follows_the_tasks(tmp_path) -> None:
         _, rows = job(tmp_path, batch_size=30)
         assert fit(tmp_path, again, rows, *callbacks, max_steps=2).global_step == 2
         assert not hasattr(again, "balancing")
+
+
+def test_a_file_with_the_variances_as_one_vector_says_so(tmp_path) -> None:
+    """As earlier versions wrote them; whatever reads it says the same."""
+    module, data = job(tmp_path, model={"weigh": "tasks"}, batch_size=30)
+    file = tmp_path / "last.ckpt"
+    run = fit(tmp_path, module, data, LossBalancing("uncertainty"), max_steps=1, limit_val_batches=0)
+    run.save_checkpoint(file)
+    checkpoint = torch.load(file, weights_only=True)
+    name, state, keys = "balancing.log_variance", checkpoint["state_dict"], checkpoint["lightning_ft"]["keys"]
+    state[name] = torch.stack([state.pop(f"{name}.{number}") for number in range(len(TASKS))])
+    checkpoint["lightning_ft"]["keys"] = sorted({*keys} - {f"{name}.{k}" for k in range(len(TASKS))} | {name})
+    torch.save(checkpoint, file)
+    said = (
+        r"written by an earlier version, which kept the variances of uncertainty balancing as one vector .*train anew"
+    )
+    with pytest.raises(Refusal, match=said):
+        lightning_ft.load(file)
+    for run in ("fit", "validate"):
+        module, data = job(tmp_path, model={"weigh": "tasks"}, batch_size=30)
+        made = trainer(tmp_path, LossBalancing("uncertainty"), use_distributed_sampler=False)
+        with pytest.raises(Refusal, match=said):
+            getattr(made, run)(module, data, ckpt_path=file, weights_only=True)
 
 
 def test_refusals(tmp_path) -> None:

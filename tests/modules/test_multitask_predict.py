@@ -1,6 +1,7 @@
 """Predictions of several tasks: every row of each once, on any number of ranks, as its own kind of answer."""
 
 import json
+from itertools import groupby
 from pathlib import Path
 
 import pytest
@@ -16,13 +17,15 @@ def read(path: Path) -> list[dict]:
 
 
 def predicted(folder: Path, module, data) -> dict[str, list[dict]]:
-    """Task -> its lines."""
+    """Task -> its lines, which stand together in the file, one task after the other."""
     for name in data.tasks:
         data.tasks[name].predict_path = data.tasks[name].val_path
     file = folder / "predictions.jsonl"
     trainer(folder, PredictionFile(file), use_distributed_sampler=False).predict(module, data)
+    lines = read(file)
+    assert [name for name, _ in groupby(line["task"] for line in lines)] == list(data.tasks)
     found: dict[str, list[dict]] = {}
-    for line in read(file):
+    for line in lines:
         found.setdefault(line.pop("task"), []).append(line)
     return found
 

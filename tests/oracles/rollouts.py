@@ -124,6 +124,38 @@ def their_policy(files: Path) -> Any:
     return PeftModel.from_pretrained(base, files / "adapter", is_trainable=True)
 
 
+def asked(round: Any) -> list[list[int]]:
+    """The prompt of each answer of a round, as token ids."""
+    return [list(prompt.ids) for prompt in round.prompts for _ in range(SAMPLES)]
+
+
+def train_theirs(
+    kind: Any, config: Any, files: Path, reward: Any, gradients: list[dict[str, torch.Tensor]], **more: Any
+) -> None:
+    """Trains as ours did: the same start, prompts in the same order; gradients of each step are kept.
+
+    Args:
+        kind: of TRL's trainers, given our answers.
+        config: made of `their_settings`.
+        files: as `write_files` has made them.
+        reward: of both.
+        gradients: where they are kept.
+        more: of the trainer.
+    """
+    from datasets import Dataset
+    from transformers import AutoTokenizer
+
+    kind(
+        model=their_policy(files),
+        reward_funcs=[reward],
+        args=config,
+        train_dataset=Dataset.from_list(lines()),
+        processing_class=AutoTokenizer.from_pretrained(files / "model"),
+        callbacks=[recording(gradients)],
+        **more,
+    ).train()
+
+
 def recording(into: list[dict[str, torch.Tensor]]) -> Any:
     """A callback of transformers that keeps the gradients of each step."""
     from transformers import TrainerCallback

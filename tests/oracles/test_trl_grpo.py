@@ -12,11 +12,10 @@ from tests.modules.rollouts import sevens
 from tests.oracles.rollouts import (
     ROUNDS,
     SAMPLES,
-    lines,
+    asked,
     play_ours,
-    recording,
-    their_policy,
     their_settings,
+    train_theirs,
     write_files,
 )
 from tests.oracles.test_trl_sft import plain_name
@@ -72,8 +71,6 @@ def ours(case, files, tmp_path_factory):
 @pytest.fixture(scope="module")
 def theirs(case, files, ours, tmp_path_factory):
     """What TRL found with the same answers."""
-    from datasets import Dataset
-    from transformers import AutoTokenizer
     from trl import GRPOConfig, GRPOTrainer
 
     seen = {"losses": [], "gradients": [], "logged": []}
@@ -93,24 +90,14 @@ def theirs(case, files, ours, tmp_path_factory):
         round = next(rounds)
         assert prompts == [prompt.given for prompt in round.prompts for _ in range(SAMPLES)], "other prompts"
         ids = [list(answer.ids) for answer in round.answers]
-        asked = [list(prompt.ids) for prompt in round.prompts for _ in range(SAMPLES)]
-        return {"prompt_ids": asked, "completion_ids": ids, "logprobs": [[0.0] * len(one) for one in ids]}
+        return {"prompt_ids": asked(round), "completion_ids": ids, "logprobs": [[0.0] * len(one) for one in ids]}
 
     config = GRPOConfig(
         **their_settings(tmp_path_factory.mktemp("out"), ROUNDS * PASSES, RATE),
         num_iterations=PASSES,
         **{"temperature": 1.0, **CASES[case][1]},
     )
-    trainer = Recording(
-        model=their_policy(files),
-        reward_funcs=[reward],
-        args=config,
-        train_dataset=Dataset.from_list(lines()),
-        processing_class=AutoTokenizer.from_pretrained(files / "model"),
-        callbacks=[recording(seen["gradients"])],
-        rollout_func=written,
-    )
-    trainer.train()
+    train_theirs(Recording, config, files, reward, seen["gradients"], rollout_func=written)
     return seen
 
 

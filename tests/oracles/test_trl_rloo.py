@@ -14,11 +14,10 @@ from tests.oracles.rollouts import (
     PROMPTS,
     ROUNDS,
     SAMPLES,
-    lines,
+    asked,
     play_ours,
-    recording,
-    their_policy,
     their_settings,
+    train_theirs,
     write_files,
 )
 from tests.oracles.test_trl_sft import plain_name
@@ -63,8 +62,6 @@ def ours(case, files, tmp_path_factory):
 @pytest.fixture(scope="module")
 def theirs(case, files, ours, tmp_path_factory):
     """Of each step the advantages, by prompt and answer, and the gradients."""
-    from datasets import Dataset
-    from transformers import AutoTokenizer
     from trl import RLOOConfig, RLOOTrainer
 
     seen = {"advantages": [], "gradients": []}
@@ -73,8 +70,7 @@ def theirs(case, files, ours, tmp_path_factory):
     class Given(RLOOTrainer):
         def _generate_single_turn(self, prompt_ids, images, multimodal_fields):
             round = next(rounds)
-            asked = [list(prompt.ids) for prompt in round.prompts for _ in range(SAMPLES)]
-            assert [list(ids) for ids in prompt_ids] == asked, "other prompts"
+            assert [list(ids) for ids in prompt_ids] == asked(round), "other prompts"
             return [list(answer.ids) for answer in round.answers]
 
         def compute_loss(self, model, inputs, *args, **kwargs):
@@ -88,15 +84,8 @@ def theirs(case, files, ours, tmp_path_factory):
             return super().compute_loss(model, inputs, *args, **kwargs)
 
     settings = their_settings(tmp_path_factory.mktemp("out"), ROUNDS, RATE)
-    trainer = Given(
-        model=their_policy(files),
-        reward_funcs=[REWARDS[case]],
-        args=RLOOConfig(**settings, beta=0.0, num_iterations=1, temperature=1.0),
-        train_dataset=Dataset.from_list(lines()),
-        processing_class=AutoTokenizer.from_pretrained(files / "model"),
-        callbacks=[recording(seen["gradients"])],
-    )
-    trainer.train()
+    config = RLOOConfig(**settings, beta=0.0, num_iterations=1, temperature=1.0)
+    train_theirs(Given, config, files, REWARDS[case], seen["gradients"])
     return seen
 
 

@@ -1,0 +1,158 @@
+"""Where the episodes of a split come from: texts of a table, files in a folder for each class, or a function that makes tasks."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+
+from lightning_ft.data.class_folders import FileReader, files_of_splits, pools_of_files
+from lightning_ft.data.class_texts import ClassTexts
+from lightning_ft.data.episode_draw import TEST, TRAIN, VAL, check_pools, draw_episode
+from lightning_ft.data.named_files import Split
+from lightning_ft.data.task_functions import DrawnTasks
+from lightning_ft.data.text_tasks import TextTasks
+from lightning_ft.engine.episodes import Episode
+from lightning_ft.functional.dotted import named_function
+
+_STREAMS: dict[Split, int] = {"train": TRAIN, "val": VAL, "test": TEST}
+
+
+class EpisodeSource(ClassTexts):
+    """Makes the episodes of `EpisodeData`, which stores the arguments annotated here and those of `ClassTexts`."""
+
+    tasks: str | None
+    tasks_args: dict[str, Any] | None
+    eval_tasks_args: dict[str, Any] | None
+    way: int
+    shot: int
+    query: int
+    permute_labels: bool
+    small_classes: Literal["error", "drop"]
+    image_size: int
+    channels: Literal[1, 3]
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._made: dict[Split, Callable[[int, np.ndarray], tuple[Episode, ...] | Episode]] = {}
+        self._tasks: dict[Split, DrawnTasks] = {}
+        self._shared: dict[Split, int] = {}
+        self.pools: dict[Split, dict[str, np.ndarray]] = {}
+
+    @property
+    def reads_no_files(self) -> bool:
+        """Whether episodes come from a function, or from folders."""
+        return self.tasks is not None or self.folders
+
+    @property
+    def folders(self) -> bool:
+        """Whether ``path`` is a folder of classes."""
+        return isinstance(self.path, str) and Path(self.path).expanduser().is_dir()
+
+    def _has(self, split: Split) -> bool:
+        if split == "train" or self.tasks is not None:
+            return True
+        return bool(getattr(self, f"{split}_path") or getattr(self, f"{split}_classes"))
+
+    @property
+    def has_classes(self) -> bool:
+        """Whether targets are classes, not numbers."""
+        return self.tasks is None or self._drawn("train").has_classes
+
+    @property
+    def writes(self) -> bool:
+        """Whether targets are answers that a language model is to write."""
+        return self.tasks is not None and self._drawn("train").of_texts
+
+    def _get_made(self, split: Split) -> Callable[[int, np.ndarray], tuple[Episode, ...] | Episode]:
+        self._prepare_split(split)
+        return self._made[split]
+
+    def _prepare_split(self, split: Split) -> None:
+        if split in self._made or not self._has(split):
+            return
+        if self.tasks is not None:
+            drawn = self._drawn(split)
+            if drawn.of_texts:
+                texts = TextTasks(
+                    drawn, self.resolve_tokenizer(), max_length=self.max_length, truncation=self.truncation
+                )
+                self._made[split] = texts.episodes
+            else:
+                self._made[split] = drawn.episodes
+        elif self.folders:
+            self._prepare_folders(split)
+        else:
+            self._prepare_texts(split)
+
+    # -- of a function ------------------------------------------------------------------------------------------------
+
+    def _drawn(self, split: Split) -> DrawnTasks:
+        if split not in self._tasks:
+            assert self.tasks is not None
+            given = {**(self.tasks_args or {}), **((self.eval_tasks_args or {}) if split != "train" else {})}
+            self._tasks[split] = DrawnTasks(self._function(), given, (self._seed, _STREAMS[split]), self.tasks)
+        return self._tasks[split]
+
+    def _function(self) -> Callable[..., Any]:
+        assert self.tasks is not None
+        return named_function(self.tasks, "EpisodeData.tasks")
+
+    # -- of rows ------------------------------------------------------------------------------------------------------
+
+    def classes_of(self) -> dict[str, set[str]]:
+        """The classes of each split of rows; of a function none."""
+        if self.tasks is not None:
+            return {}
+        if self.folders:
+            return {split: set(classes) for split, classes in self._class_files().items()}
+        return super().classes_of()
+
+    def _class_files(self) -> dict[str, dict[str, list[Path]]]:
+        given = {split: path for split, path in (("val", self.val_path), ("test", self.test_path)) if path is not None}
+        return files_of_splits(str(self.path), given, self.val_classes, self.test_classes, seed=self._seed)
+
+    def _prepare_folders(self, split: Split) -> None:
+        items, pools = pools_of_files(self._class_files()[split])
+        self.pools[split] = self._checked(pools, split)
+        reader = FileReader(image_size=self.image_size, channels=self.channels)
+
+        self._made[split] = lambda epoch, numbers: reader.episodes(items, self._draws(split, epoch, numbers))
+
+    def _prepare_texts(self, split: Split) -> None:
+        rows, pools, self._shared[split] = self.pools_of(split)
+        self.pools[split] = self._checked(pools, split)
+        self._rows[split] = rows
+
+        self._made[split] = lambda epoch, numbers: tuple(
+            self.episode(rows, draw) for draw in self._draws(split, epoch, numbers)
+        )
+
+    def _checked(self, pools: Mapping[str, np.ndarray], split: Split) -> dict[str, np.ndarray]:
+        return check_pools(
+            pools,
+            split,
+            way=self.way,
+            rows=self.shot + self.query,
+            drop=self.small_classes == "drop",
+            owner="EpisodeData",
+        )
+
+    def _draws(self, split: Split, epoch: int, numbers: np.ndarray) -> list[Any]:
+        pools = list(self.pools[split].values())
+        return [
+            draw_episode(
+                pools,
+                way=self.way,
+                shot=self.shot,
+                query=self.query,
+                permute=self.permute_labels,
+                key=(self._seed, _STREAMS[split], epoch, number),
+            )
+            for number in numbers.tolist()
+        ]
+
+
+__all__ = ["EpisodeSource"]
