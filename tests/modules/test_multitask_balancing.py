@@ -10,7 +10,16 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from torch import Tensor, nn
 
 import lightning_ft
-from lightning_ft import Attachment, ClassificationData, GradientSurgery, LoRA, LossBalancing, MultiTaskData, Refusal
+from lightning_ft import (
+    Attachment,
+    ClassificationData,
+    GradientSurgery,
+    LoRA,
+    LossBalancing,
+    MultiTaskData,
+    Refusal,
+    TaskSampling,
+)
 from lightning_ft.engine.terms import Term
 from lightning_ft.functional.gradient_surgery import pcgrad, upgrad
 from tests.contract.subjects import QUIET, Steps
@@ -214,7 +223,37 @@ def test_a_short_last_window_counts_s_once(tmp_path) -> None:
         for number, name in enumerate(TASKS):
             share = 0.5 if name == "numbers" else 1.0
             slope = 0.5 - share * float(torch.exp(-s[number])) * loss[name] if name in loss else 0.0
-            assert float(gradients[f"balancing.log_variance.{number}"]) == pytest.approx(slope, rel=1e-4, abs=1e-6)
+            found = gradients.get(
+                f"balancing.log_variance.{number}", torch.zeros(())
+            )  # none where the window lacks the task
+            assert float(found) == pytest.approx(slope, rel=1e-4, abs=1e-6)
+
+
+@pytest.mark.parametrize("method", [None, "pcgrad"], ids=["plain", "surgery"])
+def test_s_rests_while_its_task_is_absent(method: str | None, tmp_path) -> None:
+    """Tasks in turn, or under surgery two in each window, with AdamW, whose momentum would move all of them in every step."""
+    options = {"weigh": "tasks", "optimizer": torch.optim.AdamW, "lr": 1e-2}
+    module, data = job(tmp_path, model=options, batches="homogeneous", batch_size=4)
+    seen: list[tuple[set[str], set[str]]] = []
+
+    class Watch(Steps):
+        def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
+            self.before = (
+                pl_module.balancing.values if batch_idx % trainer.accumulate_grad_batches == 0 else self.before
+            )
+
+        def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
+            if not trainer.fit_loop.epoch_loop._should_accumulate():
+                here = {name for name in TASKS if batch.window[f"row:{name}"]}
+                changed = (pl_module.balancing.values != self.before).tolist()
+                seen.append((here, {name for name, moved in zip(TASKS, changed, strict=True) if moved}))
+
+    callbacks = [LossBalancing("uncertainty"), TaskSampling("round_robin"), Watch()]
+    callbacks += [GradientSurgery(method)] if method else []
+    more = {"accumulate_grad_batches": 2 if method else 1, "limit_val_batches": 0}
+    fit(tmp_path, module, data, *callbacks, max_steps=6, **more)
+    assert all(here == changed for here, changed in seen), seen
+    assert len({frozenset(here) for here, _ in seen}) >= 3
 
 
 def test_s_has_a_group_and_a_rate_of_its_own(tmp_path) -> None:

@@ -73,7 +73,7 @@ def test_neither_momentum_nor_decay_of_a_step_without_its_rows_moves_it(tmp_path
 
 
 def predictions(folder: Path, module, data, task: str) -> Tensor:
-    """(rows, C) of one task, in the order of its file, by ``predict``."""
+    """(rows or words, C) of one task, in the order of its file, by ``predict``."""
     for one in data.tasks.values():
         one.predict_path = one.val_path
     found: dict[int, Tensor] = {}
