@@ -6,7 +6,7 @@ import lightning.pytorch as pl
 import torch
 from annotated_types import Ge, Gt
 from lightning.pytorch.strategies import ModelParallelStrategy
-from torch import Tensor
+from torch import Tensor, nn
 
 from lightning_ft.engine.arguments import refuse_idle
 from lightning_ft.engine.attachment import Attachment
@@ -62,7 +62,8 @@ class LossBalancing(Technique):
     Cost: gradnorm one backward pass a term and K gradients of what is trained, as surgery; the others nothing.
 
     Differs from: GradNorm's paper, which measures gradients at the last shared layer: here on all that is trained and shared. Where
-    a window lacks some terms, the weights of the others keep the sum that they had.
+    a window lacks some terms, the weights of the others keep the sum that they had, and the s of those that it lacks rest, whatever
+    momentum the optimizer has.
     FAMO's, which runs the batch a second time after the step: here the next batch's losses stand for that, so that other rows'
     noise is in the difference.
 
@@ -115,6 +116,7 @@ class LossBalancing(Technique):
         self._attachment: Attachment | None = None
         self._names: list[str] = []
         self._order: tuple[str, ...] = ()
+        self._absent: set[str] = set()
         self._restored = False
         self._forget_history()
 
@@ -139,6 +141,7 @@ class LossBalancing(Technique):
             attachment.surgery(self._gradnorm, weighs_own=True)
         if self.method == "uncertainty":
             self._names = self._named(attachment.module)
+            attachment.gradient_edit(self)
             attachment.edit("inject", "balancing", self._inject, again=True)
 
     def _leave_run(self) -> None:
@@ -266,6 +269,7 @@ class LossBalancing(Technique):
             )
         found: LogVariances = attachment.module.get_submodule("balancing")  # type: ignore[assignment]
         squared = self.squared if self.squared is not None else getattr(attachment.module, "squared_tasks", [])
+        self._absent = {name for name, here in zip(names, present, strict=True) if not here}
         weighed = []
         for term, loss, here, s in zip(terms, losses, present, found.log_variance, strict=True):
             # Lightning divides each micro-batch by their nominal number: the last one alone has the whole s / 2, since a window
@@ -277,6 +281,14 @@ class LossBalancing(Technique):
             factors = [0.5 if name in squared else 1.0 for name in names]
             self._log(names, [m * float(torch.exp(-s)) for m, s in zip(factors, found.values, strict=True)])
         return weighed
+
+    def edit_(self, parameters: dict[str, nn.Parameter]) -> None:
+        """The s of a term that the window lacks rests, as a task's head does: an optimizer's momentum would move it."""
+        assert self._attachment is not None
+        found: LogVariances = self._attachment.module.get_submodule("balancing")  # type: ignore[assignment]
+        for name, s in zip(found.names, found.log_variance, strict=True):
+            if name in self._absent:
+                s.grad = None
 
     def _gradnorm(self, gram: Tensor) -> Tensor:
         """(K, K) -> (K,): the present weights, after a step of their own from the window's gradients and losses."""

@@ -37,7 +37,7 @@ class InBackward(Optimizer):
         optimizer: what steps one parameter: a factory as `SFT` takes it; None is AdamW, fused, betas .9 and .999.
 
     What cannot follow is refused when a run with this library's modules or callbacks begins: accumulation, clipping, edits of the
-    gradients, several ranks, fp16 scaling, loaders that do not count their windows.
+    gradients, several ranks or tasks, fp16 scaling, loaders that do not count their windows.
 
     Example::
 
@@ -173,6 +173,12 @@ def check(attachment: Attachment) -> None:
             "several ranks",
             "each would step with its own gradients, before they are averaged",
             "use one device, or an ordinary optimizer",
+        ),
+        (
+            len(getattr(attachment.module, "task_names", ())) > 1,
+            "several tasks",
+            "the head of a task that a step lacks would be moved by momentum",
+            "use an ordinary optimizer",
         ),
         ("fp16" in words, WORDS["fp16"], "gradients are applied before they are unscaled", "use bf16-mixed or 32-true"),
     )

@@ -11,7 +11,7 @@ from lightning_ft import Attachment, LossBalancing
 from lightning_ft.engine.terms import Term
 from tests.contract.subjects import QUIET
 
-TASKS, INPUTS, OUTPUTS, WIDTH, ROWS, STEPS = 10, 50, 20, 100, 48, 300
+TASKS, INPUTS, OUTPUTS, WIDTH, ROWS, STEPS = 10, 50, 20, 100, 48, 100
 NAMES = [f"task{n}" for n in range(TASKS)]
 
 
@@ -64,10 +64,14 @@ def left(folder: Path, seed: int, *callbacks: pl.Callback) -> float:
         return float((module.losses(module.held_out) / first).mean())
 
 
-@pytest.mark.parametrize("seed", [0, 1])
+@pytest.mark.parametrize("seed", range(4))
 def test_gradnorm_leaves_less_than_equal_weights_and_uncertainty(seed: int, tmp_path) -> None:
+    """The paper's claim for ten tasks, in its measure, without a margin: the first of three on four seeds, by chance once in 81.
+
+    Left after 100 steps (equal, uncertainty, gradnorm) by seed: .966 .969 .885, 1.018 1.010 .905, .944 .942 .894, 1.006 1.007 .883,
+    .973 .975 .912, .963 .971 .919; after 300 on seven seeds .86 to .89, .86 to .89, and .73 to .82.
+    """
     equal = left(tmp_path, seed)
     uncertainty = left(tmp_path, seed, LossBalancing("uncertainty", terms=NAMES, squared=NAMES))
     gradnorm = left(tmp_path, seed, LossBalancing("gradnorm", alpha=0.12))
-    # After so few steps 0.79 and 0.80 are left beside 0.87 and 0.88 (equal) and 0.87 and 0.86 (uncertainty).
-    assert gradnorm < 0.95 * equal and gradnorm < 0.95 * uncertainty, (gradnorm, equal, uncertainty)
+    assert gradnorm < min(equal, uncertainty), (gradnorm, equal, uncertainty)

@@ -13,6 +13,7 @@ from torch import nn
 from lightning_ft import InBackward, LoRA, Refusal
 from lightning_ft.engine.optimizer import build_optimizer
 from tests.contract.subjects import PlainNet, chat_job, differing, loader, state, trainer
+from tests.modules.multitask_jobs import fit, job
 
 FACTORIES = {
     "adamw": None,
@@ -218,6 +219,14 @@ def test_what_needs_gradients_after_backward_is_refused(techniques, options, wor
         trainer(tmp_path, *techniques, **options).fit(module, data)
     if torch.distributed.is_initialized():
         torch.distributed.destroy_process_group()
+
+
+def test_several_tasks_are_refused(tmp_path):
+    module, data = job(tmp_path, model={"optimizer": InBackward})
+    with pytest.raises(Refusal, match="InBackward cannot work with several tasks, because the head"):
+        fit(tmp_path, module, data)
+    module, data = job(tmp_path, model={"optimizer": InBackward}, only="numbers")
+    assert fit(tmp_path, module, data, max_steps=1, limit_val_batches=0).global_step == 1
 
 
 def test_a_loader_that_does_not_count_its_windows_is_refused(chat, tmp_path):

@@ -1,5 +1,6 @@
 """Balancing and surgery of several tasks: values by hand, their numbers from run to run, and what cannot work."""
 
+from contextlib import nullcontext
 from pathlib import Path
 
 import lightning.pytorch as pl
@@ -9,9 +10,18 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from torch import Tensor, nn
 
 import lightning_ft
-from lightning_ft import Attachment, ClassificationData, GradientSurgery, LossBalancing, MultiTaskData, Refusal
+from lightning_ft import (
+    Attachment,
+    ClassificationData,
+    GradientSurgery,
+    LoRA,
+    LossBalancing,
+    MultiTaskData,
+    Refusal,
+    TaskSampling,
+)
 from lightning_ft.engine.terms import Term
-from lightning_ft.functional.gradient_surgery import pcgrad
+from lightning_ft.functional.gradient_surgery import pcgrad, upgrad
 from tests.contract.subjects import QUIET, Steps, trainer
 from tests.modules.multitask_jobs import fit, job
 
@@ -84,6 +94,86 @@ def test_uncertainty_with_pcgrad_is_by_hand(tmp_path) -> None:
         torch.testing.assert_close(p.double(), q.double(), rtol=1e-5, atol=1e-7, msg=name)  # s is kept in float32
 
 
+class ByHand(Steps):
+    """Of the first window: each task's gradient by one ``autograd.grad`` in the run's own precision, added up in ``dtype``."""
+
+    def __init__(self, dtype: torch.dtype = torch.float64, autocast: bool = True) -> None:
+        super().__init__()
+        self.dtype, self.autocast = dtype, autocast
+        self.rows = self.reached = None
+
+    def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
+        if trainer.global_step:
+            return
+        tasks = pl_module._tasks()
+        self.parameters = [p for p in pl_module.parameters() if p.requires_grad]
+        with trainer.precision_plugin.forward_context() if self.autocast else nullcontext():
+            found = pl_module._outcomes(batch, tasks)
+            losses = [one and one.losses.sum() / batch.window[t.unit] for t in tasks for one in [found[t.name]]]
+        here = torch.zeros(len(tasks), sum(p.numel() for p in self.parameters), dtype=self.dtype)
+        reached = torch.zeros(len(tasks), len(self.parameters), dtype=torch.bool)
+        for k, loss in enumerate(losses):
+            if loss is not None:
+                grads = torch.autograd.grad(loss, self.parameters, retain_graph=True, allow_unused=True)
+                reached[k] = torch.tensor([g is not None for g in grads])
+                whole = [torch.zeros_like(p) if g is None else g for g, p in zip(grads, self.parameters, strict=True)]
+                here[k] = torch.cat([g.reshape(-1) for g in whole])
+        self.rows = here if self.rows is None else self.rows + here
+        self.reached = reached if self.reached is None else self.reached | reached
+
+    def combined(self, weigh) -> Tensor:
+        """What is stepped with, (P,) in float64."""
+        several = self.reached.sum(0) > 1
+        shared = torch.cat([n.expand(p.numel()) for p, n in zip(self.parameters, several, strict=True)])
+        rows = self.rows.double()
+        weights = weigh(rows[:, shared] @ rows[:, shared].T)
+        return torch.where(shared, weights @ rows, rows.sum(0))
+
+
+def surgery(folder: Path, precision: str, base_dtype: str, hand: ByHand, *callbacks, accumulate: int = 1) -> Tensor:
+    """The gradient of one step with upgrad, (P,), beside what a callback finds by hand."""
+    options = {"weigh": "tasks", "base_dtype": base_dtype}
+    module, data = job(folder, model=options, batch_size=12)
+    more = {"max_steps": 1, "limit_val_batches": 0, "accumulate_grad_batches": accumulate, "precision": precision}
+    fit(folder, module, data, GradientSurgery("upgrad"), *callbacks, hand, **more)
+    named = hand.gradients[0]
+    return torch.cat([named[n].reshape(-1) for n, p in module.named_parameters() if p.requires_grad])
+
+
+def off(found: Tensor, wanted: Tensor) -> float:
+    return float((found.double() - wanted).norm() / wanted.norm())
+
+
+@pytest.mark.parametrize(
+    ("precision", "base_dtype", "adapter"),
+    [("bf16-mixed", "float32", False), ("bf16-mixed", "bfloat16", True), ("32-true", "bfloat16", True)],
+    ids=["mixed", "mixed, bf16 base", "bf16 base"],
+)
+def test_surgery_of_bf16_gradients_is_by_hand(precision: str, base_dtype: str, adapter: bool, tmp_path) -> None:
+    """Gradients that came through bf16 are combined in float32: no further off than that, while float32 itself is, and the sum."""
+    hand, loras = ByHand(), [LoRA(4)] if adapter else []
+    found = surgery(tmp_path, precision, base_dtype, hand, *loras, accumulate=2)
+    assert found.dtype == torch.float32
+    wanted = hand.combined(lambda gram: 3 * upgrad(gram))
+    assert off(found, wanted) < 1e-6
+    assert off(hand.combined(lambda gram: torch.ones(3, dtype=torch.float64)), wanted) > 0.01, "nothing to combine"
+    exact = ByHand(autocast=False)
+    surgery(tmp_path, "32-true", "float32", exact, *([LoRA(4)] if adapter else []), accumulate=2)
+    assert off(exact.combined(lambda gram: 3 * upgrad(gram)), wanted) > 1e-3, "bf16 took no part"
+
+
+def test_surgery_of_bf16_weights_rounds_once(tmp_path) -> None:
+    """Pure bf16: four micro-batches are added up in float32 and rounded when the step is written; added in bf16 they differ."""
+    hand, coarse = ByHand(torch.float32), ByHand(torch.bfloat16)
+    found = surgery(tmp_path, "32-true", "pure_bfloat16", hand, coarse, accumulate=4)
+    trunk = sum(p.numel() for p in hand.parameters if p.dtype == torch.bfloat16)  # comes first; new heads are float32
+    right, wrong = (
+        (one.combined(lambda gram: 3 * upgrad(gram)).to(torch.bfloat16) == found)[:trunk].float().mean()
+        for one in (hand, coarse)
+    )
+    assert trunk > 10_000 and float(right) > 0.99 and float(wrong) < 0.9
+
+
 def test_gradnorm_weighs_heads_too(tmp_path) -> None:
     """As in the paper, whose weights are of the losses: the heads' gradients are the plain ones times the weights."""
     module, weights = TwoHeads(), []
@@ -133,7 +223,37 @@ def test_a_short_last_window_counts_s_once(tmp_path) -> None:
         for number, name in enumerate(TASKS):
             share = 0.5 if name == "numbers" else 1.0
             slope = 0.5 - share * float(torch.exp(-s[number])) * loss[name] if name in loss else 0.0
-            assert float(gradients[f"balancing.log_variance.{number}"]) == pytest.approx(slope, rel=1e-4, abs=1e-6)
+            found = gradients.get(
+                f"balancing.log_variance.{number}", torch.zeros(())
+            )  # none where the window lacks the task
+            assert float(found) == pytest.approx(slope, rel=1e-4, abs=1e-6)
+
+
+@pytest.mark.parametrize("method", [None, "pcgrad"], ids=["plain", "surgery"])
+def test_s_rests_while_its_task_is_absent(method: str | None, tmp_path) -> None:
+    """Tasks in turn, or under surgery two in each window, with AdamW, whose momentum would move all of them in every step."""
+    options = {"weigh": "tasks", "optimizer": torch.optim.AdamW, "lr": 1e-2}
+    module, data = job(tmp_path, model=options, batches="homogeneous", batch_size=4)
+    seen: list[tuple[set[str], set[str]]] = []
+
+    class Watch(Steps):
+        def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
+            self.before = (
+                pl_module.balancing.values if batch_idx % trainer.accumulate_grad_batches == 0 else self.before
+            )
+
+        def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
+            if not trainer.fit_loop.epoch_loop._should_accumulate():
+                here = {name for name in TASKS if batch.window[f"row:{name}"]}
+                changed = (pl_module.balancing.values != self.before).tolist()
+                seen.append((here, {name for name, moved in zip(TASKS, changed, strict=True) if moved}))
+
+    callbacks = [LossBalancing("uncertainty"), TaskSampling("round_robin"), Watch()]
+    callbacks += [GradientSurgery(method)] if method else []
+    more = {"accumulate_grad_batches": 2 if method else 1, "limit_val_batches": 0}
+    fit(tmp_path, module, data, *callbacks, max_steps=6, **more)
+    assert all(here == changed for here, changed in seen), seen
+    assert len({frozenset(here) for here, _ in seen}) >= 3
 
 
 def test_s_has_a_group_and_a_rate_of_its_own(tmp_path) -> None:

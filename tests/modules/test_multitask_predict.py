@@ -7,9 +7,12 @@ from pathlib import Path
 import pytest
 import torch
 
+import lightning_ft
+from lightning_ft import ClassificationData, LoRA, MultiTaskData
 from lightning_ft.cli.predictions import PredictionFile
-from tests.contract.subjects import trainer
-from tests.modules.multitask_jobs import fit, job, pairs_job, predicted_on_ranks
+from lightning_ft.nn.registry import injected_layers
+from tests.contract.subjects import Steps, differing, trainer
+from tests.modules.multitask_jobs import fit, job, pairs_job, predicted_on_ranks, weights
 
 
 def read(path: Path) -> list[dict]:
@@ -72,3 +75,45 @@ def test_answers_of_a_pair_are_told_apart(tmp_path: Path) -> None:
     for name, key in {"liked": "reward", "policy": "logprob"}.items():
         assert [line["answer"] for line in found[name]] == ["chosen", "rejected"] * 9
         assert all(isinstance(line[key], float) for line in found[name])
+
+
+def values(module) -> dict[str, torch.Tensor]:
+    """What is trained, of adapters by their own names: where one more is injected, the others go a level down."""
+    layers = injected_layers(module)
+    found = {
+        f"{layer.adapter_name} {name.replace('.base', '')} {key}": p.detach().clone()
+        for name, layer in layers.items()
+        for key, p in layer.injected_parameters().items()
+    }
+    return found | {n: v for n, v in weights(module).items() if "lora_" not in n}
+
+
+@pytest.mark.parametrize("first", [False, True], ids=["last", "first"])
+@pytest.mark.parametrize("names", [(), ("shared",), ("shared", "classes")], ids=lambda names: "+".join(names) or "full")
+def test_old_tasks_say_the_same_when_one_is_added(names: tuple[str, ...], first: bool, tmp_path: Path) -> None:
+    """Bit for bit before any step, wherever the data name it; a fit, with an adapter for the new one, begins with their values."""
+    module, data = job(tmp_path, model={"lr": 0.5}, batches="homogeneous", batch_size=4)
+    run = fit(tmp_path, module, data, *(LoRA(2, name=name) for name in names), limit_val_batches=0)
+    run.save_checkpoint(tmp_path / "old.ckpt")
+    before = predicted(tmp_path, module, data)
+    loaded = lightning_ft.load(tmp_path / "old.ckpt")
+    old = values(module)
+    loaded.add_task("stars", "regression")
+    path = str(tmp_path / "numbers.jsonl")
+    new = {"stars": ClassificationData(path, task="regression", val_path=path, cache_dir=str(tmp_path / "cache"))}
+    parts = {**new, **data.tasks} if first else {**data.tasks, **new}
+    after = predicted(tmp_path, loaded, MultiTaskData(parts, batches="homogeneous", batch_size=4))
+    assert list(after)[0 if first else -1] == "stars" and len(after.pop("stars")) == 7
+    assert after == before
+    began = {}
+
+    class Start(Steps):
+        def on_train_start(self, trainer, pl_module):
+            began.update(values(pl_module))
+
+    loaded.train()
+    adapters = [LoRA(2, name=name) for name in (*names, *(("stars",) if names else ()))]
+    rows = MultiTaskData({**data.tasks, **new}, batches="homogeneous", batch_size=4)
+    fit(tmp_path, loaded, rows, *adapters, Start(), max_steps=1, limit_val_batches=0)
+    assert not differing(old, {n: began[n] for n in old})
+    assert differing(old, {n: values(loaded)[n] for n in old}), "and goes on from there"
