@@ -443,7 +443,7 @@ class Attachment:
             ):
                 self.step.begin_window()
             seed_batch(self.seed, progress.total_batch_idx, trainer.global_rank)
-            self.step.own = None
+            self.step.own, self.step.asked = None, []
             for listener in self.step.before:
                 listener(batch)
             output = original(*args, **kwargs)
