@@ -2,45 +2,31 @@
 
 from collections.abc import Callable
 from dataclasses import replace
-from functools import partial
-from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal
 
 import lightning.pytorch as pl
 import torch
 from annotated_types import Ge, Gt, Le
-from torch import nn
+from torch import Tensor, nn
 
-from lightning_ft.engine import own_student, teacher_targets
+from lightning_ft.engine import own_student
 from lightning_ft.engine.arguments import arguments_of
 from lightning_ft.engine.attachment import Attachment
 from lightning_ft.engine.batch import Batch
-from lightning_ft.engine.frozen import Frozen
 from lightning_ft.engine.inner_layers import InnerLayers
-from lightning_ft.engine.known_teacher import KnownTeacher
+from lightning_ft.engine.lesson import Lesson
 from lightning_ft.engine.module import DtypePolicy
-from lightning_ft.engine.projections import add_projections, check_projections
 from lightning_ft.engine.student import check_student
 from lightning_ft.engine.task_teacher import TaskTeacher
-from lightning_ft.engine.teacher import (
-    SELF,
-    Origin,
-    Teacher,
-    load_teacher,
-    origin_of,
-    self_teacher,
-    vocabulary_of,
-)
+from lightning_ft.engine.teacher import SELF
 from lightning_ft.engine.technique import Technique
 from lightning_ft.engine.terms import Term
 from lightning_ft.engine.traits import Cannot, Traits
 from lightning_ft.functional.distillation import Divergence, LayerMap
 from lightning_ft.functional.errors import Refusal
 from lightning_ft.models.classifier import CLASSIFIES
-from lightning_ft.models.dtype import compute_dtype
-from lightning_ft.models.observed import Observer, check_maps
-from lightning_ft.models.quantize import Mode, check_mode
-from lightning_ft.models.vocabulary import shared_vocabulary, sliced
+from lightning_ft.models.quantize import Mode
+from lightning_ft.nn.head_sums import Summed
 from lightning_ft.objectives import distillation as objective
 
 _INNER = ("hidden", "cosine", "attention", "values")
@@ -101,7 +87,8 @@ class Distillation(Technique):
         ``train/NAME/soft_targets``, ``hidden``, ``cosine``, ``attention``, ``values``, before their weights, NAME being ``name``;
         and ``train/NAME/t2``, the factor that is in the first: T^2, 1 for numbers, which T does not divide.
 
-    Cost: a forward pass of the teacher; of language models a second pass over the student's output layer, a chunk at a time.
+    Cost: a forward pass of the teacher. Of language models both losses are made of one pass over the output layers, a chunk of
+    logits at a time; with `LossBalancing` or `GradientSurgery` soft targets have a pass over the student's of their own.
 
     Raises:
         Refusal: before training, where student and teacher cannot be compared, with the reason.
@@ -194,8 +181,25 @@ class Distillation(Technique):
                 "Distillation.targets holds what a teacher predicts, compared by the forward KL, and neither hidden states nor "
                 "maps; leave targets out, or the rest."
             )
-        self._width: int | None = None
-        self._known = KnownTeacher()
+        inner = InnerLayers(
+            states=self._asked("hidden", "cosine"),
+            attention=self._asked("attention"),
+            values=self._asked("values"),
+            layers=layers,
+            relation_heads=relation_heads,
+        )
+        self._lesson = Lesson(
+            teacher,
+            inner,
+            place=self._place,
+            temperature=self.resolved_temperature(),
+            targets=targets,
+            width=teacher_width,
+            quantize=quantize,
+            dtype=dtype,
+            trust_remote_code=trust_remote_code,
+            revision=revision,
+        )
         self._forget()
 
     # -- what is asked for ----------------------------------------------------------------------------------------------
@@ -210,35 +214,24 @@ class Distillation(Technique):
 
     def resolved_arguments(self) -> dict[str, Any]:
         """With the width of the teacher, who need not be there when a checkpoint is loaded."""
-        return {**arguments_of(self), "teacher_width": self._width or self.teacher_width}
+        return {**arguments_of(self), "teacher_width": self._lesson.width}
 
     def resolved_temperature(self) -> float:
         """As it was given, or as the recipe has it."""
         return self.weight("temperature")
 
     def _forget(self) -> None:
+        self._lesson.forget()
         self._now = objective.Settings(
             divergence=self.divergence,
             beta=self.beta,
             temperature=self.resolved_temperature(),
             scale_t2=self.scale_t2,
             chunk_size=self.chunk_size,
-            relation_heads=self.relation_heads,
             names=self.name,
         )
-        self._inner = InnerLayers(
-            states=self._asked("hidden", "cosine"),
-            attention=self._asked("attention"),
-            values=self._asked("values"),
-            layers=self.layers,
-            relation_heads=self.relation_heads,
-        )
-        self._known.forget()
-        self._students: Observer | None = None
-        self._teacher: Teacher | None = None
-        self._kept: teacher_targets.TeacherTargets | None = None
         self._caught: own_student.Caught | None = None
-        self._checked = False
+        self._soft: Summed | None = None
 
     # -- registration ---------------------------------------------------------------------------------------------------
 
@@ -250,29 +243,23 @@ class Distillation(Technique):
         if not self._asked("soft_targets", *_INNER):
             return
         module = attachment.module
-        ours = hasattr(module, "lightning_ft_module")
         if getattr(module, "trains_several_tasks", False):
             self._teach_task(module, attachment)
-            return
-        if ours:
+        elif hasattr(module, "lightning_ft_module"):
             check_student(module, arguments_of(self))
-            self._inner.check(module, attachment)
+            self._lesson.inner.check(module, attachment)
+            self._lesson.join(attachment, self.projection_rate, self._begin)
+            attachment.before_step(lambda batch: self._listen(module, batch))
+            attachment.loss_term(self.name, self._terms)
         else:
-            self._inner.check_own(module)
-            own_student.check(module, targets=self.targets, quantize=self.quantize)
-        origin = self._origin(ours, attachment)
-        if self._inner.states:
-            attachment.edit("inject", f"distillation:{self.name}", lambda m: self._project(m, attachment, origin))
-        if self.teacher == SELF and self.teacher_module is None and self.targets is None:
-            attachment.want_reference()
-        attachment.edit(
-            "hooks",
-            f"distillation:{self.name}",
-            lambda m: self._prepare(m, attachment, origin, ours),
-            order=50,
-            again=True,
-        )
-        attachment.loss_term(self.name, self._terms if ours else self._own_term)
+            self._lesson.inner.check_own(module)
+            own_student.check(module, arguments_of(self))
+            if self.teacher == SELF and self.teacher_module is None:
+                attachment.want_reference()
+            attachment.edit(
+                "hooks", f"distillation:{self.name}", lambda m: self._catch(m, attachment), order=50, again=True
+            )
+            attachment.loss_term(self.name, self._own_term)
 
     def _teach_task(self, module: Any, attachment: Attachment) -> None:
         """In `MultiTask`: registers a term of the task that has this callback's name."""
@@ -283,15 +270,18 @@ class Distillation(Technique):
                 "Distillation in MultiTask gives one task the soft targets of a teacher that is named: leave targets, student, "
                 "mask, hidden, cosine, attention, values, task and recipe out (MultiTask.weights weighs it), and name a teacher."
             )
-        now, origin = self._now, self._origin(True, attachment)
+        now, origin = self._now, self._lesson.find(attachment)
+
+        def of_tokens(view: Any, hidden: Tensor, batch: Batch, other: Any, size: int | None) -> Tensor:
+            soft = objective.soft_tokens(other, replace(now, size=size))
+            return objective.of_tokens(view, hidden, batch, soft, now).sum
+
         mine = TaskTeacher(
             self.name,
             self.weight("soft_targets"),
             lambda student, teacher, kind: objective.class_losses(student, teacher, kind, now),
-            lambda view, hidden, batch, other, size: (
-                objective.of_tokens(view, hidden, batch, other, replace(now, size=size)).sum
-            ),
-            self._known.meet,
+            of_tokens,
+            self._lesson.known.meet,
             lambda kind: self._note_factor(module, kind),
         )
         mine.check(module)
@@ -305,116 +295,51 @@ class Distillation(Technique):
         )
         attachment.loss_term(f"{self.name}/soft_targets", mine.term)
 
-    def _origin(self, ours: bool, attachment: Attachment) -> Origin | None:
-        """Where the teacher is; None for the model itself, a function or targets that were kept, and where nobody asks for it."""
-        if self.teacher == SELF or self.teacher_module is not None or self.targets is not None:
-            return None
-        if not ours:
-            raise Refusal(
-                f"Distillation.teacher names {self.teacher!r}, but what calls it in a module of your own is not known; give "
-                "teacher_module, a function that builds it."
+    def _begin(self) -> None:
+        """Student and teacher are there."""
+        lesson = self._lesson
+        self._now = replace(self._now, layers=lesson.layers, relation_heads=lesson.relation_heads, size=lesson.size)
+
+    def _catch(self, module: pl.LightningModule, attachment: Attachment) -> None:
+        """In a module of your own: listens to the part that is the student."""
+        if attachment.installed and attachment.fits:
+            self._caught, teacher = own_student.catch(
+                module, self.student, attachment, self.teacher_module, dtype=self.dtype
             )
-        known = self.teacher_width or self._width
-        if not attachment.fits and (known or not self._inner.states):
-            return None  # evaluations and `lightning_ft.load` outlive the teacher
-        if self.quantize is not None and attachment.fits:
-            check_mode(self.quantize)
-        return origin_of(self.teacher, trust_remote_code=self.trust_remote_code, revision=self.revision)
-
-    # -- edits ----------------------------------------------------------------------------------------------------------
-
-    def _project(self, module: Any, attachment: Attachment, origin: Origin | None) -> None:
-        """Adds a matrix for each mapped layer where the widths differ: parameters of the module, trained and saved with it."""
-        own = int(module.view.config.hidden_size)
-        self._width = self.teacher_width or (origin.width() if origin is not None else self._width or own)
-        layers = self._inner.projected(module.view)
-        add_projections(module, attachment, self._place, layers, own, self._width, self.projection_rate)
-
-    def _prepare(self, module: Any, attachment: Attachment, origin: Origin | None, ours: bool) -> None:
-        """Finds or loads the teacher, and begins to listen to the student."""
-        if not attachment.installed or not attachment.fits:
-            return  # `lightning_ft.load` and evaluations need no teacher
-        device = attachment.trainer.strategy.root_device
-        if not ours:
-            dtype = compute_dtype(self.dtype, device) if self.dtype != "auto" else None
-            teacher = Frozen(self.teacher_module(), dtype=dtype) if self.teacher_module is not None else None
-            self._caught = own_student.catch(module, self.student, attachment, teacher)
-            self._known.meet(teacher.model if teacher is not None else None)
-            return
-        self._students = self._inner.listen_to_student(module, origin is None and self.targets is None)
-        attachment.on_leave(self._students.detach)
-        if self.targets is not None:
-            self._kept = teacher_targets.TeacherTargets(Path(self.targets).expanduser())
-            named = None if self.teacher == SELF else self.teacher
-            size = self._kept.check(module.tokenizer, self._now.temperature, vocabulary_of(module.view), named)
-            self._now = replace(self._now, size=size)
-            self._known.meet(self._kept.about.teacher)
-        elif origin is None:
-            self._teacher = self_teacher(self._students, attachment)
-            layers, relation = self._inner.pair(module.view, module.view)
-            self._now = replace(self._now, layers=layers, relation_heads=relation)
-            self._known.meet(None)
-        else:
-            self._load(module, attachment, origin, device)
-
-    def _load(self, module: Any, attachment: Attachment, origin: Origin, device: torch.device) -> None:
-        used = shared_vocabulary(module.tokenizer, origin.tokenizer())
-        labels = module.view.labels if module.task in CLASSIFIES else None
-        view, frozen = load_teacher(
-            origin,
-            module.task,
-            labels=labels,
-            multi_label=getattr(module.model.config, "problem_type", None) == "multi_label_classification",
-            packing=bool(module.admission.packing) and getattr(module.datamodule, "packing", None) is not False,
-            attention="eager" if self._inner.attention else "auto",
-            quantize=self.quantize,
-            dtype=self.dtype,
-            device=device,
-        )
-        layers, relation = self._inner.pair(module.view, view)
-        self._now = replace(self._now, layers=layers, relation_heads=relation)
-        observer = self._inner.listen(view, self._now.layers.values())
-        if self._inner.states:
-            self._width = observer.width
-            check_projections(module, self._place, layers, int(module.view.config.hidden_size), self._width)
-        self._teacher = Teacher(observer, partial(frozen.on, device))
-        if module.task not in CLASSIFIES:
-            self._now = replace(self._now, size=sliced(vocabulary_of(module.view), self._teacher.vocabulary, used))
-        self._known.meet(frozen.model)
+            self._lesson.known.meet(teacher)
 
     # -- the step -------------------------------------------------------------------------------------------------------
 
+    def _listen(self, module: Any, batch: Batch) -> None:
+        """Before the student's own step, which may compare words in its own pass over the output layer."""
+        self._lesson.listen(batch)
+        if module.task not in CLASSIFIES and self._asked("soft_targets"):
+            self._soft = objective.soft_tokens(
+                self._lesson.at_scored(batch),
+                self._now,
+                weight=self.weight("soft_targets"),
+                kept=self._lesson.by_targets,
+            )
+            Attachment.of(module).step.ask(self._soft)
+
     def _terms(self, module: Any, batch: Batch, output: Any) -> list[Term]:
         """Everything that was asked for, of a step of our modules."""
-        assert self._students is not None
-        seen, now, task = self._students.take(), self._now, module.task
+        (student, teacher), now, task = self._lesson.heard(), self._now, module.task
+        soft, self._soft = self._soft, None
         found: list[Term] = []
-        assert seen.result is not None
-        if self._kept is not None:
-            kept = self._kept.of(batch, module.device)
-            term = objective.of_tokens(module.view, seen.result, batch, kept.block, now, kept=True)
-            self._note_factor(module, task)
-            return [replace(term, weight=self.weight("soft_targets"))]
-        assert self._teacher is not None
-        said = self._teacher.see(batch)
+        assert student.result is not None
         if self._asked("soft_targets"):
-            if task in CLASSIFIES:
-                several = getattr(module.model.config, "problem_type", None) == "multi_label_classification"
-                assert said.result is not None
-                term = objective.of_classes(seen.result, said.result, batch, task, several, now)
+            if soft is not None:
+                term = objective.of_tokens(module.view, student.result, batch, soft, now)
             else:
-                other = self._teacher.at_scored(said, batch, now.size)
-                term = objective.of_tokens(module.view, seen.result, batch, other, now)
+                several = getattr(module.model.config, "problem_type", None) == "multi_label_classification"
+                assert teacher.result is not None
+                term = objective.of_classes(student.result, teacher.result, batch, task, several, now)
             found.append(replace(term, weight=self.weight("soft_targets")))
             self._note_factor(module, task)
-        if self._asked("attention") and not self._checked:
-            check_maps(seen, list(now.blocks), "The student")
-            check_maps(said, list(now.blocks.values()), "The teacher")
-            self._checked = True
         project = dict(getattr(module, self._place, {}).items())
         weights = {kind: self.weight(kind) for kind in _INNER}
-        found += objective.of_layers(weights, seen, said, batch, task, project, now)
-        return found
+        return found + objective.of_layers(weights, student, teacher, batch, task, project, now)
 
     def _own_term(self, module: pl.LightningModule, batch: Any, output: Any) -> Term:
         """Soft targets of what a part of a user's own module gave in its own step."""
@@ -434,8 +359,8 @@ class Distillation(Technique):
 
     def state_dict(self) -> dict[str, Any]:
         """By which a run that resumes knows its teacher; None for the model itself."""
-        return {"teacher": self._known.known}
+        return {"teacher": self._lesson.known.known}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """The teacher of the run that is resumed, which must be this one's."""
-        self._known.expect(state_dict["teacher"])
+        self._lesson.known.expect(state_dict["teacher"])

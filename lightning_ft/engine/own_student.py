@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from typing import Any
 
@@ -14,8 +14,10 @@ from torch import Tensor, nn
 
 from lightning_ft.engine.attachment import Attachment
 from lightning_ft.engine.frozen import Frozen
+from lightning_ft.engine.teacher import SELF
 from lightning_ft.functional.errors import Refusal
 from lightning_ft.models.admission import evaluating
+from lightning_ft.models.dtype import compute_dtype
 from lightning_ft.nn.registry import pristine_modules
 
 
@@ -126,42 +128,59 @@ class Caught:
         return found.reshape(-1).bool().nonzero()[:, 0]
 
 
-def check(module: Any, *, targets: str | None, quantize: str | None) -> None:
+def check(module: Any, asked: Mapping[str, Any]) -> None:
     """Refuses what only models that this library loads can have, before anything is trained.
 
     Args:
         module: the user's.
-        targets: as of `Distillation`.
-        quantize: as of `Distillation`.
+        asked: the arguments of `Distillation`, by name.
 
     Raises:
         Refusal: one of them is asked for.
     """
     name = type(module).__name__
-    if targets is not None:
+    if asked["targets"] is not None:
         raise Refusal(
             f"Distillation.targets keeps what a language model predicts of this library's data, which {name} does not read; "
             "leave it out, and give teacher_module."
         )
-    if quantize is not None:
+    if asked["quantize"] is not None:
         raise Refusal(
             f"Distillation.quantize packs a teacher that is loaded by its name; that of {name} is what teacher_module builds: pack "
             "it there."
         )
+    if asked["teacher"] != SELF and asked["teacher_module"] is None:
+        raise Refusal(
+            f"Distillation.teacher names {asked['teacher']!r}, but what calls it in a module of your own is not known; give "
+            "teacher_module, a function that builds it."
+        )
 
 
-def catch(module: pl.LightningModule, name: str | None, attachment: Attachment, teacher: Frozen[Any] | None) -> Caught:
+def catch(
+    module: pl.LightningModule,
+    name: str | None,
+    attachment: Attachment,
+    build: Callable[[], nn.Module] | None,
+    *,
+    dtype: str = "auto",
+) -> tuple[Caught, nn.Module | None]:
     """Listens to a part of a user's module for the run.
 
     Args:
         module: the user's.
         name: of the part, as in ``named_modules``; None: the only child with parameters.
         attachment: the module's.
-        teacher: called as the part is; None: the part itself as it was when the fit began.
+        build: gives the teacher, who is called as the part is; None: the part itself as it was when the fit began.
+        dtype: of the teacher's weights, as ``base_dtype`` of `SFT`; ``auto`` leaves each as it was built.
+
+    Returns:
+        What listens, and the teacher.
 
     Raises:
         Refusal: there is no such part.
     """
+    fixed = compute_dtype(dtype, attachment.trainer.strategy.root_device) if dtype != "auto" else None
+    teacher = Frozen(build(), dtype=fixed) if build is not None else None
     places = {path: place for path, (_, place) in pristine_modules(module).items()}
     if name is None:
         children = [n for n, child in module.named_children() if any(True for _ in child.parameters())]
@@ -178,7 +197,7 @@ def catch(module: pl.LightningModule, name: str | None, attachment: Attachment, 
     attachment.before_step(caught.forget)
     attachment.on_leave(handle.remove)
     attachment.on_leave(caught.forget)
-    return caught
+    return caught, teacher.model if teacher is not None else None
 
 
 def logits_of(output: Any) -> Tensor:

@@ -9,8 +9,9 @@ from torch import Tensor
 
 from lightning_ft.engine.batch import Batch
 from lightning_ft.models.backbone import BackboneView
-from lightning_ft.models.causal import CausalLM
+from lightning_ft.models.causal import CausalLM, LanguageHead
 from lightning_ft.models.classifier import Classifier
+from lightning_ft.nn.head_sums import Summed
 
 
 def scores(
@@ -25,6 +26,22 @@ def scores(
         temperature: what the logits are divided by.
     """
     return model.score(scored_hidden(model, batch), batch.labels, outputs=outputs, temperature=temperature)
+
+
+def answer_loss(view: LanguageHead, hidden: Tensor, labels: Tensor, together: Sequence[Summed] = ()) -> Tensor:
+    """The sum of negative log-probabilities of answers, in nats, fp32 at least.
+
+    Args:
+        view: of a language model.
+        hidden: (N, D) at the scored positions.
+        labels: (N,) the tokens that are scored.
+        together: losses that are made in one pass, this one the first; see `lightning_ft.engine.step.Step.together`.
+    """
+    if not together:
+        return -view.score(hidden, labels)["logprob"].sum()
+    view.sum_scores(hidden, labels, together)
+    assert together[0].sum is not None
+    return together[0].sum
 
 
 def scored_hidden(model: BackboneView, batch: Batch) -> Tensor:

@@ -17,6 +17,7 @@ from lightning_ft.engine.episodes import MetaBatch
 from lightning_ft.engine.step_log import StepLog
 from lightning_ft.engine.terms import Term, Window
 from lightning_ft.functional.errors import Refusal
+from lightning_ft.nn.head_sums import Summed
 
 if TYPE_CHECKING:
     from lightning_ft.engine.attachment import Attachment
@@ -47,6 +48,7 @@ class Step:
 
     Attributes:
         before: called with each batch before the module's own step.
+        asked: losses that the module's own step is to make of the logits that it makes anyway, see `ask`.
         extra: (name, function) of each term that techniques add.
         own: the terms that a module of ours handed over from inside its step; None for a user's own step.
         own_weight: factor of the module's own loss, which techniques beside it may make smaller.
@@ -63,6 +65,7 @@ class Step:
         """Args: attachment: whose module steps."""
         self.attachment = attachment
         self.before: list[Callable[[Any], None]] = []
+        self.asked: list[Summed] = []
         self.extra: list[tuple[str, LossTerm]] = []
         self.own: list[Term] | None = None
         self.own_weight = 1.0
@@ -82,6 +85,20 @@ class Step:
         if self.attachment.term_gradients is not None:
             self.attachment.term_gradients.forget()
         self.window.begin()
+
+    def ask(self, loss: Summed) -> None:
+        """Before a step: asks for a loss of the logits that a language model's own loss is made of, in one pass over its head.
+
+        Not where terms are weighed or differentiated one by one: who has asked finds no ``sum`` then, as where a module makes no
+        such pass, and makes one of its own.
+        """
+        if self.balancer is None and self.attachment.term_gradients is None:
+            self.asked.append(loss)
+
+    def together(self) -> list[Summed]:
+        """The loss of a language model's own step, its log-likelihood, before all that was asked for; none where nothing was."""
+        asked, self.asked = self.asked, []
+        return [Summed(weight=self.own_weight), *asked] if asked and not self.muted else []
 
     def observe(self, values: Mapping[str, tuple[Tensor, Tensor | float]]) -> None:
         """Adds name -> (sum, how many it was summed over) of a micro-batch to what is logged of its window."""

@@ -115,7 +115,7 @@ class Wrappers:
             ):
                 step.begin_window()
             seed_batch(attachment.seed, progress.total_batch_idx, trainer.global_rank)
-            step.own = None
+            step.own, step.asked = None, []
             for listener in step.before:
                 listener(batch)
             output = original(*args, **kwargs)

@@ -6,6 +6,7 @@ logits of everything. This view of a transformers model takes it apart without c
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Sequence
 from typing import Any
 
@@ -15,6 +16,7 @@ from torch import Tensor, nn
 from lightning_ft.functional.errors import Refusal
 from lightning_ft.models.backbone import BackboneView, find_backbone
 from lightning_ft.nn.head import score_tokens
+from lightning_ft.nn.head_sums import AddingLinear, Summed, is_bare, sum_each, sum_scores
 
 #: What some architectures do to the logits after the head, by the name of the setting in their configuration.
 _MULTIPLIED_BY = ("logit_scale", "lm_head_multiplier")
@@ -74,6 +76,22 @@ class LanguageHead:
             settings["recompute"] = True
         head = self.logits if size is None else lambda rows: self.logits(rows)[..., :size]
         return score_tokens(hidden, labels, head, parameters=self.head_parameters(), outputs=outputs, **settings)
+
+    def sum_scores(self, hidden: Tensor, labels: Tensor, losses: Sequence[Summed]) -> None:
+        """Leaves in each loss its sum over ``labels`` (N,) given hidden states (N, D); see `lightning_ft.nn.head_sums`.
+
+        All in one pass over the head; each in a pass of its own, with the gradient taken in backward, where FSDP2 shards the
+        head by itself, whose hooks wait for it there, where float16 needs the scale that gradients have there, and of no tokens.
+        """
+        half = torch.is_autocast_enabled(kind := hidden.device.type) and torch.get_autocast_dtype(kind) == torch.float16
+        if half or not len(hidden) or _sharded_by_itself(self.head):
+            sum_each(hidden, labels, losses, self.score)
+        elif is_bare(self.head):
+            view = copy.copy(self)
+            view.head = layer = AddingLinear(self.head)
+            sum_scores(hidden, labels, view.logits, losses, added=layer.added)
+        else:
+            sum_scores(hidden, labels, self.logits, losses)
 
 
 class CausalLM(BackboneView, LanguageHead):

@@ -325,7 +325,9 @@ class OnPolicyDistillation(RolloutModule):
         assert self._teacher is not None
         hidden = read(self.view, batch)
         other = self._teacher.at_scored(self._teacher.see(batch), batch, self._settings.size)
-        term = objective.of_tokens(self.view, hidden, batch, other, self._settings)
+        term = objective.of_tokens(
+            self.view, hidden, batch, objective.soft_tokens(other, self._settings), self._settings
+        )
         return replace(term, name="divergence")
 
     def evaluated(self, prompts: Sequence[Prompt], answers: Sequence[Answer]) -> dict[str, tuple[Tensor, float]]:

@@ -1,5 +1,6 @@
 """Supervised fine-tuning: language models on answers, any base on classes, tags or numbers."""
 
+from collections.abc import Sequence
 from typing import Annotated, Any, Literal
 
 import torch
@@ -25,6 +26,7 @@ from lightning_ft.functional.errors import Refusal
 from lightning_ft.models.classifier import CLASSIFIES
 from lightning_ft.models.load_task import Task
 from lightning_ft.models.quantize import Mode
+from lightning_ft.nn.head_sums import Summed
 from lightning_ft.objectives import causal_lm, classification, seq2seq_lm
 
 
@@ -205,8 +207,9 @@ class SFT(FineTuningModule):
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         """Hands the term to the attachment, which divides it by its window's count."""
-        term = self._term(batch)
-        Attachment.of(self).terms([term])
+        attachment = Attachment.of(self)
+        term = self._term(batch, attachment.step.together())
+        attachment.terms([term])
         return term.sum
 
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
@@ -237,11 +240,11 @@ class SFT(FineTuningModule):
         total = logprob.new_zeros(len(batch.rows)).index_add_(0, batch.segment_of_scored, logprob)
         return {"rows": batch.rows, "logprob": total}
 
-    def _term(self, batch: Batch) -> Term:
+    def _term(self, batch: Batch, together: Sequence[Summed]) -> Term:
         if self.task == "causal_lm":
-            return causal_lm.causal_lm(self.view, batch)
+            return causal_lm.causal_lm(self.view, batch, together)
         if self.task == "seq2seq_lm":
-            return seq2seq_lm.seq2seq_lm(self.view, batch)
+            return seq2seq_lm.seq2seq_lm(self.view, batch, together)
         of = classification.token_term if self.task == "token_classification" else classification.row_term
         return of(self.view, batch, self._weight_tensor())
 

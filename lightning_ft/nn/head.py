@@ -9,6 +9,7 @@ time and only the numbers survive:
   where recomputation would take three.
 * **trained head**, or more than two outputs with a gradient: nothing is kept; backward runs the head on each chunk
   again (activation checkpointing), and gradients reach the head's parameters in the ordinary way, sharded or not.
+  Plain sums over tokens need no second run: `lightning_ft.nn.head_sums`.
 
 The head is an opaque callable, so a bias, LoRA factors, logit scaling, soft-capping and the hooks of FSDP2 all act.
 """
@@ -45,7 +46,7 @@ Other = Callable[[slice], Tensor | TopK]
 
 
 @dataclass(frozen=True)
-class _Scores:
+class Asked:
     """What is asked of each row of logits."""
 
     outputs: tuple[str, ...]
@@ -55,6 +56,7 @@ class _Scores:
 
     @property
     def differentiable(self) -> tuple[str, ...]:
+        """Those of ``outputs`` that have a gradient."""
         return tuple(name for name in self.outputs if name in DIFFERENTIABLE)
 
     def value(
@@ -154,9 +156,9 @@ def score_tokens(
         In that measurement the two matrix products alone took 616 of the 685 ms. On a CPU the passes over the logits
         run on 16 rows at a time, which its cache holds; on 256 rows at once they cost as much as a matrix product.
     """
-    ask = _Scores(tuple(outputs), float(temperature), top_k, float(beta))
+    ask = Asked(tuple(outputs), float(temperature), top_k, float(beta))
     chunk_size = chunk_on(hidden.device) if chunk_size is None else chunk_size
-    _check(hidden, labels, ask, chunk_size, other)
+    check(hidden, labels, ask, chunk_size, other)
     grad = torch.is_grad_enabled()
     slopes = ask.differentiable if grad else ()
     trained = grad and any(p.requires_grad for p in parameters)
@@ -168,7 +170,8 @@ def score_tokens(
     return _kept(hidden, labels, head, ask, chunk_size, other, slopes, recompute)
 
 
-def _check(hidden: Tensor, labels: Tensor, ask: _Scores, chunk_size: int, other: object) -> None:
+def check(hidden: Tensor, labels: Tensor, ask: Asked, chunk_size: int, other: object) -> None:
+    """Refuses what `score_tokens` says that it refuses."""
     unknown = [name for name in ask.outputs if name not in DIFFERENTIABLE + PLAIN]
     if unknown or not ask.outputs:
         known = ", ".join(DIFFERENTIABLE + PLAIN)
@@ -189,20 +192,21 @@ def chunk_on(device: torch.device) -> int:
     return 256 if device.type == "cpu" else 1024
 
 
-def _row_blocks(n: int, device: torch.device) -> list[slice]:
+def row_blocks(n: int, device: torch.device) -> list[slice]:
     """Rows to go through at once: few enough for a CPU's cache (16 x 49,152 x 4 bytes = 3 MB), all on a GPU."""
     step = 16 if device.type == "cpu" else n
     return [slice(start, min(start + step, n)) for start in range(0, n, step)]
 
 
-def _second(q: Tensor | TopK | None, block: slice, temperature: float) -> Distribution | TopK | None:
+def second_of(q: Tensor | TopK | None, block: slice, temperature: float) -> Distribution | TopK | None:
     """The second distribution of a block of rows."""
     if isinstance(q, TopK):
         return q.block(block)
     return token_scores.distribution(q[block], temperature) if q is not None else None
 
 
-def _check_logits(logits: Tensor, rows: int, q: Tensor | TopK | None) -> None:
+def check_logits(logits: Tensor, rows: int, q: Tensor | TopK | None) -> None:
+    """Refuses logits that are not one for each row and token of one vocabulary."""
     if logits.dim() != 2 or logits.shape[0] != rows:
         raise Refusal(f"score_tokens: the head must turn ({rows}, D) into ({rows}, V), it gave {tuple(logits.shape)}.")
     if isinstance(q, Tensor) and q.shape != logits.shape:
@@ -212,7 +216,8 @@ def _check_logits(logits: Tensor, rows: int, q: Tensor | TopK | None) -> None:
         )
 
 
-def _check_labels(labels: Tensor, vocabulary: int) -> None:
+def check_labels(labels: Tensor, vocabulary: int) -> None:
+    """Refuses labels that are no tokens."""
     # On a GPU the gather itself reports a bad index; asking here would wait for the device.
     if labels.device.type == "cpu" and labels.numel() and not 0 <= int(labels.min()) <= int(labels.max()) < vocabulary:
         raise Refusal(
@@ -225,7 +230,7 @@ def _kept(
     hidden: Tensor,
     labels: Tensor,
     head: Callable[[Tensor], Tensor],
-    ask: _Scores,
+    ask: Asked,
     chunk_size: int,
     other: Other | None,
     slopes: tuple[str, ...],
@@ -242,16 +247,16 @@ def _kept(
         with torch.set_grad_enabled(bool(slopes)):
             logits = head(chunk)
         if start == 0:
-            if recompute is None and logits.requires_grad and _other_leaves(logits, chunk):
+            if recompute is None and logits.requires_grad and other_leaves(logits, chunk):
                 return _recomputed(hidden, labels, head, ask, chunk_size, other)
-            _check_labels(labels, logits.shape[-1])
+            check_labels(labels, logits.shape[-1])
         with torch.no_grad():
             q_logits = other(rows) if other is not None else None
-            _check_logits(logits, chunk.shape[0], q_logits)
+            check_logits(logits, chunk.shape[0], q_logits)
             pulled = {name: torch.empty_like(logits) for name in kept}
-            for block in _row_blocks(chunk.shape[0], logits.device):
+            for block in row_blocks(chunk.shape[0], logits.device):
                 p = token_scores.distribution(logits.detach()[block], ask.temperature)
-                q = _second(q_logits, block, ask.temperature)
+                q = second_of(q_logits, block, ask.temperature)
                 block_labels = labels[rows][block]
                 for name in ask.differentiable:
                     value, slope = ask.value(name, p, q, block_labels, name in kept)
@@ -268,8 +273,9 @@ def _kept(
     return scores
 
 
-def _other_leaves(logits: Tensor, chunk: Tensor) -> bool:
-    """Whether the head's graph ends in anything but the chunk: then something in the head is trained."""
+def other_leaves(logits: Tensor, chunk: Tensor) -> list[Tensor]:
+    """What the head's graph ends in beside the chunk: what is trained in the head."""
+    found: list[Tensor] = []
     seen, stack = set(), [logits.grad_fn]
     while stack:
         node = stack.pop()
@@ -278,9 +284,9 @@ def _other_leaves(logits: Tensor, chunk: Tensor) -> bool:
         seen.add(node)
         variable = getattr(node, "variable", None)  # only the node that accumulates into a leaf has one
         if variable is not None and variable is not chunk:
-            return True
+            found.append(variable)
         stack.extend(parent for parent, _ in node.next_functions)
-    return False
+    return found
 
 
 class WithSlope(torch.autograd.Function):
@@ -305,12 +311,12 @@ class _FromLogits(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, logits: Tensor, q_logits: Tensor | TopK | None, labels: Tensor, ask: _Scores, names: list[str]
+        ctx: Any, logits: Tensor, q_logits: Tensor | TopK | None, labels: Tensor, ask: Asked, names: list[str]
     ) -> tuple[Tensor, ...]:
         parts: dict[str, list[Tensor]] = {}
-        for block in _row_blocks(logits.shape[0], logits.device):
+        for block in row_blocks(logits.shape[0], logits.device):
             p = token_scores.distribution(logits[block], ask.temperature)
-            q = _second(q_logits, block, ask.temperature)
+            q = second_of(q_logits, block, ask.temperature)
             for name in ask.differentiable:
                 parts.setdefault(name, []).append(ask.value(name, p, q, labels[block], False)[0])
             for name, value in ask.plain(p, labels[block]).items():
@@ -329,11 +335,11 @@ class _FromLogits(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         logits, q_logits, labels = ctx.saved_tensors
         q_logits = ctx.kept if ctx.kept is not None else q_logits
-        ask: _Scores = ctx.ask
+        ask: Asked = ctx.ask
         pulled = torch.empty_like(logits)
-        for block in _row_blocks(logits.shape[0], logits.device):
+        for block in row_blocks(logits.shape[0], logits.device):
             p = token_scores.distribution(logits[block], ask.temperature)
-            q = _second(q_logits, block, ask.temperature)
+            q = second_of(q_logits, block, ask.temperature)
             slopes: list[Tensor] = []
             for name, grad in zip(ctx.names, grads, strict=True):
                 if name not in ask.differentiable:
@@ -349,7 +355,7 @@ def _recomputed(
     hidden: Tensor,
     labels: Tensor,
     head: Callable[[Tensor], Tensor],
-    ask: _Scores,
+    ask: Asked,
     chunk_size: int,
     other: Other | None,
 ) -> dict[str, Tensor]:
@@ -360,9 +366,9 @@ def _recomputed(
         with torch.no_grad():
             q_logits = other(rows) if other is not None else None
         logits = head(chunk)
-        _check_logits(logits, chunk.shape[0], q_logits)
+        check_logits(logits, chunk.shape[0], q_logits)
         if rows.start == 0:
-            _check_labels(labels, logits.shape[-1])
+            check_labels(labels, logits.shape[-1])
         return _FromLogits.apply(logits, q_logits, labels[rows], ask, names)
 
     parts: list[tuple[Tensor, ...]] = []
@@ -372,7 +378,7 @@ def _recomputed(
     return {name: torch.cat(values) for name, values in zip(names, zip(*parts, strict=True), strict=True)}
 
 
-def _no_rows(hidden: Tensor, head: Callable[[Tensor], Tensor], ask: _Scores) -> dict[str, Tensor]:
+def _no_rows(hidden: Tensor, head: Callable[[Tensor], Tensor], ask: Asked) -> dict[str, Tensor]:
     """Empty scores that are still connected to the hidden states and to the head (DDP waits for every gradient)."""
     logits = head(hidden.new_zeros(1, hidden.shape[1]))
     dtype = logits.dtype if logits.dtype == torch.float64 else torch.float32

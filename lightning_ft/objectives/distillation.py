@@ -19,6 +19,7 @@ from lightning_ft.functional.errors import Refusal
 from lightning_ft.functional.token_scores import TopK
 from lightning_ft.models.causal import LanguageHead
 from lightning_ft.models.observed import Seen
+from lightning_ft.nn.head_sums import Summed
 
 RECIPES: dict[str, dict[str, float]] = {
     "soft_targets": {"task": 1.0, "soft_targets": 1.0, "temperature": 1.0},
@@ -76,39 +77,45 @@ class Settings:
         return self.temperature**2 if self.scale_t2 else 1.0
 
 
-def of_tokens(
-    view: LanguageHead,
-    hidden: Tensor,
-    batch: Batch,
-    other: Callable[[slice], Tensor | TopK],
-    settings: Settings,
-    *,
-    kept: bool = False,
-) -> Term:
+def soft_tokens(
+    other: Callable[[slice], Tensor | TopK], settings: Settings, *, weight: float = 1.0, kept: bool = False
+) -> Summed:
     """Soft targets of a language model, at its scored tokens; a chunk of logits of each model exists at a time.
+
+    Args:
+        other: gives the teacher's logits of a slice of the scored tokens, or what was kept of them.
+        settings: the numbers.
+        weight: of the term, where the student's own loss is made in the same pass.
+        kept: whether ``other`` gives what was kept; the divergence is the forward KL then.
+    """
+    output, factor = ("topk_kl", 1.0) if kept else maths.in_chunks(settings.divergence, settings.beta)
+    return Summed(
+        output,
+        factor * settings.factor,
+        weight,
+        temperature=settings.temperature,
+        beta=settings.beta,
+        other=other,
+        size=settings.size,
+        chunk_size=settings.chunk_size,
+    )
+
+
+def of_tokens(view: LanguageHead, hidden: Tensor, batch: Batch, soft: Summed, settings: Settings) -> Term:
+    """The term of soft targets; in a pass over the student's head of its own, unless the student's own step has made it.
 
     Args:
         view: the student.
         hidden: (1|B, T, D) its hidden states.
         batch: of which they are.
-        other: gives the teacher's logits of a slice of the scored tokens, or what was kept of them.
+        soft: what `soft_tokens` gave.
         settings: the numbers.
-        kept: whether ``other`` gives what was kept; the divergence is the forward KL then.
     """
-    chosen = hidden.reshape(-1, hidden.shape[-1])[batch.scored]  # (N, D)
-    output, factor = ("topk_kl", 1.0) if kept else maths.in_chunks(settings.divergence, settings.beta)
-    found = view.score(
-        chosen,
-        batch.labels,
-        outputs=(output,),
-        size=settings.size,
-        chunk_size=settings.chunk_size,
-        temperature=settings.temperature,
-        other=other,
-        beta=settings.beta,
-    )[output]
-    total = found.sum() * (factor * settings.factor)
-    return Term(f"{settings.names}/soft_targets", total, batch.counts["token"], unit="token")
+    if soft.sum is None:
+        chosen = hidden.reshape(-1, hidden.shape[-1])[batch.scored]  # (N, D)
+        view.sum_scores(chosen, batch.labels, [soft])
+    assert soft.sum is not None
+    return Term(f"{settings.names}/soft_targets", soft.sum, batch.counts["token"], unit="token")
 
 
 def of_classes(student: Tensor, teacher: Tensor, batch: Batch, task: str, several: bool, settings: Settings) -> Term:
@@ -259,6 +266,7 @@ __all__ = [
     "of_maps",
     "of_states",
     "of_tokens",
+    "soft_tokens",
     "of_values",
     "row_means",
 ]

@@ -12,8 +12,10 @@ from torch import Tensor
 
 from lightning_ft.engine.batch import Batch
 from lightning_ft.engine.likelihood import Ask, layouts
+from lightning_ft.engine.scoring import answer_loss
 from lightning_ft.engine.terms import Term
 from lightning_ft.models.seq2seq import Seq2SeqLM
+from lightning_ft.nn.head_sums import Summed
 
 
 def scores(model: Seq2SeqLM, batch: Batch, outputs: Sequence[str] = ("logprob",)) -> dict[str, Tensor]:
@@ -27,9 +29,16 @@ def _scored_hidden(model: Seq2SeqLM, batch: Batch) -> Tensor:
     return hidden.reshape(-1, hidden.shape[-1])[batch.scored]  # (N, D)
 
 
-def seq2seq_lm(model: Seq2SeqLM, batch: Batch) -> Term:
-    """The term ``sft``: the sum of negative log-probabilities over the answers' tokens, counted in tokens."""
-    return Term("sft", -scores(model, batch)["logprob"].sum(), batch.counts["token"], unit="token")
+def seq2seq_lm(model: Seq2SeqLM, batch: Batch, together: Sequence[Summed] = ()) -> Term:
+    """The term ``sft``: the sum of negative log-probabilities over the answers' tokens, counted in tokens.
+
+    Args:
+        model: the view of a sequence-to-sequence model.
+        batch: padded rows and their sources.
+        together: losses that are made of the same logits, this one the first; each gets its sum.
+    """
+    loss = answer_loss(model, _scored_hidden(model, batch), batch.labels, together)
+    return Term("sft", loss, batch.counts["token"], unit="token")
 
 
 def likelihood(model: Seq2SeqLM, batch: Batch, ask: Ask) -> Tensor:

@@ -256,7 +256,7 @@ def test_a_lora_student_trains_its_factors_alone_and_the_teacher_is_in_no_file(c
 
     class Look(pl.Callback):
         def on_train_start(self, trainer, pl_module):
-            seen["frozen"] = technique._teacher.observer.view.model
+            seen["frozen"] = technique._lesson._teacher.observer.view.model
             seen["bytes"] = {n: p.clone() for n, p in seen["frozen"].state_dict().items()}
             seen["modes"] = {m.training for m in seen["frozen"].modules()}
             seen["groups"] = [(g["lr"], len(g["params"])) for g in trainer.optimizers[0].param_groups]
@@ -286,7 +286,7 @@ def test_a_lora_student_trains_its_factors_alone_and_the_teacher_is_in_no_file(c
     technique.quantize = "nf4"
     run_again.save_checkpoint(tmp_path / "gone.ckpt")
     shutil.rmtree(tmp_path / "gone")
-    monkeypatch.setattr("lightning_ft.callbacks.distillation.check_mode", lambda mode: pytest.fail("nobody packs"))
+    monkeypatch.setattr("lightning_ft.engine.lesson.check_mode", lambda mode: pytest.fail("nobody packs"))
     lightning_ft.load(tmp_path / "gone.ckpt")
     run_again.validate(again, rows_, verbose=False)
     with pytest.raises(Refusal, match="There is no folder"):
