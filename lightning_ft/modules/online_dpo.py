@@ -19,7 +19,7 @@ from lightning_ft.engine.scoring import scores
 from lightning_ft.functional.preference import Settings
 from lightning_ft.functional.token_rewards import without_end
 from lightning_ft.models.quantize import Mode
-from lightning_ft.objectives import causal_lm, online_dpo
+from lightning_ft.objectives import causal_lm, online_dpo, preference
 
 
 class OnlineDPO(RolloutModule):
@@ -187,7 +187,9 @@ class OnlineDPO(RolloutModule):
         found = online_dpo.term(batch, pairs, self.loss, self._settings)
         attachment = Attachment.of(self)
         attachment.terms([found])
-        attachment.observe(online_dpo.measured(pairs, self.loss, self._settings))
+        measured = preference.measured(pairs, {self.loss: 1.0}, self._settings)
+        measured.pop("kl")  # that of a round is of all its tokens
+        attachment.observe(measured)
         self.log_round()
         return found.sum
 

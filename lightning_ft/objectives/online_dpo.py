@@ -8,8 +8,6 @@ from torch import Tensor
 from lightning_ft.engine.batch import Batch
 from lightning_ft.engine.terms import Term
 from lightning_ft.functional.preference import LOSSES, Pairs, Settings
-from lightning_ft.objectives.preference import Measured
-from lightning_ft.objectives.preference import measured as measured_of_pairs
 
 
 def best_and_worst(rewards: Tensor) -> tuple[Tensor, Tensor]:
@@ -48,10 +46,4 @@ def term(batch: Batch, pairs: Pairs, loss: str, settings: Settings) -> Term:
     return Term(loss, 2 * LOSSES[loss].of(pairs, settings).sum(), batch.counts["row"], "row")
 
 
-def measured(pairs: Pairs, loss: str, settings: Settings) -> Measured:
-    """What DPO logs of pairs, but for ``kl``: that of a round is measured on all its tokens."""
-    found = measured_of_pairs(pairs, {loss: 1.0}, settings)
-    return {name: value for name, value in found.items() if name != "kl"}
-
-
-__all__ = ["best_and_worst", "measured", "pairs_of", "term"]
+__all__ = ["best_and_worst", "pairs_of", "term"]
