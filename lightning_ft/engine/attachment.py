@@ -288,7 +288,12 @@ class Attachment:
             model.require_backward_grad_sync = False  # else its reducer waits for a backward that never comes
         if not any(p.requires_grad for p in self.module.parameters()):
             raise Refusal(
-                "Nothing is trainable: every parameter is frozen; add a technique that trains something, or thaw."
+                "Nothing is trainable: every parameter is frozen; "
+                + (
+                    "what is thawed later has nothing to wait for: name what trains at once (GradualUnfreezing.start)."
+                    if self.late
+                    else "add a technique that trains something, or thaw."
+                )
             )
 
     def _take_snapshots(self) -> None:

@@ -15,7 +15,7 @@ from typing import Any
 import lightning.pytorch as pl
 import torch
 
-from lightning_ft import MultiTask
+from lightning_ft import GradualUnfreezing, MultiTask
 from lightning_ft.engine import compatibility
 from lightning_ft.engine.freezing import parameters_named
 from lightning_ft.functional.errors import Refusal
@@ -140,7 +140,9 @@ def _by_base(cell: Cell) -> Iterator[str]:
         yield f"because {packing_reason}; set --data.packing false."
     yield from _lacking(cell.part, cell.subject)
     unused, own = SUBJECTS[cell.subject].unused, _own(cell.part, cell.subject)
-    if unused and own and not PARTS[cell.part].injects and all(re.search(unused, name) for name in own):
+    gradual = any(recipe[0] is GradualUnfreezing for recipe in PARTS[cell.part].recipes)  # which begins with the head
+    first = _own("head", cell.subject) if gradual else own
+    if unused and first and not PARTS[cell.part].injects and all(re.search(unused, name) for name in first):
         yield "Nothing is trainable"
     if PLACEMENTS[cell.placement].quantised and _own(cell.part, cell.subject) & _packed(cell.subject):
         yield "cannot be trained"
