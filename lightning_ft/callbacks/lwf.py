@@ -57,6 +57,7 @@ class LwF(Technique):
     traits: ClassVar[Traits] = Traits(
         slot="lwf",
         edits=frozenset({"loss"}),
+        needs=frozenset({"logits", "stream"}),
         continual=True,
         cannot=(
             Cannot("fsdp2", "the model would run several times within one of FSDP2's forward passes", "use ddp"),

@@ -23,6 +23,8 @@ class Rehearsal(Technique):
 
     size: int
     balance: Balance
+    _waits = False
+    """Whether rows wait for the end of their task before they come into memory."""
 
     def __init__(self) -> None:
         self._memory: ReplayMemory | None = None
@@ -35,7 +37,7 @@ class Rehearsal(Technique):
         if self._attachment is None:
             return
         if self._memory is None:
-            self._memory = ReplayMemory(self.size, self.balance, type(self).__name__)
+            self._memory = ReplayMemory(self.size, self.balance, type(self).__name__, waits=self._waits)
         if self._stored:
             self._memory.load(self._stored)
             self._stored = {}
@@ -56,6 +58,11 @@ class Rehearsal(Technique):
             return
         self._memory.note(trainer, batch)
         self._memory.close(trainer, complete=lambda rows: self._complete(trainer, pl_module, rows))
+
+    def _end_task(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
+        """Lets rows come into memory that waited for it."""
+        if self._memory is not None and self._attachment is not None:
+            self._memory.end_task(complete=lambda rows: self._complete(trainer, module, rows))
 
     def _complete(self, trainer: pl.Trainer, module: pl.LightningModule, rows: list[Row]) -> None:
         """Adds to rows that were just kept what has to be known of them, in place; the rows alone are enough here."""

@@ -2,7 +2,7 @@
 
 A window's rows are offered when it is complete, in the order of its micro-batches and ranks, which every rank is told of; so all
 ranks hold one and the same buffer, and eight rows are four rows twice, or two ranks of four. What a window replays is drawn when
-it begins, by its step's number, and divided among its micro-batches and ranks.
+it begins, by its step's number, and divided among its micro-batches and ranks. Rows may also wait for the end of their task.
 """
 
 from __future__ import annotations
@@ -30,10 +30,19 @@ class ReplayMemory:
         buffer: the rows.
     """
 
-    def __init__(self, size: int, balance: Balance, name: str) -> None:
-        """Args: size: most rows; balance: of which groups each has its share; name: of the technique, for messages."""
+    def __init__(self, size: int, balance: Balance, name: str, *, waits: bool = False) -> None:
+        """Makes an empty one.
+
+        Args:
+            size: most rows.
+            balance: of which groups each has its share.
+            name: of the technique, for messages.
+            waits: whether rows come into the buffer when `end_task` is called, not as they are offered. Until then they are in
+                a second one, of the same size.
+        """
         self.balance, self.name, self.size = balance, name, size
         self.buffer = ReplayBuffer(size, global_seed())
+        self._offered = ReplayBuffer(size, global_seed()) if waits else self.buffer
         self._pending: list[list[Row]] = []
         self._drawn: dict[int, tuple[int, list[Row]]] = {}
 
@@ -63,11 +72,23 @@ class ReplayMemory:
         kept = []
         for micro in zip(*window, strict=True):
             for row in (row for rank in micro for row in rank):
-                if self.buffer.add(row, self._group(trainer, row)):
+                if self._offered.add(row, self._group(trainer, row)):
                     kept.append(row)
-        if complete is not None and kept:
+        if complete is not None and kept and self._offered is self.buffer:
             still = {id(row) for rows in self.buffer.groups.values() for row in rows}
             complete([row for row in kept if id(row) in still])
+
+    def end_task(self, *, complete: Callable[[list[Row]], None] | None = None) -> None:
+        """Rows that wait come into the buffer.
+
+        Args:
+            complete: as of `close`; called with rows that came in before, too.
+        """
+        if self._offered is self.buffer:
+            return
+        self.buffer.load(self._offered.state())
+        if complete is not None:
+            complete([row for rows in self.buffer.groups.values() for row in rows])
 
     def _group(self, trainer: pl.Trainer, row: Row) -> str:
         if self.balance == "none":
@@ -118,17 +139,23 @@ class ReplayMemory:
     # -- what a checkpoint holds -----------------------------------------------------------------------------------------------
 
     def state(self) -> dict[str, Any]:
-        """The buffer, and what the present window has to offer."""
+        """The buffer, what waits, and what the present window has to offer."""
+        waiting = {} if self._offered is self.buffer else {"offered": self._offered.state()}
         return {
             "buffer": self.buffer.state(),
+            **waiting,
             "seed": self.buffer.seed,
             "pending": [list(rows) for rows in self._pending],
         }
 
     def load(self, state: dict[str, Any]) -> None:
-        """What `state` gave."""
-        self.buffer = ReplayBuffer(self.size, int(state["seed"]))
-        self.buffer.load(state["buffer"])
+        """What `state` gave; also that of one whose rows waited, or did not."""
+        offered, waits = state.get("offered", state["buffer"]), self._offered is not self.buffer
+        self.buffer = self._offered = ReplayBuffer(self.size, int(state["seed"]))
+        self.buffer.load(state["buffer"] if waits else offered)
+        if waits:
+            self._offered = ReplayBuffer(self.size, int(state["seed"]))
+            self._offered.load(offered)
         self._pending = [list(rows) for rows in state["pending"]]
         self._drawn = {}
 

@@ -60,7 +60,8 @@ class Traits:
         edits: what it changes: the model's parts, loss terms, gradients, what the model reads, the weights that are left.
         needs: what it must find: ``"reference"``, ``"generator"`` (a module with ``generate``), ``"embedding"``, ``"attention"``
             (of a Hugging Face model), ``"adapter"`` (one to export), ``"terms"`` or ``"tasks"`` (several of them),
-            ``"imitation"`` (a module that learns the answers it is given, or a user's own).
+            ``"imitation"`` (a module that learns the answers it is given, or a user's own), ``"logits"`` (a module of ours, or one
+            with ``logits(batch)``), ``"stream"`` (on the command line, data that are a TaskStream).
         keeps: one sentence on what stays in the model after training.
         suggested_lr: the rate that ``lr: null`` takes when this technique is the one that trains; None has no say.
         starts_as_identity: whether the first forward equals the model without it.

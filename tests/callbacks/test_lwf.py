@@ -12,29 +12,12 @@ from torch import nn
 
 from lightning_ft import Attachment, LoRA, LwF, Refusal, TaskStream
 from tests.contract import Case, checks_for
-from tests.contract.subjects import PlainNet, chat_job, state, trainer
+from tests.contract.subjects import chat_job, state, trainer
 from tests.data.streams import Hooks, Layer, Points, Saves, stream
 from tests.data.streams import trainer as run_of
 from tests.data.streams import weights as weights_of
 
-
-class Speaks(PlainNet):
-    """Says its logits."""
-
-    def logits(self, batch: Any) -> torch.Tensor:
-        return self(batch[0]).float()
-
-
-CASE = Case(
-    LwF,
-    small={"weight": 2.0},
-    idle={"weight": 0.0},
-    known={
-        "plain_module": "a command is one fit and has no tasks without a stream, so that the command line refuses LwF there",
-        "acts": "a user's module without logits(batch) has nothing to compare, and is refused in the second task",
-        "second_fit": "a user's module without logits(batch) has nothing to compare, and is refused in the second task",
-    },
-)
+CASE = Case(LwF, small={"weight": 2.0}, idle={"weight": 0.0})
 
 
 @pytest.mark.parametrize("check", checks_for(CASE))

@@ -136,6 +136,95 @@ def test_with_steps_rows_are_offered_in_the_first_pass_alone(tmp_path):
     assert offered == {"a": 12, "b": 8, "c": 4}
 
 
+class Told(Layer):
+    """Says its logits, and notes whose rows it is trained on."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.trained: list[list[float]] = []
+
+    def logits(self, batch: Any) -> torch.Tensor:
+        return self.net(batch[0]).float()
+
+    def training_step(self, batch: Any, batch_idx: int) -> torch.Tensor:
+        self.trained.append(batch[0][:, 0].tolist())
+        return super().training_step(batch, batch_idx)
+
+
+@pytest.mark.parametrize("offer", ["step", "task"])
+@pytest.mark.parametrize("balance", ["none", "task"])
+def test_rows_may_wait_for_the_end_of_their_task(tmp_path, offer, balance):
+    """By task only rows of earlier ones are replayed, and the first task has none; each row is offered once, of several epochs."""
+    module, technique = Told(), Replay(9, offer=offer, balance=balance)
+    data = stream()
+    own = {name: set(part.points().tensors[0][:, 0].tolist()) for name, part in data.tasks.items()}
+    replayed: dict[str, set[str]] = {}
+
+    class Look(Callback):
+        def on_train_batch_end(self, run, module, outputs, batch, batch_idx):
+            again = module.trained[1] if len(module.trained) > 1 else []
+            of = {name for value in again for name in own if value in own[name]}
+            replayed.setdefault(run.datamodule.task.name, set()).update(of)
+            module.trained.clear()
+
+    run_of(tmp_path, technique, Look()).fit(module, data)
+    kept = technique._memory
+    assert sum(kept._offered.seen.values()) == 10 + 6 + 9 and len(kept.buffer) == 9
+    assert kept.state()["buffer"] == kept._offered.state()
+    here = {"a": {"a"}, "b": {"a", "b"}, "c": {"a", "b", "c"}}
+    assert replayed == (here if offer == "step" else {name: seen - {name} for name, seen in here.items()})
+
+
+def test_of_rows_that_waited_is_kept_what_the_model_said_when_their_task_ended(tmp_path):
+    module, technique, said = Told(), Replay(9, mode="der", offer="task"), {}
+
+    class Look(Callback):
+        def on_task_end(self, run, module, task):
+            x = run.datamodule.tasks[task.name].points().tensors[0]
+            said.update(zip(x[:, 0].tolist(), module.net(x).detach(), strict=True))
+
+    run_of(tmp_path, technique, Look()).fit(module, stream())
+    rows_kept = technique._memory.buffer.groups[""]
+    assert len({id(said[float(row["plain"][0][0])]) for row in rows_kept}) == 9
+    for row in rows_kept:
+        torch.testing.assert_close(row["logits"][0], said[float(row["plain"][0][0])])
+
+
+def test_without_a_stream_rows_wait_for_the_end_of_the_fit(tmp_path):
+    net, technique = PlainNet(), Replay(6, offer="task")
+    first = fit(tmp_path, net, technique, max_steps=-1, max_epochs=2)
+    assert "train/replay" not in first.callback_metrics and len(technique._memory.buffer) == 6
+    assert technique._memory.buffer.num_seen == 16
+    second = fit(tmp_path, net, technique, max_steps=1)
+    assert float(second.callback_metrics["train/replay"]) > 0
+
+
+@pytest.mark.parametrize("mode", ["er", "der++"])
+def test_a_run_resumed_in_a_task_goes_on_with_the_rows_that_wait(tmp_path, mode):
+    options = {"size": 7, "offer": "task", "mode": mode}
+    whole, one = Told(), Replay(**options)
+    run_of(tmp_path, one, Hooks(), Saves(tmp_path, "batch")).fit(whole, stream())
+    for number in (2, 8):
+        again, other = Told(), Replay(**options)
+        run_of(tmp_path, other, Hooks()).fit(
+            again, stream(), ckpt_path=tmp_path / f"batch-{number}.ckpt", weights_only=True
+        )
+        assert all(
+            torch.equal(a, b) for a, b in zip(weights_of(whole).values(), weights_of(again).values(), strict=True)
+        )
+
+
+def test_a_memory_whose_rows_waited_goes_on_by_step_and_the_other_way_round(tmp_path):
+    for before, after in (("step", "task"), ("task", "step")):
+        technique = Replay(6, offer=before)
+        fit(tmp_path, PlainNet(), technique, max_steps=2)
+        technique._memory.end_task()
+        other = Replay(6, offer=after)
+        other.load_state_dict(copy.deepcopy(technique.state_dict()))
+        run = fit(tmp_path, PlainNet(), other, max_steps=1)
+        assert float(run.callback_metrics["train/replay"]) > 0 and other._memory._offered.num_seen == 12
+
+
 def test_what_is_kept_of_a_row_is_what_the_model_said_after_its_step_in_eval_mode(tmp_path):
     net = Speaks()
     net.net = nn.Sequential(*net.net[:2], nn.Dropout(0.5), *net.net[2:])
@@ -239,6 +328,8 @@ def test_refusals(tmp_path):
         fit(tmp_path, PlainNet(), Replay(mode="der"))
     with pytest.raises(Refusal, match="Replay.size must be at least 1"):
         Replay(0)
+    with pytest.raises(Refusal, match=r"Replay\.offer task waits for the end of a task, .* scenario free"):
+        run_of(tmp_path, Replay(offer="task")).fit(Told(), stream(scenario="free"))
 
 
 def test_pairs_are_replayed_with_the_log_probabilities_of_their_reference(chat, tmp_path, monkeypatch):

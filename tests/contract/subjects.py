@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
+from lightning_ft.data.task_stream import TaskStream
 from lightning_ft.engine.attachment import Attachment
 from lightning_ft.engine.technique import Technique
 from lightning_ft.engine.terms import Term
@@ -89,6 +90,13 @@ class WordNet(PlainNet):
         return self.net(self.words(words).mean(1))
 
 
+class LogitsNet(PlainNet):
+    """The same, which says its logits."""
+
+    def logits(self, batch: list[Tensor]) -> Tensor:
+        return self(batch[0]).float()
+
+
 class TermsNet(PlainNet):
     """The same with two terms, whose gradients disagree."""
 
@@ -163,9 +171,17 @@ class PlainData(pl.LightningDataModule):
         return loader()
 
 
+class PlainStream(TaskStream):
+    """Two tasks of the same rows, for techniques that act between tasks."""
+
+    def __init__(self) -> None:
+        super().__init__({"a": PlainData(), "b": PlainData()}, epochs=1)
+
+
 def subject(technique: type[Technique]) -> type[PlainNet]:
     """The plain module that has what the technique needs."""
     kinds = {
+        "logits": LogitsNet,
         "terms": TermsNet,
         "generator": SpeakingNet,
         "embedding": WordNet,

@@ -14,7 +14,18 @@ from lightning_ft.callbacks.lora import LoRA
 from lightning_ft.engine.attachment import Attachment
 from lightning_ft.nn.registry import base_name, injected_layers
 from tests.contract.case import Case, Check, Place, collect, require
-from tests.contract.subjects import chat_job, differing, fit, loader, rows, state, subject, trainer
+from tests.contract.subjects import (
+    PlainData,
+    PlainStream,
+    chat_job,
+    differing,
+    fit,
+    loader,
+    rows,
+    state,
+    subject,
+    trainer,
+)
 
 CHECKS: list[Check] = []
 check = collect(CHECKS)
@@ -79,12 +90,13 @@ def plain_module(case: Case, place: Place) -> None:
     """It works from the command line, in Python with our module, and on a user's own module."""
     from tests.contract.arguments import flags
 
-    kind = subject(case.cls)
-    quiet = ["--trainer.accelerator=cpu", "--trainer.enable_progress_bar=false", "--trainer.max_steps=2"]
+    kind, data_kind = subject(case.cls), PlainStream if "stream" in case.cls.traits.needs else PlainData
+    steps = 6 if data_kind is PlainStream else 2  # four are the first task
+    quiet = ["--trainer.accelerator=cpu", "--trainer.enable_progress_bar=false", f"--trainer.max_steps={steps}"]
     outcome = place.command(
         "fit",
         f"--model=tests.contract.subjects.{kind.__name__}",
-        "--data=tests.contract.subjects.PlainData",
+        f"--data=tests.contract.subjects.{data_kind.__name__}",
         f"--trainer.default_root_dir={place.folder}",
         "--trainer.enable_model_summary=false",
         *quiet,
@@ -97,7 +109,7 @@ def plain_module(case: Case, place: Place) -> None:
         listed == [f"{case.cls.__module__}.{case.cls.__qualname__}"], f"The command line's checkpoint lists {listed}."
     )
     own = kind()
-    fit(place.folder, own, case.build(), max_steps=2)
+    trainer(place.folder, case.build(), max_steps=steps).fit(own, data_kind())
     from_file = {n: v for n, v in written["state_dict"].items() if not torch.equal(v, state(own)[n])}
     require(not from_file, f"{case.name} trains otherwise from the command line than in Python: {sorted(from_file)}.")
     module, data = chat_job(place.chat, place.folder, case.cls.traits.needs)
