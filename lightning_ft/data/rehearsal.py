@@ -23,13 +23,16 @@ class Rehearsal(Technique):
 
     size: int
     balance: Balance
-    _waits = False
-    """Whether rows wait for the end of their task before they come into memory."""
 
     def __init__(self) -> None:
         self._memory: ReplayMemory | None = None
         self._attachment: Attachment | None = None
         self._stored: dict[str, Any] = {}
+
+    @property
+    def _waits(self) -> bool:
+        """Whether rows wait for the end of their task before they come into memory."""
+        return False
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """An empty memory, or that of the checkpoint, or of the fit before."""
