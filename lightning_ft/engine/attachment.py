@@ -269,6 +269,8 @@ class Attachment:
         self.edits.apply()
         if "base" in self._snapshots_wanted and "base" not in self.references.snapshots:
             self.references.take("base")
+        if self.fits and self.late:
+            self._refuse_frozen()  # before DDP wraps it, which says so in words of its own
 
     # -- the step ---------------------------------------------------------------------------------------------------
 
@@ -286,15 +288,16 @@ class Attachment:
         model = trainer.strategy.model
         if self.term_gradients is not None and isinstance(model, nn.parallel.DistributedDataParallel):
             model.require_backward_grad_sync = False  # else its reducer waits for a backward that never comes
-        if not any(p.requires_grad for p in self.module.parameters()):
-            raise Refusal(
-                "Nothing is trainable: every parameter is frozen; "
-                + (
-                    "what is thawed later has nothing to wait for: name what trains at once (GradualUnfreezing.start)."
-                    if self.late
-                    else "add a technique that trains something, or thaw."
-                )
-            )
+        self._refuse_frozen()
+
+    def _refuse_frozen(self) -> None:
+        if any(p.requires_grad for p in self.module.parameters()):
+            return
+        if self.late:
+            fix = "what is thawed later has nothing to wait for: name what trains at once (GradualUnfreezing.start)."
+        else:
+            fix = "add a technique that trains something, or thaw."
+        raise Refusal(f"Nothing is trainable: every parameter is frozen; {fix}")
 
     def _take_snapshots(self) -> None:
         for name in sorted(self._snapshots_wanted - {"base"}):
