@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 import lightning.pytorch as pl
 import torch
 import torch.distributed as dist
+from lightning.pytorch.utilities.model_helpers import is_overridden
 from torch import Tensor
 
 from lightning_ft.engine import in_backward
@@ -85,6 +86,21 @@ class Step:
         if self.attachment.term_gradients is not None:
             self.attachment.term_gradients.forget()
         self.window.begin()
+        self._drop_gradients()
+
+    def _drop_gradients(self) -> None:
+        """Drops what the last window has left, which Lightning would keep through the forward pass and zero before backward.
+
+        Not where a hook of Lightning's, or an ``optimizer_zero_grad`` of the user's, may want to see it there.
+        """
+        module, trainer = self.attachment.module, self.attachment.trainer
+        callbacks: list[pl.Callback] = trainer.callbacks  # type: ignore[attr-defined]
+        seen = any(is_overridden("on_before_zero_grad", one) for one in (module, *callbacks))
+        if module.automatic_optimization and not seen and not is_overridden("optimizer_zero_grad", module):
+            for optimizer in trainer.optimizers:
+                for group in optimizer.param_groups:
+                    for parameter in group["params"]:
+                        parameter.grad = None
 
     def ask(self, loss: Summed) -> None:
         """Before a step: asks for a loss of the logits that a language model's own loss is made of, in one pass over its head.

@@ -88,7 +88,7 @@ class LanguageHead:
             sum_each(hidden, labels, losses, self.score)
         elif is_bare(self.head):
             view = copy.copy(self)
-            view.head = layer = AddingLinear(self.head)
+            layer = view.__dict__["head"] = AddingLinear(self.head)
             sum_scores(hidden, labels, view.logits, losses, added=layer.added)
         else:
             sum_scores(hidden, labels, self.logits, losses)

@@ -240,7 +240,7 @@ class SFT(FineTuningModule):
         total = logprob.new_zeros(len(batch.rows)).index_add_(0, batch.segment_of_scored, logprob)
         return {"rows": batch.rows, "logprob": total}
 
-    def _term(self, batch: Batch, together: Sequence[Summed]) -> Term:
+    def _term(self, batch: Batch, together: Sequence[Summed] = ()) -> Term:
         if self.task == "causal_lm":
             return causal_lm.causal_lm(self.view, batch, together)
         if self.task == "seq2seq_lm":

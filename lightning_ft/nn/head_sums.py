@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, cast
+from typing import Any, TypeGuard, cast
 
 import torch
 import torch.nn.functional as F  # noqa: N812 (the name everybody reads)
@@ -258,7 +258,7 @@ class _Adding(torch.autograd.Function):
             return (grad @ layer.low).to(ctx.dtype), None
 
 
-def is_bare(head: nn.Module) -> bool:
+def is_bare(head: nn.Module) -> TypeGuard[nn.Linear]:
     """Whether a head is a linear layer and nothing else: no injected layer, no hook, no parametrisation."""
     hooks = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
     return type(head) is nn.Linear and "forward" not in head.__dict__ and not any(getattr(head, h) for h in hooks)

@@ -297,6 +297,30 @@ def test_a_copy_of_the_module_gets_an_attachment_of_its_own() -> None:
     assert Attachment.of(copy) is not first and Attachment.of(copy).module is copy and Attachment.of(module) is first
 
 
+@pytest.mark.parametrize("watched", [False, True])
+def test_gradients_of_the_last_window_are_gone_when_the_next_begins(watched: bool, tmp_path) -> None:
+    """Not those of the window's own first half, and not where a hook may want to see them."""
+    held, kept = [], []
+
+    class Look(Callback):
+        pass
+
+    if watched:
+        Look.on_before_zero_grad = lambda self, trainer, module, optimizer: kept.append(_has_gradients(module))
+
+    class Held(Module):
+        def training_step(self, batch: Any, batch_idx: int) -> torch.Tensor:
+            held.append(_has_gradients(self))
+            return super().training_step(batch, batch_idx)
+
+    toy.fit(Held(), Data(4), Shape(4, 2), str(tmp_path), [Freeze(["norm"]), Look()], max_steps=2)
+    assert held == [False, True, watched, True] and kept == ([False, True] if watched else [])
+
+
+def _has_gradients(module: nn.Module) -> bool:
+    return any(p.grad is not None for p in module.parameters())
+
+
 # What is refused
 
 

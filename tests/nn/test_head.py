@@ -179,7 +179,7 @@ class Watch(TorchDispatchMode):
         for tensor in out if isinstance(out, tuple | list) else (out,):
             if isinstance(tensor, Tensor) and tensor.dim() == 2 and tensor.shape[-1] == V:
                 self.largest = max(self.largest, tensor.numel())
-        if func in (torch.ops.aten.mm.default, torch.ops.aten.addmm.default):
+        if func in (torch.ops.aten.mm.default, torch.ops.aten.addmm.default, torch.ops.aten.addmm_.default):
             self.products += 1
         return out
 
