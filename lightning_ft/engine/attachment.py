@@ -12,7 +12,7 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import TYPE_CHECKING, Any, cast
 
 import lightning.pytorch as pl
-from lightning.pytorch.strategies import ModelParallelStrategy
+from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy
 from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor, nn
 
@@ -269,8 +269,8 @@ class Attachment:
         self.edits.apply()
         if "base" in self._snapshots_wanted and "base" not in self.references.snapshots:
             self.references.take("base")
-        if self.fits and self.late:
-            self._refuse_frozen()  # before DDP wraps it, which says so in words of its own
+        if self.fits and (self.late or isinstance(self.trainer.strategy, DDPStrategy)):
+            self._refuse_frozen()  # before DDP wraps the module, which says so in words of its own
 
     # -- the step ---------------------------------------------------------------------------------------------------
 
