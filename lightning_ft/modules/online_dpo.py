@@ -45,12 +45,11 @@ class OnlineDPO(RolloutModule):
         eval_temperature: of the answers in validation, test and prediction; 0 takes the most likely token.
         loss: as of `DPO`: ``sigmoid``, ``sigmoid_norm`` (each answer by its length), ``hinge`` (SLiC) or ``ipo``, the two others
             that the paper tries.
-        beta: how strongly the policy is held to the reference: less lets it go farther; 0.1 is the paper's.
+        beta: how strongly the policy is held to the reference: less lets it go farther; 0.1 is TRL's default.
         reference_policy: what is compared with: the model as it is when the fit begins (``start``), adapters and all, or the bare
             ``base``.
         missing_end_penalty: what an answer loses that the limit of tokens cut, before answers are compared; 0: nothing.
-        lr: peak learning rate; None takes a twentieth of what the technique suggests (LoRA 1e-5), or 1e-6 for full training,
-            TRL's default.
+        lr: peak learning rate; None takes a twentieth of what the technique suggests (LoRA 1e-5), or 1e-6 for full training.
         weight_decay: AdamW's decay of trained matrices.
         warmup_steps: optimizer steps over which the rate rises from zero; None takes 3 % of all steps.
         schedule: how the rate falls after the warm-up: along a cosine to zero, linearly to zero, or not at all.

@@ -20,7 +20,7 @@ def job(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def by_hand(round: Round, beta: float) -> list[float]:
-    """Hu et al., 2025, equations 3 to 5: rewards of tokens, what follows each of them, normalised over the batch's tokens."""
+    """Rewards of tokens, what follows each of them, normalised over the batch's tokens."""
     owner = round.owner.tolist()
     every: list[float] = []
     for answer in sorted(set(owner)):
