@@ -24,7 +24,7 @@ from lightning_ft.engine.likelihood import Ask, keys_of, likelihood
 from lightning_ft.engine.per_example import Recorder
 from lightning_ft.engine.randomness import GlobalState
 from lightning_ft.functional.errors import Refusal
-from lightning_ft.functional.fisher import Power, Share, gradient, powered, total
+from lightning_ft.functional.fisher import Power, Share, powered, total, weighted
 from lightning_ft.models.admission import evaluating
 
 _STEP = "_lightning_ft_ask"
@@ -140,14 +140,14 @@ class _Estimate:
         called = {self.clean[name] for name in recorder.called}
         self.slow |= {self.clean[name] for name in recorder.unseen}
         if len(self.ask.keys) and losses.requires_grad:
-            weighted: dict[str, tuple[Tensor, float]] = {}
+            ours: dict[str, tuple[Tensor, float]] = {}
             weights = 0.5 + torch.rand(len(losses), generator=torch.Generator().manual_seed(0), device="cpu").to(losses)
-            with recorder.backward(_proving(finished, proof, weights, weighted)):
+            with recorder.backward(_proving(finished, proof, weights, ours)):
                 losses.sum().backward()
             self.slow |= {self.clean[name] for name in recorder.unseen} | self._uncalled(called)
             self._clear()
             if not self.proven:
-                self.slow |= self._disagree(batch, keys, weights, weighted)
+                self.slow |= self._disagree(batch, keys, weights, ours)
                 self.proven = True
         if self.sharded:
             self.slow = self._anywhere(self.slow)
@@ -165,13 +165,13 @@ class _Estimate:
         return {n for n, p in self.parameters.items() if n not in called and p.grad is not None and _any(p.grad)}
 
     def _disagree(
-        self, batch: Any, keys: list[int], weights: Tensor, weighted: dict[str, tuple[Tensor, float]]
+        self, batch: Any, keys: list[int], weights: Tensor, layers: dict[str, tuple[Tensor, float]]
     ) -> set[str]:
         """Names whose ordinary gradient, with a weight for each example, is not what the layers gave."""
         (self._losses(batch, keys) * weights).sum().backward()
         off, size = {}, {}
         for name, parameter in self.parameters.items():
-            ours, scale = weighted.get(name, (torch.zeros((), device=weights.device), 0.0))
+            ours, scale = layers.get(name, (torch.zeros((), device=weights.device), 0.0))
             theirs = parameter.grad
             if isinstance(parameter, DTensor):  # the mean over ranks
                 both = (ours + torch.zeros(parameter.shape, device=weights.device)).float()
@@ -238,7 +238,7 @@ class _Estimate:
                     placements=parameter.placements
                 )
             if value is not None:
-                self.sums[name] = value if name not in self.sums else self.sums[name] + value
+                self.sums[name] = value if name not in self.sums else self.sums[name].add_(value)
 
     def result(self) -> Importance:
         """The mean over the examples of all ranks."""
@@ -270,19 +270,15 @@ def _proving(
     finished: Callable[[str, list[Share]], None],
     proof: dict[str, list[Share]],
     weights: Tensor,
-    weighted: dict[str, tuple[Tensor, float]],
+    found: dict[str, tuple[Tensor, float]],
 ) -> Callable[[str, list[Share]], None]:
-    """Also sums the examples' gradients with their weights, where shares are left in ``proof``."""
+    """Also sums the examples' gradients with their weights into ``found``, where shares are left in ``proof``."""
 
     def both(name: str, shares: list[Share]) -> None:
         finished(name, shares)
         while proof:
             clean, kept = proof.popitem()
-            summed, size = torch.zeros((), device=weights.device), 0.0
-            for s, weight in enumerate(weights.tolist()):
-                grad = weight * gradient(kept, s)
-                summed, size = summed + grad, size + float(grad.norm())
-            weighted[clean] = (summed, size)
+            found[clean] = weighted(kept, weights)
 
     return both
 

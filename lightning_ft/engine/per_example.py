@@ -92,13 +92,21 @@ class Recorder:
         if isinstance(first, Tensor) and isinstance(output, Tensor) and output.requires_grad:
             groups = next((g for g in self._layouts() if g.fits(first) and g.fits(output)), None)
         if groups is None:
-            self.unseen |= set(names.values())
+            self._unknown(set(names.values()), output)
             return
         for name in names.values():
             self._pending[name] = self._pending.get(name, 0) + 1
         # Not the graph itself: what the layer saw is kept as plain numbers.
         seen = tuple(one.detach() if isinstance(one, Tensor) else one for one in args)
         output.register_hook(partial(self._arrived, names, layer, seen, kwargs, groups))
+
+    def _unknown(self, names: set[str], output: Any) -> None:
+        """A call of no known layout; where nothing comes back for it (a pooler whose output nobody reads) it does not matter."""
+        if isinstance(output, Tensor):
+            if output.requires_grad:
+                output.register_hook(lambda delta: self.unseen.update(names if self._pending else ()))
+        else:
+            self.unseen |= names
 
     def _arrived(
         self,

@@ -31,7 +31,7 @@ def within(seconds: float, function: Callable[[], Result]) -> Result:
     """
     if hasattr(signal, "setitimer") and threading.current_thread() is threading.main_thread():
         return _by_alarm(seconds, function)
-    return _by_thread(seconds, function)
+    return in_thread(function, seconds)
 
 
 def _by_alarm(seconds: float, function: Callable[[], Result]) -> Result:
@@ -57,7 +57,16 @@ def _by_alarm(seconds: float, function: Callable[[], Result]) -> Result:
             signal.setitimer(signal.ITIMER_REAL, max(left - (time.monotonic() - begun), 1e-3), interval)
 
 
-def _by_thread(seconds: float, function: Callable[[], Result]) -> Result:
+def in_thread(function: Callable[[], Result], seconds: float | None = None) -> Result:
+    """Calls ``function`` in a thread, which is left behind where it takes longer.
+
+    Args:
+        function: what is called.
+        seconds: most that are waited for; None: any time.
+
+    Raises:
+        TooLong: it took longer.
+    """
     outcome: list[tuple[bool, Any]] = []
 
     def run() -> None:

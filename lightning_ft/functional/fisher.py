@@ -15,7 +15,7 @@ Axes: R leading entries (rows of a batch, or tokens of a packed row), K what lie
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from functools import cached_property
 from typing import Literal
 
@@ -62,9 +62,14 @@ class Groups:
         )
 
     @cached_property
-    def places(self) -> list[Tensor]:
-        """The entries of each example."""
-        return [(self.index == s).nonzero()[:, 0] for s in range(self.count)]
+    def places(self) -> list[Tensor | slice]:
+        """The entries of each example; a slice, which copies nothing, where they follow one another."""
+        found: list[Tensor | slice] = []
+        for s in range(self.count):
+            at = (self.index == s).nonzero()[:, 0]
+            first, last = (int(at[0]), int(at[-1])) if len(at) else (0, -1)
+            found.append(slice(first, last + 1) if last - first + 1 == len(at) else at)
+        return found
 
     def flat(self, x: Tensor, features: int = 1) -> Tensor:
         """(*shape, ..., *features) to (R, K, *features) in fp32 or above."""
@@ -98,6 +103,10 @@ class Share(ABC):
         """``sum_s |g_s|^power`` where this call is the parameter's only one."""
         return sum((powered(self.of(s), power) for s in range(1, self.groups.count)), powered(self.of(0), power))
 
+    def weighted(self, weights: Tensor) -> tuple[Tensor, float]:
+        """``sum_s w_s g_s`` and ``sum_s |w_s| |g_s|``, the latter of lengths, for (S,) weights."""
+        return _weighted((self.of(s) for s in range(self.groups.count)), weights)
+
 
 class Product(Share):
     """Of a matrix: ``g_s = factor * sum_t delta_t x_t^T``, transposed for layers that store (in, out)."""
@@ -112,22 +121,51 @@ class Product(Share):
 
     @override
     def of(self, s: int) -> Tensor:
-        left, right = self._left, self._right
-        if self.groups.one_each:
-            return self.factor * (left[s].t() @ right[s])
-        at = self.groups.places[s]
-        return self.factor * (left[at].flatten(0, 1).t() @ right[at].flatten(0, 1))
+        left, right = self._sides(s)
+        return self.factor * (left.t() @ right)
 
     @override
     def total(self, power: Power) -> Tensor:
         left, right, factor = self._left, self._right, abs(self.factor) ** power
-        if not self.groups.one_each:
-            return super().total(power)
-        if left.shape[1] == 1:  # |delta x| = |delta| |x|: no example's matrix is ever formed
-            return factor * (powered(left[:, 0], power).t() @ powered(right[:, 0], power))
-        if self.groups.count * left.shape[-1] * right.shape[-1] > _AT_ONCE:
-            return super().total(power)
-        return factor * powered(torch.bmm(left.transpose(1, 2), right), power).sum(0)  # (S, O, I) for a moment
+        if self.groups.one_each:
+            if left.shape[1] == 1:  # |delta x| = |delta| |x|: no example's matrix is ever formed
+                return factor * (powered(left[:, 0], power).t() @ powered(right[:, 0], power))
+            if self.groups.count * left.shape[-1] * right.shape[-1] <= _AT_ONCE:
+                return factor * powered(torch.bmm(left.transpose(1, 2), right), power).sum(0)  # (S, O, I) for a moment
+        return self._in_blocks(power).mul_(factor)
+
+    def _in_blocks(self, power: Power) -> Tensor:
+        """Block after block of the matrix: one example's part of it is written, used and overwritten in a processor's cache."""
+        sides = [(left.t(), right) for left, right in map(self._sides, range(self.groups.count))]
+        rows, columns = self._left.shape[-1], self._right.shape[-1]
+        step = max(_CACHED // columns, 1) if self._left.device.type == "cpu" else rows
+        found, held = self._left.new_zeros(rows, columns), self._left.new_empty(min(step, rows), columns)
+        for top in range(0, rows, step):
+            block = found[top : top + step]
+            part = held[: len(block)]
+            for left, right in sides:
+                torch.mm(left[top : top + step], right, out=part)
+                if power == 2:
+                    block.addcmul_(part, part)
+                else:
+                    block.add_(part.abs_())
+        return found
+
+    @override
+    def weighted(self, weights: Tensor) -> tuple[Tensor, float]:
+        summed, size = self._left.new_zeros(self._left.shape[-1], self._right.shape[-1]), 0.0
+        for s, weight in enumerate(weights.tolist()):
+            left, right = self._sides(s)
+            summed.addmm_(left.t(), right, alpha=self.factor * weight)
+            square = ((left @ left.t()) * (right @ right.t())).sum()  # |delta^T x|^2 without the product
+            size += abs(self.factor * weight) * float(square.clamp(min=0).sqrt())
+        return summed, size
+
+    def _sides(self, s: int) -> tuple[Tensor, Tensor]:
+        if self.groups.one_each:
+            return self._left[s], self._right[s]
+        at = self.groups.places[s]
+        return self._left[at].flatten(0, 1), self._right[at].flatten(0, 1)
 
 
 class Values(Share):
@@ -163,10 +201,19 @@ class Lookup(Share):
 
     def _some(self, s: int) -> tuple[Tensor, Tensor]:
         """The rows that example s looked up, and their gradients."""
-        at = torch.tensor([s], device=self._ids.device) if self.groups.one_each else self.groups.places[s]
+        at = slice(s, s + 1) if self.groups.one_each else self.groups.places[s]
         rows, where = self._ids[at].reshape(-1).unique(return_inverse=True)
         delta = self._delta[at].flatten(0, 1)
         return rows, delta.new_zeros(len(rows), delta.shape[-1]).index_add_(0, where, delta)
+
+    @override
+    def weighted(self, weights: Tensor) -> tuple[Tensor, float]:
+        summed, size = self._delta.new_zeros(self.size, self._delta.shape[-1]), 0.0
+        for s, weight in enumerate(weights.tolist()):
+            rows, grad = self._some(s)
+            summed.index_add_(0, rows, grad, alpha=weight)
+            size += abs(weight) * float(grad.norm())
+        return summed, size
 
     @override
     def of(self, s: int) -> Tensor:
@@ -197,6 +244,11 @@ class Transposed(Share):
     def total(self, power: Power) -> Tensor:
         return self._share.total(power).t()
 
+    @override
+    def weighted(self, weights: Tensor) -> tuple[Tensor, float]:
+        summed, size = self._share.weighted(weights)
+        return summed.t(), size
+
 
 def total(shares: Sequence[Share], power: Power) -> Tensor:
     """``sum_s |g_s|^power`` of a parameter that was used by several calls: their shares are added before the power."""
@@ -209,6 +261,20 @@ def total(shares: Sequence[Share], power: Power) -> Tensor:
     return found
 
 
+def weighted(shares: Sequence[Share], weights: Tensor) -> tuple[Tensor, float]:
+    """``sum_s w_s g_s`` of a parameter, and the sum of what is added up in length, which tells how exact it can be."""
+    if len(shares) == 1:
+        return shares[0].weighted(weights)
+    return _weighted((gradient(shares, s) for s in range(shares[0].groups.count)), weights)
+
+
+def _weighted(examples: Iterable[Tensor], weights: Tensor) -> tuple[Tensor, float]:
+    summed, size = torch.zeros((), device=weights.device), 0.0
+    for weight, grad in zip(weights.tolist(), examples, strict=True):
+        summed, size = summed + weight * grad, size + abs(weight) * float(grad.norm())
+    return summed, size
+
+
 def gradient(shares: Sequence[Share], s: int) -> Tensor:
     """The gradient of example s with respect to a parameter that several calls used."""
     found = shares[0].of(s)
@@ -219,3 +285,5 @@ def gradient(shares: Sequence[Share], s: int) -> Tensor:
 
 _AT_ONCE = 1 << 24
 """Numbers of examples' matrices that are held at one time: 64 MB."""
+_CACHED = 1 << 17
+"""Numbers that stay in the cache of a processor's core beside as many others: 512 kB."""

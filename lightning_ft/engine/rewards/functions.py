@@ -14,6 +14,7 @@ import torch
 
 from lightning_ft.engine.rewards.guarded import guarded
 from lightning_ft.engine.rewards.source import Completions
+from lightning_ft.engine.rewards.waiting import Ask, wait_for
 from lightning_ft.functional.errors import Refusal
 
 _OURS = ("prompts", "completions", "completion_ids", "ended")
@@ -21,7 +22,10 @@ _OURS = ("prompts", "completions", "completion_ids", "ended")
 
 
 class FunctionReward:
-    """``reward(prompts, completions, **columns) -> list[float | None]``, called once for all answers of a rank and round."""
+    """``reward(prompts, completions, **columns) -> list[float | None]``, called once for all answers of a rank and round.
+
+    One that is ``async def`` may be asked beside others, see `ask`.
+    """
 
     def __init__(self, function: str | Callable[..., Any], timeout: float) -> None:
         """Args: function: itself, or where it is; timeout: seconds that a call may take."""
@@ -54,10 +58,24 @@ class FunctionReward:
                 f"The data have a column {clash[0]}, which is what rewards are called with; rename the column."
             )
 
-    def score(self, name: str, answers: Completions, device: torch.device) -> list[float | None]:
-        """What the function gives."""
+    @property
+    def waits(self) -> bool:
+        """Whether it is ``async def``, a function or an object that is called like one."""
+        return inspect.iscoroutinefunction(self.function) or inspect.iscoroutinefunction(
+            getattr(self.function, "__call__", None)  # noqa: B004 - whether it can be called is not the question
+        )
+
+    def ask(self, answers: Completions) -> Ask:
+        """Of one that `waits`: the question for all answers, to be awaited."""
+        return lambda: self._call(answers)  # type: ignore[no-any-return]
+
+    def score(
+        self, name: str, answers: Completions, device: torch.device, first: Callable[[], Any] | None = None
+    ) -> list[float | None]:
+        """What the function gives; ``first`` gives it where it was asked before, see `guarded`."""
         _ = self.function  # that it is not there is no answer's fault
-        return guarded(name, self._call, answers, self.timeout)
+        call = (lambda some: wait_for(self.ask(some))) if self.waits else self._call
+        return guarded(name, call, answers, self.timeout, first=first)
 
     def _call(self, answers: Completions) -> Any:
         offered: dict[str, Any] = {

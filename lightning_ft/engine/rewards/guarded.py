@@ -18,6 +18,7 @@ def guarded(
     answers: Completions,
     seconds: float | None,
     help: str = "let it give None for what it cannot judge",
+    first: Callable[[], Any] | None = None,
 ) -> list[float | None]:
     """Rewards of all answers by one call.
 
@@ -29,12 +30,13 @@ def guarded(
         answers: at least one.
         seconds: most that the call may take; None: any time, as a model of this library takes no longer than it must.
         help: what can be done where it raises.
+        first: gives or raises what came of that one call, where it was made before; None: it is made now.
 
     Raises:
         Refusal: it raised or refused, took too long, or gave something that is no reward; of which answer.
     """
     try:
-        given = _within(seconds, lambda: call(answers))
+        given = first() if first is not None else _within(seconds, lambda: call(answers))
     except TooLong as error:
         assert seconds is not None
         which = _which(call, answers, max(seconds / len(answers), 1.0))

@@ -26,7 +26,7 @@ class Reward:
         function: ``file.py:function`` or ``package.module.function``, in Python also the function itself:
             ``reward(prompts, completions, **columns)`` gets lists (prompts as the data have them, answers as text) and those
             columns of the data that it names, and gives a list of numbers, None for an answer that it does not judge. It may
-            also name ``completion_ids`` and ``ended``.
+            also name ``completion_ids`` and ``ended``. One that is ``async def`` is awaited, all of them at once.
         checkpoint: a checkpoint of `RewardModel`.
         classifier: a folder, hub id or starter asset of a classifier in Hugging Face's format; see ``label``.
         verifier: a task of reasoning-gym, such as ``chain_sum``, whose own check of an answer is the reward. The data need

@@ -11,8 +11,10 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from lightning_ft.engine.rewards.functions import FunctionReward
 from lightning_ft.engine.rewards.reward import Reward
 from lightning_ft.engine.rewards.source import Completions, RewardSource
+from lightning_ft.engine.rewards.waiting import AtOnce
 from lightning_ft.functional.errors import Refusal
 
 
@@ -75,6 +77,8 @@ class Rewards:
     def score(self, answers: Completions, device: torch.device | str = "cpu") -> Scores:
         """Rewards of the answers of this rank; all ranks must call it, and if one fails all are told.
 
+        Functions that are ``async def`` are asked first, all at once, and the others meanwhile.
+
         Args:
             answers: none is allowed.
             device: where models are run.
@@ -85,9 +89,9 @@ class Rewards:
         problem: str | None = None
         each: dict[str, Tensor] = {}
         try:
-            for name, source in self.sources.items():
-                found = source.score(name, answers, torch.device(device)) if len(answers) else []
-                numbers = [float("nan") if value is None else value for value in found]
+            found = self._asked(answers, torch.device(device)) if len(answers) else {}
+            for name in self.sources:
+                numbers = [float("nan") if value is None else value for value in found.get(name, [])]
                 each[name] = torch.tensor(numbers, dtype=torch.float64)
         except Refusal as refusal:
             if not _several_ranks():
@@ -101,6 +105,14 @@ class Rewards:
         weighted = torch.stack([self.given[name].weight * value for name, value in each.items()])  # (K, S)
         nobody = weighted.isnan().all(0)
         return Scores(weighted.nansum(0).masked_fill(nobody, torch.nan), each)
+
+    def _asked(self, answers: Completions, device: torch.device) -> dict[str, list[float | None]]:
+        waiting = {name: s for name, s in self.sources.items() if isinstance(s, FunctionReward) and s.waits}
+        begun = AtOnce({name: (source.ask(answers), source.timeout) for name, source in waiting.items()})
+        found = {name: s.score(name, answers, device) for name, s in self.sources.items() if name not in waiting}
+        for name, source in waiting.items():
+            found[name] = source.score(name, answers, device, begun.outcome(name))
+        return found
 
 
 def _reward(one: Reward | Mapping[str, Any] | Callable[..., Any]) -> Reward:
