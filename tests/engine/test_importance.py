@@ -180,6 +180,38 @@ def test_what_cannot_be_read_off_layers_gets_a_backward_pass_for_each_example(tm
     close(found.diagonal, by_loop(net))
 
 
+def test_a_call_whose_output_nobody_uses_does_not_matter(tmp_path):
+    """As that of a pooler which a packed encoder's own forward asks of the row's first token."""
+
+    class Net(PlainNet):
+        def forward(self, x):
+            self.net[0](x[:1])  # no layout is like that
+            return self.net(x)
+
+    net = Net()
+    found = measured(tmp_path, net)
+    assert not found.slow
+    close(found.diagonal, by_loop(net))
+
+
+def test_a_call_of_no_known_layout_gets_a_backward_pass_for_each_example(tmp_path):
+    class Net(PlainNet):
+        def forward(self, x):
+            return self.net(x) + self.net[0](x[:1]).sum()
+
+    net = Net()
+    found = measured(tmp_path, net)
+    assert {"net.0.weight", "net.0.bias"} <= found.slow
+    net.eval()
+    x, y = rows()
+
+    def logits(i):  # of row i, which the first one of its batch has a say in
+        first = i - i % 4
+        return net(x[first : first + 4].double())[i - first][None]
+
+    close(found.diagonal, loop(net, (nll(logits(i), y[i : i + 1], "sample", i) for i in range(len(x)))))
+
+
 class Leaning(nn.Linear):
     """A layer that cannot run by itself: it needs what another call has left."""
 

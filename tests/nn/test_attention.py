@@ -91,6 +91,17 @@ def test_bfloat16(lengths: tuple[int, int]) -> None:
     torch.testing.assert_close(found.double(), expected, atol=TOL[torch.bfloat16], rtol=TOL[torch.bfloat16])
 
 
+@pytest.mark.parametrize("window", [None, 3])
+def test_short_segments_stay_in_float32_under_autocast(window: int | None) -> None:
+    """Bit for bit: autocast would cast what attention is given back to bfloat16, whose kernel is slow there."""
+    q, k, v = qkv(torch.bfloat16, tokens=14)
+    options = {"segment_bounds": (0, 5, 14), "sliding_window": window}
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        found, _ = at.attention(CAUSAL, q, k, v, None, **options)  # type: ignore[arg-type]
+    wide, _ = at.attention(CAUSAL, q.float(), k.float(), v.float(), None, **options)  # type: ignore[arg-type]
+    assert torch.equal(found, wide.bfloat16())
+
+
 @pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
 @pytest.mark.parametrize("causal", [True, False])
 @pytest.mark.parametrize("window", [None, 3])
