@@ -143,7 +143,7 @@ class _Estimate:
             ours: dict[str, tuple[Tensor, float]] = {}
             weights = 0.5 + torch.rand(len(losses), generator=torch.Generator().manual_seed(0), device="cpu").to(losses)
             with recorder.backward(_proving(finished, proof, weights, ours)):
-                losses.sum().backward()
+                self._back(losses.sum(), called)
             self.slow |= {self.clean[name] for name in recorder.unseen} | self._uncalled(called)
             self._clear()
             if not self.proven:
@@ -155,6 +155,20 @@ class _Estimate:
             found = {name: value for name, value in found.items() if name not in self.slow}
             found |= self._in_turn(batch, keys) if self.sharded else self._one_by_one(batch, keys)
         self._sum(found)
+
+    def _back(self, loss: Tensor, called: set[str]) -> None:
+        """Backward for the sake of the layers' hooks alone: gradients of the matrices themselves are left out.
+
+        Those of parameters that no layer was seen to use are not; FSDP2 has to see a whole backward pass.
+        """
+        if self.sharded:
+            loss.backward()
+            return
+        others = [p for name, p in self.parameters.items() if name not in called or name in self.slow]
+        ends: list[Any] = [*self.recorder.begins, *others]  # torch's annotation knows no list of both
+        grads = torch.autograd.grad(loss, ends, allow_unused=True) if ends else ()
+        for parameter, grad in zip(others, grads[len(ends) - len(others) :], strict=True):
+            parameter.grad = grad
 
     def _uncalled(self, called: set[str]) -> set[str]:
         """Names that have a gradient here although no layer of their own was called; `_anywhere` unites those of all ranks.

@@ -16,6 +16,7 @@ from typing import Any, cast
 import torch
 import torch.nn.functional as F  # noqa: N812 (the name everybody reads)
 from torch import Tensor, nn
+from torch.autograd.graph import GradientEdge, get_gradient_edge
 from torch.func import functional_call, vjp, vmap
 
 from lightning_ft.functional.fisher import Groups, Lookup, Product, Share, Transposed, Values
@@ -40,9 +41,12 @@ class Recorder:
         self._finished: Finished = lambda name, shares: None
         self.unseen: set[str] = set()
         """Names of parameters of which a call could not be told apart by examples."""
+        self.begins: list[GradientEdge] = []
+        """Where a backward pass may end: what no other watched call lies before, and calls that could not be told apart."""
         self._forget()
 
     def _forget(self) -> None:
+        self.begins = []
         self._pending: dict[str, int] = {}
         self._shares: dict[str, list[Share]] = {}
 
@@ -96,6 +100,8 @@ class Recorder:
             return
         for name in names.values():
             self._pending[name] = self._pending.get(name, 0) + 1
+        if isinstance(first, Tensor) and not first.requires_grad:
+            self.begins.append(get_gradient_edge(output))
         # Not the graph itself: what the layer saw is kept as plain numbers.
         seen = tuple(one.detach() if isinstance(one, Tensor) else one for one in args)
         output.register_hook(partial(self._arrived, names, layer, seen, kwargs, groups))
@@ -104,6 +110,7 @@ class Recorder:
         """A call of no known layout; where nothing comes back for it (a pooler whose output nobody reads) it does not matter."""
         if isinstance(output, Tensor):
             if output.requires_grad:
+                self.begins.append(get_gradient_edge(output))
                 output.register_hook(lambda delta: self.unseen.update(names if self._pending else ()))
         else:
             self.unseen |= names
