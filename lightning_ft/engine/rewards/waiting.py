@@ -16,11 +16,11 @@ _GRACE = 1.0
 
 def wait_for(ask: Ask) -> Any:
     """What ``ask`` gives, in an event loop of its own: one that runs in this thread already, as in a notebook, is no hindrance."""
+    return in_thread(lambda: asyncio.run(_awaited(ask)))
 
-    async def run() -> Any:
-        return await ask()
 
-    return in_thread(lambda: asyncio.run(run()))
+async def _awaited(ask: Ask) -> Any:
+    return await ask()
 
 
 class AtOnce:
@@ -60,10 +60,7 @@ class AtOnce:
         await asyncio.gather(*(self._one(name, ask, seconds) for name, (ask, seconds) in asks.items()))
 
     async def _one(self, name: str, ask: Ask, seconds: float) -> None:
-        async def run() -> Any:
-            return await ask()
-
-        task = asyncio.ensure_future(run())
+        task = asyncio.ensure_future(_awaited(ask))
         # Not wait_for: its TimeoutError could not be told from one that the function itself has met.
         done, _ = await asyncio.wait({task}, timeout=seconds)
         if not done:
