@@ -80,8 +80,8 @@ class Distillation(Technique):
         revision: branch, tag or commit of the teacher's Hugging Face id; None is its main branch.
         name: tells two of them apart; in `MultiTask` the task that is taught.
 
-    The teacher is in eval mode, without gradients, outside the module: no checkpoint, optimizer or DDP bucket holds it. Labels and
-    vocabularies are compared by name before anything is trained.
+    The teacher is in eval mode, without gradients, outside the module: no checkpoint, optimizer or DDP bucket holds it. Under FSDP2
+    each rank keeps its rows of the teacher's blocks. Labels and vocabularies are compared by name before anything is trained.
 
     Logs:
         ``train/NAME/soft_targets``, ``hidden``, ``cosine``, ``attention``, ``values``, before their weights, NAME being ``name``;
@@ -306,7 +306,9 @@ class Distillation(Technique):
             self._caught, teacher = own_student.catch(
                 module, self.student, attachment, self.teacher_module, dtype=self.dtype
             )
-            self._lesson.known.meet(teacher)
+            self._lesson.known.meet(teacher.model if teacher is not None else None)
+            if teacher is not None:
+                teacher.spread(attachment.trainer.strategy)
 
     # -- the step -------------------------------------------------------------------------------------------------------
 

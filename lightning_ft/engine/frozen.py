@@ -1,7 +1,8 @@
 """A model that is only asked: reward models, teachers.
 
 It hangs on a module without being a part of it: its weights are in no ``parameters()``, checkpoint, optimizer, DDP bucket or
-FSDP2 shard, no ``train()`` reaches it, and techniques that inject or freeze by name never see it.
+FSDP2 unit of the module, no ``train()`` reaches it, and techniques that inject or freeze by name never see it. Under FSDP2 it
+may have units of its own.
 """
 
 from __future__ import annotations
@@ -11,10 +12,13 @@ from contextlib import contextmanager
 from typing import Any, Generic, TypeVar, cast
 
 import torch
+from lightning.pytorch.strategies import ModelParallelStrategy, Strategy
 from torch import nn
 
 from lightning_ft.functional.errors import Refusal
 from lightning_ft.models.dtype import apply_dtype_policy
+from lightning_ft.models.sharding import shard_frozen_
+from lightning_ft.nn.packed import has_packed_weights
 
 Model = TypeVar("Model", bound=nn.Module)
 
@@ -23,6 +27,9 @@ class Frozen(Generic[Model]):
     """Holds a model that was loaded elsewhere, or loads it when it is first asked; in eval mode, with nothing to train.
 
     Being no ``nn.Module`` itself, it is an ordinary attribute to a module that keeps it. A copied module shares it.
+
+    Attributes:
+        divided: whether each rank holds its rows of it, so that all ranks must make equally many passes.
     """
 
     def __init__(self, model: Model | Callable[[], Model], *, dtype: torch.dtype | None = None) -> None:
@@ -35,7 +42,7 @@ class Frozen(Generic[Model]):
         Raises:
             Refusal: its values are not loaded.
         """
-        self._dtype = dtype
+        self._dtype, self.divided = dtype, False
         self._load: Callable[[], Model] | None = None
         self._model: Model | None = None
         if isinstance(model, nn.Module):
@@ -59,6 +66,19 @@ class Frozen(Generic[Model]):
             assert self._load is not None
             self._model = self._quiet(self._load())
         return self._model
+
+    def spread(self, strategy: Strategy) -> None:
+        """Leaves each rank its rows of each block, where the strategy is FSDP2.
+
+        Packed weights stay whole, since FSDP2 cannot divide them.
+
+        Args:
+            strategy: of the run.
+        """
+        if isinstance(strategy, ModelParallelStrategy) and not has_packed_weights(self.model):
+            shard_frozen_(self.model, strategy.device_mesh)  # block by block, so that no device holds it whole
+            self.model.to(strategy.root_device)
+            self.divided = True
 
     @contextmanager
     def on(self, device: torch.device | str) -> Iterator[Model]:

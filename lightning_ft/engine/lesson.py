@@ -7,7 +7,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import torch
+from lightning.pytorch.strategies import Strategy
 from torch import Tensor
 
 from lightning_ft.engine.attachment import Attachment
@@ -147,11 +147,11 @@ class Lesson:
             self.layers, self.relation_heads = self.inner.pair(module.view, module.view)
             self.known.meet(None)
         else:
-            self._load(module, self.origin, attachment.trainer.strategy.root_device)
+            self._load(module, self.origin, attachment.trainer.strategy)
 
-    def _load(self, module: Any, origin: Origin, device: torch.device) -> None:
+    def _load(self, module: Any, origin: Origin, strategy: Strategy) -> None:
         used = shared_vocabulary(module.tokenizer, origin.tokenizer())
-        labels = module.view.labels if module.task in CLASSIFIES else None
+        labels, device = module.view.labels if module.task in CLASSIFIES else None, strategy.root_device
         view, frozen = load_teacher(
             origin,
             module.task,
@@ -171,6 +171,7 @@ class Lesson:
         if module.task not in CLASSIFIES:
             self.size = sliced(vocabulary_of(module.view), self._teacher.vocabulary, used)
         self.known.meet(frozen.model)
+        frozen.spread(strategy)
 
     # -- in a step --------------------------------------------------------------------------------------------------------
 

@@ -163,7 +163,7 @@ def catch(
     build: Callable[[], nn.Module] | None,
     *,
     dtype: str = "auto",
-) -> tuple[Caught, nn.Module | None]:
+) -> tuple[Caught, Frozen[nn.Module] | None]:
     """Listens to a part of a user's module for the run.
 
     Args:
@@ -197,7 +197,7 @@ def catch(
     attachment.before_step(caught.forget)
     attachment.on_leave(handle.remove)
     attachment.on_leave(caught.forget)
-    return caught, teacher.model if teacher is not None else None
+    return caught, teacher
 
 
 def logits_of(output: Any) -> Tensor:

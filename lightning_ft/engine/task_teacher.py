@@ -44,6 +44,7 @@ class TaskTeacher:
         self.task, self.weight, self.of_logits, self.of_tokens = task, weight, of_logits, of_tokens
         self.know, self.note = know, note
         self.teacher: Teacher | None = None
+        self._together = False  # whether all ranks must ask equally often
         self.size: int | None = None
 
     def check(self, module: Any) -> None:
@@ -81,6 +82,8 @@ class TaskTeacher:
         if task.objective == "causal_lm":
             self.size = sliced(vocabulary_of(module.view), self.teacher.vocabulary, used)
         self.know(frozen.model)
+        frozen.spread(attachment.trainer.strategy)
+        self._together = frozen.divided
 
     def term(self, module: Any, batch: Batch, output: Any) -> Term:
         """``TASK/soft_targets``, counted as the task is; of no rows zero, with a gradient of zero."""
@@ -95,6 +98,8 @@ class TaskTeacher:
         )  # whether this rank has rows of it or not, so that all log the same
         mine = batch.columns.get(f"rows/{task.number}")
         if own is None or mine is None:
+            if self._together:  # other ranks may have rows, and gather its weights with this one: any row will do
+                self.teacher.see(part_of(batch, [0]))
             return Term(name, flat.sum() * 0.0, batch.counts.get(task.unit, 0.0), task.unit, weight)
         part = part_of(batch, mine.tolist())
         said = self.teacher.see(part).result

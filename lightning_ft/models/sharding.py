@@ -130,6 +130,23 @@ def shard_(
     register_steps(module)
 
 
+def shard_frozen_(model: nn.Module, mesh: DeviceMesh) -> None:
+    """Shards the repeated blocks of a model that is only asked, in place; the rest of it stays whole on each rank.
+
+    Each block is gathered for its own forward pass and released after it, by itself: no module around the blocks need be called,
+    and what lies outside them (embeddings, the head of a chunked loss) may be used at any time, however often. All ranks must
+    make equally many passes. A net that repeats nothing stays whole.
+
+    Args:
+        model: frozen, with its values; the same on all ranks.
+        mesh: as of `shard_`.
+    """
+    if mesh.ndim > 1:
+        mesh = mesh["data_parallel"]
+    for _, block in reversed(_self_contained(model, block_modules(model))):
+        fully_shard(block, mesh=mesh, reshard_after_forward=True)
+
+
 def held_whole(module: nn.Module) -> int:
     """Bytes of parameters that lie in this process's own memory, not mapped from the file they were loaded from.
 

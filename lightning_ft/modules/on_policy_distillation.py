@@ -255,6 +255,7 @@ class OnPolicyDistillation(RolloutModule):
         self._settings = replace(self._settings, size=size)
         self.drawn_vocabulary = size  # neither may write what the other cannot read
         self._known.meet(frozen.model)
+        frozen.spread(attachment.trainer.strategy)
 
     # -- a round ----------------------------------------------------------------------------------------------------------
 

@@ -15,7 +15,7 @@ from lightning_ft.engine.own_student import logits_of
 from lightning_ft.engine.rewards import Reward
 from lightning_ft.engine.student import check_student
 from lightning_ft.functional import distillation as maths
-from tests.callbacks.distillation_jobs import on_ranks
+from tests.callbacks.distillation_jobs import on_ranks, own_on_ranks
 from tests.contract import Case, checks_for
 from tests.contract.subjects import PlainNet, Steps, chat_job, fit, rows, state, trainer
 from tests.modules.tasks import SIZE, job, write_base
@@ -535,7 +535,7 @@ RANKS = {
 
 @pytest.mark.parametrize("case", RANKS)
 def test_two_ranks_learn_what_one_does(case, chat, larger, tmp_path, two_ranks):
-    """Uneven counts of tokens; the teacher is whole on each rank, and the student split under FSDP2."""
+    """Uneven counts of tokens; under FSDP2 the student is split, and of the teacher each block."""
     strategy, lora, packing, arguments = RANKS[case]
     teacher = "self" if "itself" in case else str(larger)
     asked = {"chat": str(chat), "teacher": teacher, "folder": str(tmp_path), "lora": lora, "packing": packing}
@@ -550,9 +550,23 @@ def test_two_ranks_learn_what_one_does(case, chat, larger, tmp_path, two_ranks):
         torch.testing.assert_close(rank["losses"], one["losses"], rtol=1e-4, atol=1e-5)
         for name, value in one["weights"].items():
             torch.testing.assert_close(rank["weights"][name], value, rtol=1e-3, atol=1e-5, msg=name)
+        for shares in rank["held"]:
+            split = {name for name, share in shares.items() if share < 1}
+            blocks = {name for name in shares if ".layers." in name and strategy == "fsdp2"}
+            assert split == blocks and all(shares[name] == 0.5 for name in split)
 
 
 # -- a user's own module ------------------------------------------------------------------------------------------------
+
+
+def test_two_ranks_hold_halves_of_the_teacher_of_your_own_module(tmp_path, two_ranks):
+    one = own_on_ranks(str(tmp_path / "one"), 1)
+    for rank in two_ranks.run(
+        "tests.callbacks.distillation_jobs:own_on_ranks", folder=str(tmp_path / "two"), devices=2
+    ):
+        assert rank["divided"] == [True] * 3 and one["divided"] == [False] * 3
+        for name, value in one["weights"].items():
+            torch.testing.assert_close(rank["weights"][name], value, rtol=1e-4, atol=1e-6, msg=name)
 
 
 def wide():
