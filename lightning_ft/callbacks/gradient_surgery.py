@@ -1,17 +1,19 @@
 """Gradient surgery: one step for tasks, or terms, whose gradients disagree."""
 
-from typing import Annotated, ClassVar
+from typing import Annotated, Any, ClassVar
 
+import lightning.pytorch as pl
 import numpy as np
 import torch
-from annotated_types import Ge
+from annotated_types import Ge, Gt, Le
 from torch import Tensor
 
 from lightning_ft.engine.attachment import Attachment
 from lightning_ft.engine.task_list import refuse_one_task_a_step
 from lightning_ft.engine.technique import Technique
 from lightning_ft.engine.traits import TERMS_APART, Traits
-from lightning_ft.functional.gradient_surgery import METHODS, Method, cagrad, conflict_rate, pcgrad
+from lightning_ft.functional.errors import Refusal
+from lightning_ft.functional.gradient_surgery import METHODS, Method, cagrad, conflict_rate, gradvac, pcgrad
 
 _ORDER = 11  # keeps the random order apart from other streams of the same seed
 
@@ -23,10 +25,12 @@ class GradientSurgery(Technique):
     accumulation window and averaged over ranks; where two point against each other, the step is no longer their sum:
 
         pcgrad  each gradient loses its component along those that it opposes; the sum of what is left
+        gradvac each gradient turns towards the others until their cosines are at least what they are on average; the sum
         cagrad  K times the direction within c |g_0| of the mean g_0 that helps the worst-off task most, divided by 1 + c
         mgda    K times the shortest convex combination
         nash    the bargaining solution, of norm sqrt(K) however long the gradients are
         upgrad  K times the mean of each gradient's nearest direction that opposes none: no task is harmed
+        aligned the sum of the nearest gradients that are orthogonal and equally long
 
     K is the number of tasks that have something in the window. Without conflict pcgrad and upgrad are the plain sum, so a learning
     rate can be kept; AdamW does not notice the size of a gradient, but clipping does. Parameters that one task alone reaches (its
@@ -35,6 +39,7 @@ class GradientSurgery(Technique):
     Args:
         method: how they are combined; pcgrad changes least. ``sum`` leaves them as they are and only logs the conflict rate, which
             tells whether surgery has anything to do.
+        beta: of gradvac: share of the newest cosine in the average; the authors' 0.01.
         c: of cagrad: radius of the ball around the mean gradient, in its norm; the authors' 0.4 to 0.5 for their benchmarks. 0 is
             the plain mean.
         name: tells it apart in files.
@@ -56,7 +61,8 @@ class GradientSurgery(Technique):
         GradientSurgery(method='cagrad', c=0.4)
 
     References:
-        Yu et al., 2020, algorithm 1; Liu et al., 2021, algorithm 1; Desideri, 2012; Navon et al., 2022; Quinton and Rey, 2024.
+        Yu et al., 2020, algorithm 1; Liu et al., 2021, algorithm 1; Desideri, 2012; Navon et al., 2022; Quinton and Rey, 2024; Wang
+        et al., 2021 (whole model); Senushkin et al., 2023.
         Proven against the papers' vectors, TorchJD, scipy and duality in tests/functional.
     """
 
@@ -73,12 +79,15 @@ class GradientSurgery(Technique):
         method: Method = "pcgrad",
         *,
         c: Annotated[float, Ge(0)] = 0.5,
+        beta: Annotated[float, Gt(0), Le(1)] = 0.01,
         name: str = "surgery",
     ) -> None:
         self.method = method
         self.c = c
+        self.beta = beta
         self.name = name
         self._attachment: Attachment | None = None
+        self._cosines: Tensor | None = None  # (K, K), on average, of gradvac
         self.check()
 
     def register(self, attachment: Attachment) -> None:
@@ -92,6 +101,12 @@ class GradientSurgery(Technique):
     def _forget(self) -> None:
         self._attachment = None
 
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """A new run knows no cosines."""
+        super().on_train_start(trainer, pl_module)
+        if trainer.global_step == 0:
+            self._cosines = None
+
     def _weights(self, gram: Tensor) -> Tensor:
         """(K, K) -> (K,): the method on the terms that have a gradient; 1 for the others, which have none to weigh."""
         weights = torch.ones(len(gram), dtype=torch.float64)
@@ -99,19 +114,47 @@ class GradientSurgery(Technique):
         if len(present) < 2:
             return weights
         assert self._attachment is not None
-        among = gram[present][:, present].cpu()
+        among, present = gram[present][:, present].cpu(), present.cpu()
         self._attachment.module.log("train/conflict_rate", conflict_rate(among))
-        weights[present.cpu()] = self._combined(among, self._attachment)
+        if self.method == "gradvac":
+            weights[present] = self._vaccinated(among, present, len(gram))
+        else:
+            weights[present] = self._combined(among)
         return weights
 
-    def _combined(self, gram: Tensor, attachment: Attachment) -> Tensor:
+    def _vaccinated(self, gram: Tensor, present: Tensor, terms: int) -> Tensor:
+        """Of gradvac, which knows what the cosines of the present terms were before."""
+        if self._cosines is None:
+            self._cosines = torch.zeros(terms, terms, dtype=torch.float64)
+        if len(self._cosines) != terms:
+            raise Refusal(
+                f"GradientSurgery gradvac goes on with the average cosines of {len(self._cosines)} terms, and the loss has {terms} "
+                "now; resume with the same tasks, or start a new fit."
+            )
+        pairs = (present[:, None], present[None])
+        weights, self._cosines[pairs] = gradvac(gram, self._cosines[pairs], self.beta, self._generator())
+        return weights
+
+    def _generator(self) -> torch.Generator:
+        """Of the order of a step, the same on all ranks and in a run that was resumed."""
+        assert self._attachment is not None
+        key = [self._attachment.seed, self._attachment.trainer.global_step, _ORDER]
+        return torch.Generator().manual_seed(int(np.random.SeedSequence(key).generate_state(1)[0]))
+
+    def _combined(self, gram: Tensor) -> Tensor:
         if self.method == "sum":
             return torch.ones(len(gram), dtype=torch.float64)
         if self.method == "pcgrad":
-            key = [attachment.seed, attachment.trainer.global_step, _ORDER]
-            generator = torch.Generator().manual_seed(int(np.random.SeedSequence(key).generate_state(1)[0]))
-            return pcgrad(gram, generator)
+            return pcgrad(gram, self._generator())
         if self.method == "cagrad":
             return len(gram) * cagrad(gram, self.c)
         found = METHODS[self.method](gram)
         return found if self.method == "nash" else len(gram) * found
+
+    def state_dict(self) -> dict[str, Any]:
+        """Of gradvac, the cosines on average; None before the first step, and of the other methods."""
+        return {"cosines": self._cosines.clone() if self._cosines is not None else None}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Goes on with them."""
+        self._cosines = state_dict["cosines"].clone() if state_dict["cosines"] is not None else None

@@ -8,13 +8,17 @@
     cagrad  argmax_d min_i g_i . d with |d - g_0| <= c |g_0|, g_0 the mean gradient (Liu et al., 2021, equation 3)
     nash    G w = 1 / w, element by element: the bargaining solution (Navon et al., 2022, claim 3.1)
     upgrad  each gradient projected onto the cone of directions that harm no task; their mean (Quinton and Rey, 2024)
+    gradvac g_i moves towards each g_j until their cosine is what it is on average, in random order; the results are added up
+            (Wang et al., 2021, equation 2)
+    aligned the sum of the nearest gradients that are orthogonal and equally long, as long as the least singular value
+            (Senushkin et al., 2023, algorithm 1)
 
 Every gradient with a norm of zero must be left out before (a task that has no row in a step): it would be its own compromise.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Literal
 
 import numpy as np
@@ -23,7 +27,7 @@ from torch import Tensor
 
 from lightning_ft.functional.min_norm import min_norm_weights, nonnegative_quadratic
 
-Method = Literal["pcgrad", "cagrad", "mgda", "nash", "upgrad", "sum"]
+Method = Literal["pcgrad", "gradvac", "cagrad", "mgda", "nash", "upgrad", "aligned", "sum"]
 """``sum`` is no surgery: all weights are 1."""
 
 
@@ -41,15 +45,51 @@ def pcgrad(gram: Tensor, generator: torch.Generator | None = None) -> Tensor:
     K = len(G)  # noqa: N806
     total = np.zeros(K)
     for i in range(K):
-        order = torch.randperm(K, generator=generator, device="cpu").tolist() if generator is not None else range(K)
         v = np.zeros(K)
         v[i] = 1.0
-        for j in order:
+        for j in _order(K, generator):
             product = float(v @ G[:, j]) if j != i else 0.0
             if product < 0:
                 v[j] -= product / G[j, j]
         total += v
     return torch.from_numpy(total)
+
+
+def gradvac(
+    gram: Tensor, target: Tensor, beta: float = 0.01, generator: torch.Generator | None = None
+) -> tuple[Tensor, Tensor]:
+    """Gradient Vaccine's weights of the sum: PCGrad whose bound is not 0 but what a pair's cosine is on average.
+
+    Where the cosine p of g_i, as it is by then, and g_j lies below its target q, ``g_i += a g_j`` with
+    ``a = |g_i| (q sqrt(1 - p^2) - p sqrt(1 - q^2)) / (|g_j| sqrt(1 - q^2))`` makes it q. Then q moves by beta towards p.
+
+    Args:
+        gram: (K, K).
+        target: (K, K) cosines, zero at first; a target above 0.999 counts as that, since in few dimensions it may be out of reach.
+        beta: share of the newest cosine.
+        generator: as of `pcgrad`.
+
+    Returns:
+        (K,) weights and the (K, K) new targets, float64.
+    """
+    G = _float64(gram)  # noqa: N806
+    K = len(G)  # noqa: N806
+    lengths = np.sqrt(np.diag(G))
+    found: np.ndarray = target.detach().cpu().double().numpy().copy()
+    total = np.zeros(K)
+    for i in range(K):
+        v = np.zeros(K)
+        v[i] = 1.0
+        for j in _order(K, generator):
+            length = float(np.sqrt(max(v @ G @ v, 0.0)))
+            if j == i or length <= 1e-12 * lengths[i]:
+                continue
+            p, q = min(1.0, max(-1.0, float(v @ G[:, j]) / (length * lengths[j]))), min(float(found[i, j]), 0.999)
+            if p < q:
+                v[j] += length / lengths[j] * (q * np.sqrt((1 - p * p) / (1 - q * q)) - p)
+            found[i, j] += beta * (p - found[i, j])
+        total += v
+    return torch.from_numpy(total), torch.from_numpy(found)
 
 
 def mgda(gram: Tensor) -> Tensor:
@@ -156,8 +196,27 @@ def upgrad(gram: Tensor) -> Tensor:
     return torch.from_numpy(total / K)
 
 
-METHODS: dict[str, Callable[[Tensor], Tensor]] = {"mgda": mgda, "nash": nash, "upgrad": upgrad}
-"""Those without settings; `pcgrad` takes a generator, `cagrad` its c."""
+def aligned(gram: Tensor) -> Tensor:
+    """Aligned-MTL's weights: ``sqrt(l) U L^(-1/2) U' / K`` summed over tasks, G = U L U' and l the least eigenvalue above zero.
+
+    Args:
+        gram: (K, K).
+
+    Returns:
+        (K,), float64. The step is short where gradients nearly agree or nearly cancel: its length is that of l.
+    """
+    G = _float64(gram)  # noqa: N806
+    K = len(G)  # noqa: N806
+    values, vectors = np.linalg.eigh(G)
+    kept = values > values[-1] * K * np.finfo(np.float64).eps
+    values, vectors = values[kept], vectors[:, kept]
+    if not len(values):
+        return torch.full((K,), 1.0 / K, dtype=torch.float64)
+    return torch.from_numpy(np.sqrt(values[0]) * (vectors / np.sqrt(values)) @ vectors.mean(0))
+
+
+METHODS: dict[str, Callable[[Tensor], Tensor]] = {"mgda": mgda, "nash": nash, "upgrad": upgrad, "aligned": aligned}
+"""Those without settings; `pcgrad` and `gradvac` take a generator, `cagrad` its c."""
 
 
 def conflict_rate(gram: Tensor) -> float:
@@ -169,6 +228,14 @@ def conflict_rate(gram: Tensor) -> float:
     return float((gram[pairs] < 0).double().mean())
 
 
+def _order(count: int, generator: torch.Generator | None) -> Sequence[int]:
+    """In which a gradient meets the others."""
+    if generator is None:
+        return range(count)
+    drawn: list[int] = torch.randperm(count, generator=generator, device="cpu").tolist()
+    return drawn
+
+
 def _float64(gram: Tensor) -> np.ndarray:
     if gram.dim() != 2 or gram.shape[0] != gram.shape[1]:
         raise ValueError(f"a Gram matrix is square, got the shape {tuple(gram.shape)}")
@@ -176,4 +243,4 @@ def _float64(gram: Tensor) -> np.ndarray:
     return 0.5 * (found + found.T)
 
 
-__all__ = ["METHODS", "Method", "cagrad", "conflict_rate", "mgda", "nash", "pcgrad", "upgrad"]
+__all__ = ["METHODS", "Method", "aligned", "cagrad", "conflict_rate", "gradvac", "mgda", "nash", "pcgrad", "upgrad"]

@@ -6,7 +6,7 @@ from torch import Tensor, nn
 
 from lightning_ft import GradientSurgery, Refusal
 from lightning_ft.engine import compatibility
-from lightning_ft.functional.gradient_surgery import cagrad, mgda, nash, pcgrad, upgrad
+from lightning_ft.functional.gradient_surgery import aligned, cagrad, gradvac, mgda, nash, pcgrad, upgrad
 from tests.contract import Case, checks_for
 from tests.contract.subjects import TermsNet, fit
 from tests.seams import toy
@@ -28,10 +28,9 @@ def test_contract(check, place):
     check(CASE, place)
 
 
-def train(shape: Shape, folder: str, method: str = "upgrad", **options) -> Run:
-    return toy.fit(
-        Module(), Data(shape.batch_size), shape, folder, [GradientSurgery(method)], gradient_clip_val=1.0, **options
-    )
+def train(shape: Shape, folder: str, method: str = "upgrad", beta: float = 0.01, **options) -> Run:
+    callbacks = [GradientSurgery(method, beta=beta)]
+    return toy.fit(Module(), Data(shape.batch_size), shape, folder, callbacks, gradient_clip_val=1.0, **options)
 
 
 def by_hand(method) -> dict[str, Tensor]:
@@ -62,6 +61,7 @@ METHODS = {
     "cagrad": lambda gram: 2 * cagrad(gram, 0.5),
     "mgda": lambda gram: 2 * mgda(gram),
     "nash": nash,
+    "aligned": lambda gram: 2 * aligned(gram),
     "sum": lambda gram: torch.ones(2, dtype=torch.float64),
 }
 
@@ -81,6 +81,34 @@ def test_two_ranks_are_one_process_with_the_joint_batch(shape: Shape, tmp_path, 
     expected = by_hand(METHODS["upgrad"])
     for run in two_ranks.run("tests.callbacks.test_gradient_surgery:train", shape=shape, folder=str(tmp_path)):
         toy.assert_close(run.weights, expected, TOL[torch.float64])
+
+
+def test_gradvac_remembers_cosines_as_by_hand(tmp_path) -> None:
+    """Steps whose targets are the average of all before them; of two terms the order does not matter."""
+    kept = [torch.zeros(2, 2, dtype=torch.float64)]
+
+    def method(gram: Tensor) -> Tensor:
+        weights, target = gradvac(gram, kept[-1], 0.9)
+        kept.append(target)
+        turned.append(float(weights.max()))
+        return weights
+
+    turned: list[float] = []
+    run = train(Shape(8), str(tmp_path), "gradvac", 0.9, save=[2])
+    toy.assert_close(run.weights, by_hand(method), 1e-8)
+    state = torch.load(tmp_path / "2.ckpt", weights_only=True)["callbacks"]
+    cosines = next(value["cosines"] for name, value in state.items() if "Surgery" in name)
+    torch.testing.assert_close(cosines, kept[2])
+    assert max(turned[2:]) > 1.01, "the cosines of the first steps changed nothing in later ones"
+    resumed = train(Shape(8), str(tmp_path), "gradvac", 0.9, resume=str(tmp_path / "2.ckpt"))
+    toy.assert_same(resumed.weights, run.weights)
+
+
+def test_gradvac_knows_cosines_of_as_many_terms(tmp_path) -> None:
+    technique = GradientSurgery("gradvac")
+    technique.load_state_dict({"cosines": torch.zeros(3, 3, dtype=torch.float64)})
+    with pytest.raises(Refusal, match="goes on with the average cosines of 3 terms, and the loss has 2 now"):
+        technique._vaccinated(torch.eye(2, dtype=torch.float64), torch.tensor([0, 1]), 2)
 
 
 def test_a_resumed_pcgrad_draws_the_same_order(tmp_path) -> None:

@@ -7,9 +7,18 @@ import pytest
 import torch
 from scipy.optimize import nnls
 from torch import Tensor
-from torchjd.aggregation import MGDA, PCGrad
+from torchjd.aggregation import MGDA, AlignedMTL, GradVac, PCGrad
 
-from lightning_ft.functional.gradient_surgery import cagrad, conflict_rate, mgda, nash, pcgrad, upgrad
+from lightning_ft.functional.gradient_surgery import (
+    aligned,
+    cagrad,
+    conflict_rate,
+    gradvac,
+    mgda,
+    nash,
+    pcgrad,
+    upgrad,
+)
 from lightning_ft.functional.min_norm import min_norm_weights, nonnegative_quadratic
 
 PAIR = torch.tensor([[1.0, 0.0], [-1.0, 1.0]], dtype=torch.float64)  # g_1, g_2
@@ -60,6 +69,60 @@ def test_pcgrad_is_torchjds_and_the_one_on_vectors() -> None:
         scale = float(J.abs().max())
         torch.testing.assert_close(ours, expected, atol=TOL * scale, rtol=0)
         torch.testing.assert_close(ours, theirs, atol=TOL * scale, rtol=0)
+
+
+def test_gradvac_on_vectors_over_several_steps() -> None:
+    """Equation 2 on the vectors themselves: each corrected gradient has the cosine that was its target."""
+    for seed, J in enumerate(J for J in MANY if J.shape[1] > len(J)):
+        target, expected_target = torch.full((2, len(J), len(J)), 0.3, dtype=torch.float64)
+        for step in range(3):
+            moved = J + step * J.flip(0)
+            weights, target = gradvac(moved @ moved.T, target, 0.2, torch.Generator().manual_seed(seed))
+            drawn, expected = torch.Generator().manual_seed(seed), torch.zeros(J.shape[1], dtype=torch.float64)
+            for i in range(len(J)):
+                g = moved[i].clone()
+                for j in torch.randperm(len(J), generator=drawn).tolist():
+                    if j == i:
+                        continue
+                    h, q = moved[j], expected_target[i, j].item()
+                    p = float(torch.cosine_similarity(g, h, 0))
+                    if p < q:
+                        g = g + h * g.norm() * (q * math.sqrt(1 - p * p) - p * math.sqrt(1 - q * q)) / (
+                            h.norm() * math.sqrt(1 - q * q)
+                        )
+                        assert float(torch.cosine_similarity(g, h, 0)) == pytest.approx(q, abs=1e-9)
+                    expected_target[i, j] += 0.2 * (p - q)
+                expected += g
+            torch.testing.assert_close(weights @ moved, expected, atol=1e-9 * float(moved.norm()), rtol=0)
+            torch.testing.assert_close(target, expected_target, atol=1e-9, rtol=0)
+
+
+def test_gradvac_is_torchjds() -> None:
+    for seed, J in enumerate(J for J in MANY if len(J) == 2 and J.shape[1] > 2):
+        theirs, target = GradVac(beta=0.3, eps=0.0), torch.zeros(2, 2, dtype=torch.float64)
+        for step in range(4):
+            moved = J + step * J.flip(0)
+            weights, target = gradvac(moved @ moved.T, target, 0.3, torch.Generator().manual_seed(seed))
+            torch.testing.assert_close(weights @ moved, theirs(moved), atol=1e-8 * float(moved.norm()), rtol=0)
+
+
+def test_gradvac_where_a_target_is_out_of_reach() -> None:
+    """In one dimension a cosine is 1 or -1."""
+    J = torch.tensor([[2.0], [-1.0], [3.0]], dtype=torch.float64)
+    weights, target = gradvac(J @ J.T, torch.ones(3, 3, dtype=torch.float64), 1.0)
+    assert bool(weights.isfinite().all()) and bool(target.isfinite().all()) and float(target.abs().max()) <= 1
+
+
+def test_aligned_is_torchjds_and_the_papers() -> None:
+    """The nearest orthogonal matrix by the singular value decomposition of the gradients, times the least singular value."""
+    for J in MANY:
+        d = aligned(J @ J.T) @ J
+        U, sigma, V = torch.linalg.svd(J, full_matrices=False)  # noqa: N806
+        kept = sigma > sigma[0] * math.sqrt(len(J) * torch.finfo(torch.float64).eps)
+        expected = (sigma[kept][-1] * U[:, kept] @ V[kept]).mean(0)
+        torch.testing.assert_close(d, expected, atol=1e-7 * float(J.norm()), rtol=0)
+        torch.testing.assert_close(d, AlignedMTL()(J), atol=1e-7 * float(J.norm()), rtol=0)
+    assert torch.equal(aligned(torch.zeros(2, 2)), torch.full((2,), 0.5, dtype=torch.float64))
 
 
 def test_mgda_is_the_shortest_in_the_hull() -> None:
@@ -145,7 +208,7 @@ def test_without_conflict_pcgrad_and_upgrad_leave_the_gradients_alone() -> None:
     assert conflict_rate(J @ J.T) == 0.0
 
 
-@pytest.mark.parametrize("method", [mgda, cagrad, nash, upgrad])
+@pytest.mark.parametrize("method", [mgda, cagrad, nash, upgrad, aligned])
 def test_tasks_may_come_in_any_order(method) -> None:
     for J in MANY[:24]:
         order = torch.randperm(len(J), generator=torch.Generator().manual_seed(1))
