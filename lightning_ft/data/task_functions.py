@@ -38,12 +38,21 @@ class DrawnTasks:
 
     def episodes(self, epoch: int, numbers: np.ndarray) -> Episode:
         """These episodes of an epoch, stacked."""
-        blocks = numbers // BLOCK
-        parts = []
-        for block in sorted(set(blocks.tolist())):
-            inside = numbers[blocks == block] % BLOCK
-            parts.append([_chosen(array, inside) for array in self._block(epoch, block)])
-        xs, ys, xq, yq = (torch.cat(arrays) if len(arrays) > 1 else arrays[0] for arrays in zip(*parts, strict=True))
+        begin, end = int(numbers[0]), int(numbers[-1]) + 1
+        parts: list[list[torch.Tensor]]
+        if end - begin == len(numbers) and bool((numbers == np.arange(begin, end)).all()):  # as a rule
+            parts = [
+                [array[max(0, begin - BLOCK * block) : end - BLOCK * block] for array in self._block(epoch, block)]
+                for block in range(begin // BLOCK, (end - 1) // BLOCK + 1)
+            ]
+        else:
+            blocks = numbers // BLOCK
+            parts = [
+                [array[torch.from_numpy(numbers[blocks == block] % BLOCK)] for array in self._block(epoch, block)]
+                for block in sorted(set(blocks.tolist()))
+            ]
+        # Copies: a block is kept, and no net may write into it.
+        xs, ys, xq, yq = (torch.cat(arrays) for arrays in zip(*parts, strict=True))
         return Episode(Rows(xs, ys), Rows(xq, yq))
 
     def task(self, epoch: int, number: int) -> Any:
@@ -91,14 +100,6 @@ class DrawnTasks:
                 f"{BLOCK}; it gave arrays of shapes {shapes}."
             )
         return [torch.from_numpy(_plain(array)) for array in made]
-
-
-def _chosen(array: torch.Tensor, numbers: np.ndarray) -> torch.Tensor:
-    """A copy of some tasks of a block, which is kept: no net may write into it. As a rule they stand side by side."""
-    begin, count = int(numbers[0]), len(numbers)
-    if int(numbers[-1]) == begin + count - 1 and bool((np.diff(numbers) == 1).all()):
-        return array[begin : begin + count].clone()
-    return array[torch.from_numpy(numbers)]
 
 
 def _plain(array: np.ndarray) -> np.ndarray:

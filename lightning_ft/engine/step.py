@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING, Any, Protocol
 import lightning.pytorch as pl
 import torch
 import torch.distributed as dist
-from lightning.pytorch.utilities.model_helpers import is_overridden
 from torch import Tensor
 
 from lightning_ft.engine import in_backward
@@ -58,6 +57,7 @@ class Step:
         observed: names in ``logged`` that are no terms, but what a module of ours measured beside them.
         window: what divides sums.
         balancer: what weighs the terms; None: their own weights alone.
+        frees: whether gradients are dropped where a window begins; set when the module is wrapped.
         muted: whether the module's own step runs on rows of which nothing is logged, see `Attachment.rerun`.
         watchers: called with the terms and their exact means when a window is complete.
     """
@@ -77,6 +77,7 @@ class Step:
         self.window = Window()
         self.balancer: Balancer | None = None
         self.muted = False
+        self.frees = False
         self.watchers: list[Callable[[list[Term], dict[str, Tensor]], None]] = []
         self._to_logger = StepLog()
 
@@ -89,15 +90,9 @@ class Step:
         self._drop_gradients()
 
     def _drop_gradients(self) -> None:
-        """Drops what the last window has left, which Lightning would keep through the forward pass and zero before backward.
-
-        Not where a hook of Lightning's, or an ``optimizer_zero_grad`` of the user's, may want to see it there.
-        """
-        module, trainer = self.attachment.module, self.attachment.trainer
-        callbacks: list[pl.Callback] = trainer.callbacks  # type: ignore[attr-defined]
-        seen = any(is_overridden("on_before_zero_grad", one) for one in (module, *callbacks))
-        if module.automatic_optimization and not seen and not is_overridden("optimizer_zero_grad", module):
-            for optimizer in trainer.optimizers:
+        """Drops what the last window has left, which Lightning would keep through the forward pass and zero before backward."""
+        if self.frees:
+            for optimizer in self.attachment.trainer.optimizers:
                 for group in optimizer.param_groups:
                     for parameter in group["params"]:
                         parameter.grad = None
@@ -202,10 +197,10 @@ class Step:
             means[term.name] = value / max(totals[term.unit] if totals is not None else count, 1.0)
         if skip_own:
             means.pop("loss", None)
+        elif len(terms) == 1:
+            means = {"loss": terms[0].weight * means[terms[0].name]}
         else:
             means["loss"] = torch.stack([term.weight * means[term.name] for term in terms]).sum()
-            if len(terms) == 1:
-                means.pop(terms[0].name)
         attachment = self.attachment
         if self.observed:
             self._log_observed()

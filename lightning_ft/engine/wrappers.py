@@ -69,6 +69,7 @@ class Wrappers:
         # Modules of ours always dispatch (they hand over terms); a user's step is only wrapped while training.
         if stage == "fit":
             self._replace("training_step", self._training_step())
+            attachment.step.frees = self._frees()
             self._replace("on_before_optimizer_step", self._on_before_optimizer_step())
             if attachment.term_gradients is not None:
                 self._replace("backward", self._backward())
@@ -157,6 +158,13 @@ class Wrappers:
             attachment.step.losses = []
 
         return backward
+
+    def _frees(self) -> bool:
+        """Whether the last window's gradients may go: no hook of Lightning's and no ``optimizer_zero_grad`` may want them."""
+        module = self.module
+        callbacks: list[Any] = self.attachment.trainer.callbacks  # type: ignore[attr-defined]
+        seen = any(is_overridden("on_before_zero_grad", one) for one in (module, *callbacks))
+        return module.automatic_optimization and not seen and not is_overridden("optimizer_zero_grad", module)
 
     def _on_before_optimizer_step(self) -> Callable[..., None]:
         original, attachment = self.module.on_before_optimizer_step, self.attachment

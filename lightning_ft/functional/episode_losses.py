@@ -54,7 +54,8 @@ def mean_loss(name: str, outputs: Tensor, targets: Tensor) -> Tensor:
         raise Refusal(
             f"The loss {name} compares with {wanted}, and the targets are {targets.dtype}; take another loss."
         )
-    outputs = outputs.to(torch.promote_types(outputs.dtype, torch.float32))
+    if outputs.dtype not in (torch.float32, torch.float64):
+        outputs = outputs.float()
     if name != "cross_entropy" and outputs.ndim == targets.ndim + 1 and outputs.shape[-1] == 1:
         outputs = outputs[..., 0]
     if name != "cross_entropy" and outputs.shape != targets.shape:
@@ -62,7 +63,9 @@ def mean_loss(name: str, outputs: Tensor, targets: Tensor) -> Tensor:
             f"The net gives outputs of shape {tuple(outputs.shape)} for targets of shape {tuple(targets.shape)}; give it as "
             "many outputs as a row has values."
         )
-    return LOSSES[name](outputs, targets if name == "cross_entropy" else targets.to(outputs.dtype)).mean()
+    if name != "cross_entropy" and targets.dtype != outputs.dtype:
+        targets = targets.to(outputs.dtype)
+    return LOSSES[name](outputs, targets).mean()
 
 
 __all__ = ["LOSSES", "LossName", "mean_loss"]
