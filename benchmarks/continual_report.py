@@ -123,6 +123,13 @@ def told(cells: Cells, suite: str, methods: Mapping[str, Sequence[float]]) -> li
     missing = [method for method, tried in methods.items() if not scored(cells, suite, method, tried)]
     if missing:
         parts.append(f"Not measured: {', '.join(missing)}.")
+    precisions: dict[str, list[str]] = {}
+    for method, tried in methods.items():
+        for found in {cell.get("precision", "") for cell in scored(cells, suite, method, tried).values()}:
+            precisions.setdefault(found, []).append(method)
+    if len(precisions) > 1:  # the machines that ran them multiply different things fast
+        told = "; ".join(f"{precision}: {', '.join(some)}" for precision, some in precisions.items())
+        parts.append(f"Precisions differ, {told}.")
     return [" ".join(parts)]
 
 

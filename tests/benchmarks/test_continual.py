@@ -95,3 +95,16 @@ def test_every_suite_of_the_program_has_a_title_and_a_place_in_the_guide():
     page = continual.PAGE.read_text()
     assert set(continual_report.TITLES) == set(continual.SUITES)
     assert all(f"<!-- measured: {suite} -->" in page for suite in continual.SUITES)
+
+
+def test_different_precisions_are_told():
+    def cell(precision):
+        return {"scores": {"average": 0.5}, "seconds": 1.0, "precision": precision}
+
+    cells = {"digits_split|naive|0|0": cell("bf16-mixed"), "digits_split|joint|0|0": cell("bf16-mixed")}
+    methods = {"naive": (), "joint": (), "er": ()}
+    assert "Precisions" not in continual_report.told(cells, "digits_split", methods)[0]
+    cells["digits_split|er|0|0"] = cell("32-true")
+    assert continual_report.told(cells, "digits_split", methods)[0].endswith(
+        "Precisions differ, bf16-mixed: naive, joint; 32-true: er."
+    )
