@@ -25,7 +25,16 @@ class CacheTeacherCLI(ConfiguredCLI):
         super().add_arguments_to_parser(parser)
         parser.add_argument("--output", type=str | None, default=None, help="The folder to write; new, or empty.")
         parser.add_argument(
-            "--top_k", type=Annotated[int, Ge(1)], default=64, help="How many tokens are kept at each scored token."
+            "--top_k",
+            type=Annotated[int, Ge(1)],
+            default=64,
+            help="How many likeliest tokens are kept at each scored token.",
+        )
+        parser.add_argument(
+            "--draws",
+            type=Annotated[int, Ge(1)] | None,
+            default=None,
+            help="Draw so many tokens at random instead, and keep their shares: right on average for the tail, too, but noisy.",
         )
 
     def _set_seed(self) -> None:
@@ -43,10 +52,12 @@ def cache_teacher_command(argv: list[str]) -> None:
         Refusal: no --output, no teacher that has to be loaded, a task that is no language model's, or another vocabulary.
     """
     from lightning_ft.engine.batch import Batch
+    from lightning_ft.engine.randomness import global_seed
     from lightning_ft.engine.teacher import fingerprint_of, load_teacher, origin_of, run, vocabulary_of
     from lightning_ft.engine.teacher_targets import About, tokenizer_hash, write
-    from lightning_ft.functional.token_scores import TopK
+    from lightning_ft.functional.token_scores import TopK, distribution, drawn
     from lightning_ft.models.vocabulary import shared_vocabulary, sliced
+    from lightning_ft.nn.head import chunk_on
 
     cli = CacheTeacherCLI("cache-teacher", argv)
     technique, module, data = cli.config_init.get(SLOT), cli.model, cli.datamodule
@@ -64,20 +75,22 @@ def cache_teacher_command(argv: list[str]) -> None:
     view, frozen = load_teacher(origin, module.task, quantize=technique.quantize, dtype=technique.dtype, device=device)
     width = vocabulary_of(view)
     sliced(used, width, used)
-    temperature, k = technique.resolved_temperature(), min(cli.config["top_k"], used)
+    temperature, draws = technique.resolved_temperature(), cli.config["draws"]
+    k = min(draws or cli.config["top_k"], used)
+    size = used if used < width else None
+    generator = torch.Generator(device).manual_seed(global_seed())
 
-    def top_k(batch: Batch) -> TopK:
+    def kept(batch: Batch) -> TopK:
         with frozen.on(device):
             hidden = run(view, moved := batch.to(device))
             chosen = hidden.reshape(-1, hidden.shape[-1])[moved.scored]
-            found = view.score(
-                chosen,
-                moved.labels,
-                outputs=("topk",),
-                top_k=k,
-                temperature=temperature,
-                size=used if used < width else None,
-            )
+            if draws is not None:
+                pieces = [
+                    drawn(distribution(view.logits(piece)[:, :size], temperature), draws, generator)
+                    for piece in chosen.split(chunk_on(device))
+                ]
+                return TopK(*(torch.cat(parts) for parts in zip(*pieces, strict=True)))
+            found = view.score(chosen, moved.labels, outputs=("topk",), top_k=k, temperature=temperature, size=size)
         return TopK(found["topk_logprob"], found["topk_index"], found["rest_logprob"])
 
     loader = data.in_order()["train"]
@@ -89,9 +102,11 @@ def cache_teacher_command(argv: list[str]) -> None:
         tokenizer=tokenizer_hash(module.tokenizer),
         temperature=temperature,
         top_k=k,
-        vocabulary=used if used < width else width,
+        vocabulary=size or width,
         used=used,
+        draws=draws or 0,
     )
     output = Path(cli.config["output"]).expanduser()
-    whole = write(output, about, batches, top_k)
-    print(f"{output}: {k} tokens at each of {whole.tokens:,} scored tokens; train by it with --{SLOT}.targets {output}")
+    whole = write(output, about, batches, kept)
+    what = f"{draws} drawn tokens" if draws is not None else f"{k} tokens"
+    print(f"{output}: {what} at each of {whole.tokens:,} scored tokens; train by it with --{SLOT}.targets {output}")

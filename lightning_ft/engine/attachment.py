@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from lightning_ft.engine import checkpoints, compatibility, in_backward
 from lightning_ft.engine.edits import Edits
-from lightning_ft.engine.freezing import set_training
+from lightning_ft.engine.freezing import refuse_frozen, set_training
 from lightning_ft.engine.gradients import GradientEdit, Surgery, TermGradients
 from lightning_ft.engine.randomness import global_seed
 from lightning_ft.engine.reference import References
@@ -291,13 +291,12 @@ class Attachment:
         self._refuse_frozen()
 
     def _refuse_frozen(self) -> None:
-        if any(p.requires_grad for p in self.module.parameters()):
-            return
         if self.late:
-            fix = "what is thawed later has nothing to wait for: name what trains at once (GradualUnfreezing.start)."
-        else:
-            fix = "add a technique that trains something, or thaw."
-        raise Refusal(f"Nothing is trainable: every parameter is frozen; {fix}")
+            refuse_frozen(
+                self.module,
+                "what is thawed later has nothing to wait for: name what trains at once (GradualUnfreezing.start).",
+            )
+        refuse_frozen(self.module)
 
     def _take_snapshots(self) -> None:
         for name in sorted(self._snapshots_wanted - {"base"}):

@@ -101,3 +101,17 @@ def set_training(model: nn.Module) -> None:
     for part in model.modules():
         if any(p is not None and p.requires_grad for p in part._parameters.values()):
             part.training = True
+
+
+def refuse_frozen(module: nn.Module, fix: str = "add a technique that trains something, or thaw.") -> None:
+    """Refuses a module of which nothing trains.
+
+    Args:
+        module: any.
+        fix: what to do.
+
+    Raises:
+        Refusal: no parameter requires a gradient.
+    """
+    if not any(p.requires_grad for p in module.parameters()):
+        raise Refusal(f"Nothing is trainable: every parameter is frozen; {fix}")

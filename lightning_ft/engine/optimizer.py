@@ -17,6 +17,7 @@ from torch.optim import AdamW, Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
 from lightning_ft.engine.checkpoints import kept_keys
+from lightning_ft.engine.freezing import refuse_frozen
 from lightning_ft.functional.errors import Refusal
 from lightning_ft.nn.registry import injected_layers
 
@@ -63,9 +64,7 @@ def parameter_groups(
         group["params"].append(parameter)
         group["names"].append(name)
     if not groups:
-        raise Refusal(
-            "Nothing is trainable: every parameter is frozen; add a technique that trains something, or thaw."
-        )
+        refuse_frozen(module)
     return list(groups.values())
 
 

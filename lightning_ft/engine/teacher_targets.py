@@ -2,7 +2,8 @@
 
 A folder belongs to one teacher, tokenizer and temperature. A row in it is known by a hash of its tokens and of which are scored, so
 that rows may be shuffled, packed or left out later. The numbers are mapped into memory and not read: 8 k + 4 bytes a scored token.
-Probabilities are kept as they are, in float32, and not renormalised over the k tokens: that would make the teacher too sure.
+Probabilities are kept as they are, in float32, and not renormalised over the k tokens: that would make the teacher too sure. Or
+tokens are drawn at random, and their shares of the draws are kept.
 """
 
 from __future__ import annotations
@@ -45,6 +46,7 @@ class About:
         vocabulary: how many tokens its output layer has.
         used: how many of them the tokenizer uses.
         tokens: how many scored tokens are kept.
+        draws: how many tokens were drawn at each; 0 where the likeliest are kept.
     """
 
     teacher: str
@@ -56,6 +58,7 @@ class About:
     vocabulary: int
     used: int
     tokens: int = 0
+    draws: int = 0
 
 
 def tokenizer_hash(tokenizer: Any) -> str:

@@ -223,6 +223,28 @@ def top_k(p: Distribution, k: int) -> tuple[Tensor, Tensor, Tensor]:
     return logp, index, rest
 
 
+def drawn(p: Distribution, count: int, generator: torch.Generator | None = None) -> TopK:
+    """What ``count`` tokens that were drawn from ``p`` say of it: each with its share of the draws, and no mass for the others.
+
+    The mean over draws is ``p`` itself, so that the gradient of `top_k_kl` to it is right on average, also for the tail that the
+    likeliest tokens leave out (Anshumann et al., 2025, random-sampling distillation; their proposal at temperature 1).
+
+    Args:
+        p: the distribution of each row.
+        count: draws a row.
+        generator: of the draws, on the device of ``p``.
+
+    Returns:
+        At most ``count`` different tokens a row, in falling order of their share; shares of zero fill it up.
+    """
+    tokens = torch.multinomial(p.probs, count, replacement=True, generator=generator)  # (n, count)
+    shares = torch.zeros_like(p.probs).scatter_add_(
+        -1, tokens, torch.full_like(p.probs[:, :1], 1.0 / count).expand_as(tokens)
+    )
+    kept, index = shares.topk(min(count, shares.shape[-1]), dim=-1)
+    return TopK(kept.log_().clamp_(min=LOG_ZERO), index, torch.full_like(kept[:, 0], LOG_ZERO))
+
+
 def is_top(p: Distribution, labels: Tensor) -> Tensor:
     """(n,) bool: whether no token is likelier than the label. Ties, common in bfloat16, count as hits."""
     return p.logits.gather(-1, labels.unsqueeze(-1)).squeeze(-1) >= p.top.squeeze(-1)

@@ -86,6 +86,23 @@ def test_all_tokens_kept_train_as_the_teacher_itself(real: Run, config: Path, tm
     assert broken.code == 2 and "write the targets again" in broken.err
 
 
+def test_drawn_tokens_train(real: Run, config: Path) -> None:
+    """The same seed draws the same; shares of many draws are near what the teacher predicts."""
+    for name, seed in (("one", 1), ("same", 1), ("other", 2)):
+        words = ("--output", name, "--draws", "30", f"--seed_everything={seed}", "--data.val_fraction=0")
+        kept = real("cache-teacher", "--config", str(config), *words)
+        assert kept.code == 0, kept.err
+        assert "30 drawn tokens at each" in kept.out
+    one, same, other = (Path(name, "tokens.i32").read_bytes() for name in ("one", "same", "other"))
+    assert one == same != other
+    targets = TeacherTargets(Path("one"))
+    shares = torch.from_numpy(targets._logprobs.copy()).exp()
+    assert targets.about.draws == 30 and (shares.sum(-1) - 1).abs().max() < 1e-5
+    given = ("--distillation.targets=one", "--data.val_fraction=0", "--name=drawn")
+    trained = real("fit", "--config", str(config), *given, *QUIET)
+    assert trained.code == 0, trained.err
+
+
 def test_a_teacher_is_needed(real: Run, config: Path) -> None:
     outcome = real("cache-teacher", "--config", str(config), "--distillation.teacher=self", "--output=x")
     assert outcome.code == 2 and "There is no teacher to load" in outcome.err

@@ -142,3 +142,33 @@ def test_kept_tokens_of_the_model_itself_cost_nothing() -> None:
     p = ts.distribution(z)
     value, gradient = ts.top_k_kl(p, ts.TopK(*ts.top_k(p, 3)))
     assert value.abs().max() < 1e-12 and gradient is not None and gradient.abs().max() < 1e-12
+
+
+def test_draws_are_right_on_average() -> None:
+    """Shares add up to 1, tokens are different, and the mean gradient of many draws is that of the whole distribution."""
+    generator = torch.Generator().manual_seed(0)
+    teacher = ts.distribution(torch.randn(1, 40, generator=generator, dtype=torch.float64) * 2)
+    student = ts.distribution(torch.randn(1, 40, generator=generator, dtype=torch.float64).expand(4000, -1))
+    many = ts.Distribution(*(x.expand(4000, -1) for x in teacher))
+    kept = ts.drawn(many, 12, generator)
+    assert kept.tokens.shape == (4000, 12) and all(len(set(row)) == 12 for row in kept.tokens[:50].tolist())
+    torch.testing.assert_close(kept.logprob.exp().sum(-1), torch.ones(4000, dtype=torch.float64))
+    value, gradient = ts.top_k_kl(student, kept)
+    shares = torch.zeros(4000, 40, dtype=torch.float64).scatter_(-1, kept.tokens, kept.logprob.exp())
+    log_q = shares.clamp(min=1e-300).log()
+    torch.testing.assert_close(value, (shares * (log_q - student.logits.log_softmax(-1))).sum(-1))
+    torch.testing.assert_close(gradient, student.probs - shares)
+    expected = (student.probs[:1] - teacher.probs)[0]
+    error = gradient.std(0) / 4000**0.5
+    assert bool(((gradient.mean(0) - expected).abs() < 5 * error + 1e-12).all())
+    biased = ts.top_k_kl(ts.Distribution(*(x[:1] for x in student)), ts.TopK(*ts.top_k(teacher, 12)))[1][0]
+    assert float((biased - expected).abs().max()) > float((gradient.mean(0) - expected).abs().max())
+
+
+def test_more_draws_than_tokens() -> None:
+    p = ts.distribution(torch.tensor([[0.0, 3.0, -2.0]]))
+    kept = ts.drawn(p, 10_000, torch.Generator().manual_seed(1))
+    assert kept.tokens.shape == (1, 3)
+    torch.testing.assert_close(
+        torch.zeros(1, 3).scatter_(-1, kept.tokens, kept.logprob.exp()), p.probs, atol=0.02, rtol=0
+    )
