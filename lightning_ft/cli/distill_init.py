@@ -1,4 +1,4 @@
-"""``lightning-ft distill-init``: a student made of some of a model's layers, as an ordinary Hugging Face folder."""
+"""``lightning-ft distill-init``: a student made of some of a model's layers and neurons, as an ordinary Hugging Face folder."""
 
 from __future__ import annotations
 
@@ -12,20 +12,31 @@ def distill_init_command(argv: list[str]) -> None:
     """Writes the folder; embeddings, norms and the head are the model's own.
 
     Raises:
-        Refusal: no such model, a folder that holds something, or layers that it does not have.
+        Refusal: no such model, a folder that holds something, or layers or neurons that it does not have.
     """
-    flags = small_parser("distill-init", "Makes a student of some of a model's layers: a Hugging Face folder.")
+    flags = small_parser(
+        "distill-init", "Makes a student of some of a model's layers and neurons: a Hugging Face folder."
+    )
     flags.add_argument("--base", type=str | None, default=None, help="The model: a folder, starter:NAME or hub id.")
     flags.add_argument("--output", type=str | None, default=None, help="The folder to write; new, or empty.")
     flags.add_argument(
         "--keep", type=int | None, default=None, help="How many blocks, at even distances, first and last among them."
     )
     flags.add_argument("--layers", type=list[int] | None, default=None, help="Which blocks, from 0: '[0, 2, 4]'.")
+    flags.add_argument(
+        "--neurons",
+        type=int | None,
+        default=None,
+        help="How many neurons each feed-forward keeps, those of largest weights.",
+    )
     flags.add_argument("--trust_remote_code", type=bool, default=False, help="Run code that the model brings.")
     config = flags.parse_args(argv)
     required(config, "base", "output")
-    if (config.keep is None) == (config.layers is None):
-        raise Refusal("Give one of --keep (how many blocks) and --layers (which).")
+    both = config.keep is not None and config.layers is not None
+    if both or (config.keep is None and config.layers is None and config.neurons is None):
+        raise Refusal(
+            "Give one of --keep (how many blocks) and --layers (which), or --neurons, or that beside one of them."
+        )
     base = Path(config.base).expanduser()
     if base.is_file() or (base / ".metadata").exists():
         raise Refusal(
@@ -38,6 +49,7 @@ def distill_init_command(argv: list[str]) -> None:
     import transformers
 
     from lightning_ft.engine.layer_selection import with_layers
+    from lightning_ft.engine.narrowing import narrow_
     from lightning_ft.formats.merged import export_merged
     from lightning_ft.functional.distillation import uniform_layers
     from lightning_ft.models.load import (
@@ -57,11 +69,16 @@ def distill_init_command(argv: list[str]) -> None:
     cls = getattr(transformers, architecture_of(settings), transformers.AutoModel)
     tokenizer = load_tokenizer(source, trust_remote_code=config.trust_remote_code)
     model, _ = read_weights(cls, source, None, **hub_settings(source, config.trust_remote_code, None))
-    layers = config.layers if config.layers is not None else uniform_layers(config.keep, count)
-    student = with_layers(model, layers)
+    before, student, kept = sum(p.numel() for p in model.parameters()), model, []
+    if config.keep is not None or config.layers is not None:
+        layers = config.layers if config.layers is not None else uniform_layers(config.keep, count)
+        student, kept = with_layers(model, layers), [f"blocks {', '.join(map(str, layers))}"]
+    if config.neurons is not None:
+        narrow_(student, config.neurons)
+        kept.append(f"{config.neurons} neurons a block")
     export_merged(student, tokenizer, output)
-    before, after = (sum(p.numel() for p in m.parameters()) for m in (model, student))
+    after = sum(p.numel() for p in student.parameters())
     print(
-        f"{output}: blocks {', '.join(map(str, layers))} of {config.base}, {after:,} of {before:,} parameters; distil into it with "
+        f"{output}: {' and '.join(kept)} of {config.base}, {after:,} of {before:,} parameters; distil into it with "
         f"--model.base {output} --distillation.teacher {config.base}"
     )

@@ -142,6 +142,18 @@ def test_a_student_has_its_teacher_s_blocks(words: tuple[str, str], real: Run, c
     assert taught.code == 0, taught.err
 
 
+def test_a_narrower_student_is_trained(real: Run, config: Path, tmp_path: Path) -> None:
+    words = ("--keep", "2", "--neurons", "5")
+    outcome = real("distill-init", "--base", str(tmp_path / "teacher"), *words, "--output", "student")
+    assert outcome.code == 0, outcome.err
+    assert "blocks 0, 2 and 5 neurons a block of" in outcome.out
+    student = hf.AutoModelForCausalLM.from_pretrained("student")
+    assert (student.config.intermediate_size, student.config.num_hidden_layers) == (5, 2)
+    assert student.model.layers[1].mlp.down_proj.weight.shape[1] == 5
+    taught = real("fit", "--config", str(config), "--model.base=student", "--name=taught", *QUIET)
+    assert taught.code == 0, taught.err
+
+
 def test_layers_that_are_not_there_are_refused(real: Run, config: Path, tmp_path: Path) -> None:
     given = ("distill-init", "--base", str(tmp_path / "teacher"), "--output", "student")
     for words, said in (
@@ -149,6 +161,7 @@ def test_layers_that_are_not_there_are_refused(real: Run, config: Path, tmp_path
         (("--keep", "4"), "--keep must be from 1 to 3"),
         (("--layers", "[1, 5]"), "layers must be ascending numbers from 0 to 2"),
         (("--layers", "[1, 0]"), "layers must be ascending"),
+        (("--neurons", "0"), "--neurons must be from 1 to "),
     ):
         outcome = real(*given, *words)
         assert outcome.code == 2 and said in outcome.err
