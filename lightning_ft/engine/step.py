@@ -106,10 +106,20 @@ class Step:
         if self.balancer is None and self.attachment.term_gradients is None:
             self.asked.append(loss)
 
-    def together(self) -> list[Summed]:
-        """The loss of a language model's own step, its log-likelihood, before all that was asked for; none where nothing was."""
+    def together(self, *, trains_head: bool) -> list[Summed]:
+        """The losses of one pass over a language model's head: its step's log-likelihood, and all that was asked for.
+
+        None where terms are weighed or differentiated one by one, and where taking the gradient on the way gains nothing: of one
+        loss and a frozen head.
+
+        Args:
+            trains_head: whether anything in the head is trained.
+        """
         asked, self.asked = self.asked, []
-        return [Summed(weight=self.own_weight), *asked] if asked and not self.muted else []
+        apart = self.muted or self.balancer is not None or self.attachment.term_gradients is not None
+        if apart or not (asked or (trains_head and self.own_weight > 0)):
+            return []
+        return [Summed(weight=self.own_weight), *asked]
 
     def observe(self, values: Mapping[str, tuple[Tensor, Tensor | float]]) -> None:
         """Adds name -> (sum, how many it was summed over) of a micro-batch to what is logged of its window."""

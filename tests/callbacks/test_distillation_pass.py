@@ -28,8 +28,13 @@ def passes(monkeypatch):
 
 @pytest.fixture
 def apart(monkeypatch):
-    """Called: from here on each loss has a pass of its own."""
-    return lambda: monkeypatch.setattr(Step, "ask", lambda self, loss: None)
+    """Called: from here on each loss has a pass of its own, the module's with its gradient in backward."""
+
+    def split():
+        monkeypatch.setattr(Step, "ask", lambda self, loss: None)
+        monkeypatch.setattr(Step, "together", lambda self, trains_head: [])
+
+    return split
 
 
 @pytest.fixture(scope="module")

@@ -8,6 +8,7 @@ import torch
 
 from lightning_ft.data.collate import Segment, collate
 from lightning_ft.models.causal import CausalLM
+from lightning_ft.nn.head_sums import Summed
 from lightning_ft.objectives.causal_lm import causal_lm, scores
 from tests.models.architectures import V, build
 from tests.tolerances import TOL
@@ -38,18 +39,23 @@ def huggingface(model, reduction="sum"):
     return total
 
 
+@pytest.mark.parametrize("on_the_way", [True, False], ids=["gradient on the way", "gradient in backward"])
 @pytest.mark.parametrize("packed", [True, False])
 @pytest.mark.parametrize("kind", ["llama", "llama_tied", "gemma2"])
-def test_value_and_gradients_are_those_of_transformers(kind, packed):
+def test_value_and_gradients_are_those_of_transformers(kind, packed, on_the_way):
     model = build(kind).double()
     expected = huggingface(build(kind, attn="eager").double())
     oracle = build(kind, attn="eager").double()
     huggingface(oracle).backward()
-    term = causal_lm(CausalLM(model), collate(segments(), packed=packed))
+    calls = []
+    model.get_output_embeddings().register_forward_hook(lambda *_: calls.append(1))
+    together = [Summed()] if on_the_way else []
+    term = causal_lm(CausalLM(model), collate(segments(), packed=packed), together)
     assert (term.name, term.unit, term.count) == ("sft", "token", 5 + 5 + 1)
     # The head sums in fp32 at least.
     torch.testing.assert_close(term.sum.double(), expected, rtol=TOL[torch.float32], atol=TOL[torch.float32])
     term.sum.backward()
+    assert len(calls) == (1 if on_the_way else 2), "of a trained head"
     theirs = dict(oracle.named_parameters())
     for name, parameter in model.named_parameters():
         torch.testing.assert_close(
