@@ -161,11 +161,12 @@ def test_an_adapted_language_model_writes(meta, tmp_path):
     """Its weights are the start after plain steps on the examples; it writes what that model writes, also from its own file."""
     folder, _, rows = meta
     start = lightning_ft.load(folder / "last.ckpt")
-    made = lightning_ft.adapt(folder / "last.ckpt", folder / "mine.jsonl", steps=5)
+    # Two steps: at this rate rounding grows three hundredfold a step.
+    made = lightning_ft.adapt(folder / "last.ckpt", folder / "mine.jsonl", steps=2)
     assert isinstance(made, SFT) and made.task == "causal_lm"
     tokenizer, names = start.tokenizer, [name.removeprefix("model.") for name in start.inner_names]
     parameters = dict(start.model.named_parameters())
-    for _ in range(5):
+    for _ in range(2):
         total = 0.0
         for row in rows:
             prompt = tokenizer(row["prompt"])["input_ids"]

@@ -174,10 +174,10 @@ def test_a_bandit_with_three_states_is_learned(tmp_path: Path) -> None:
         return [TABLE[s][ids[0] % 3] for ids, s in zip(completion_ids, state, strict=True)]
 
     module = OnlineDPO(
-        str(tmp_path / "model"), rewards={"pays": pays}, samples=16, max_new_tokens=1, temperature=1.0, lr=0.02, **FP32
+        str(tmp_path / "model"), rewards={"pays": pays}, samples=16, max_new_tokens=1, temperature=1.0, lr=0.01, **FP32
     )
     data = PromptData(str(tmp_path / "prompts.jsonl"), prompts=3, batch_size=48, cache_dir=str(tmp_path / "cache"))
-    fit(tmp_path, module, data, max_epochs=80)
+    fit(tmp_path, module, data, max_epochs=110)
     total = 0.0
     for state, row in TABLE.items():
         ids = torch.tensor([module.tokenizer(state)["input_ids"]])

@@ -173,7 +173,7 @@ def test_a_window_never_hides_the_prefix():
 
 @pytest.mark.parametrize("kind", ["bert", "roberta", "distilbert", "electra", "albert", "modernbert"])
 def test_encoders_padded_equals_alone(kind):
-    model = with_prefix(build_for(kind, "token_classification"))
+    model = with_prefix(build_for(kind, "token_classification").double())
     rows = [draw(n) for n in (7, 3)]
     padded, mask = torch.full((2, 7), 1), torch.zeros(2, 7, dtype=torch.long)
     for i, row in enumerate(rows):
