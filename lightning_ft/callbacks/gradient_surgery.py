@@ -39,7 +39,7 @@ class GradientSurgery(Technique):
     Args:
         method: how they are combined; pcgrad changes least. ``sum`` leaves them as they are and only logs the conflict rate, which
             tells whether surgery has anything to do.
-        beta: of gradvac: share of the newest cosine in the average; the authors' 0.01.
+        beta: of gradvac: share of the newest cosine in the average; little, since that of a single step is noisy.
         c: of cagrad: radius of the ball around the mean gradient, in its norm; the authors' 0.4 to 0.5 for their benchmarks. 0 is
             the plain mean.
         name: tells it apart in files.
@@ -62,7 +62,7 @@ class GradientSurgery(Technique):
 
     References:
         Yu et al., 2020, algorithm 1; Liu et al., 2021, algorithm 1; Desideri, 2012; Navon et al., 2022; Quinton and Rey, 2024; Wang
-        et al., 2021 (whole model); Senushkin et al., 2023.
+        et al., 2021, algorithm 1 (over the whole model); Senushkin et al., 2023.
         Proven against the papers' vectors, TorchJD, scipy and duality in tests/functional.
     """
 

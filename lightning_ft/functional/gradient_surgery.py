@@ -9,7 +9,7 @@
     nash    G w = 1 / w, element by element: the bargaining solution (Navon et al., 2022, claim 3.1)
     upgrad  each gradient projected onto the cone of directions that harm no task; their mean (Quinton and Rey, 2024)
     gradvac g_i moves towards each g_j until their cosine is what it is on average, in random order; the results are added up
-            (Wang et al., 2021, equation 2)
+            (Wang et al., 2021, algorithm 1)
     aligned the sum of the nearest gradients that are orthogonal and equally long, as long as the least singular value
             (Senushkin et al., 2023, algorithm 1)
 

@@ -227,7 +227,7 @@ def drawn(p: Distribution, count: int, generator: torch.Generator | None = None)
     """What ``count`` tokens that were drawn from ``p`` say of it: each with its share of the draws, and no mass for the others.
 
     The mean over draws is ``p`` itself, so that the gradient of `top_k_kl` to it is right on average, also for the tail that the
-    likeliest tokens leave out (Anshumann et al., 2025, random-sampling distillation; their proposal at temperature 1).
+    likeliest tokens leave out (Anshumann et al., 2025, random-sampling distillation, here with ``p`` itself as what is drawn from).
 
     Args:
         p: the distribution of each row.

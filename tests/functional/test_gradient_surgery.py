@@ -72,7 +72,7 @@ def test_pcgrad_is_torchjds_and_the_one_on_vectors() -> None:
 
 
 def test_gradvac_on_vectors_over_several_steps() -> None:
-    """Equation 2 on the vectors themselves: each corrected gradient has the cosine that was its target."""
+    """The rule on the vectors themselves: each corrected gradient has the cosine that was its target."""
     for seed, J in enumerate(J for J in MANY if J.shape[1] > len(J)):
         target, expected_target = torch.full((2, len(J), len(J)), 0.3, dtype=torch.float64)
         for step in range(3):
