@@ -39,9 +39,9 @@ class GradientSurgery(Technique):
     Args:
         method: how they are combined; pcgrad changes least. ``sum`` leaves them as they are and only logs the conflict rate, which
             tells whether surgery has anything to do.
-        beta: of gradvac: share of the newest cosine in the average; little, since that of a single step is noisy.
         c: of cagrad: radius of the ball around the mean gradient, in its norm; the authors' 0.4 to 0.5 for their benchmarks. 0 is
             the plain mean.
+        beta: of gradvac: share of the newest cosine in the average; little, since that of a single step is noisy.
         name: tells it apart in files.
 
     Logs:

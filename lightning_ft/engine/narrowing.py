@@ -32,9 +32,8 @@ def narrow_(model: Any, neurons: int) -> None:
     """
     config = model.config.get_text_config() if hasattr(model.config, "get_text_config") else model.config
     names = [name for name in _WIDTHS if hasattr(config, name)]
-    widths = {
-        getattr(config, name) or 4 * int(config.hidden_size) for name in names
-    }  # GPT-2's is None, and four times as wide
+    # GPT-2's is None, which means four times the hidden states.
+    widths = {getattr(config, name) or 4 * int(config.hidden_size) for name in names}
     if len(widths) != 1:
         found = ", ".join(map(str, sorted(widths))) or "none in its configuration"
         raise Refusal(
@@ -50,9 +49,10 @@ def narrow_(model: Any, neurons: int) -> None:
         weight = torch.ones((), dtype=torch.float32)
         for layer in (*begins, end):
             rows = _rows(layer, ends=layer is end).float()
-            weight = weight * rows.reshape(-1, width, rows.shape[-1]).norm(dim=-1).prod(
-                0
-            )  # fused gates lie one after the other
+            parts = rows.reshape(
+                -1, width, rows.shape[-1]
+            )  # two of a fused layer, gates and values one after the other
+            weight = weight * parts.norm(dim=-1).prod(0)
         kept = weight.topk(neurons).indices.sort().values
         for layer in begins:
             halves = _rows(layer, ends=False).shape[0] // width
