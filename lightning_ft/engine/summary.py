@@ -62,7 +62,7 @@ def announce(module: Any, trainer: pl.Trainer) -> None:
     datamodule = getattr(trainer, "datamodule", None)
     reports = getattr(datamodule, "reports", None)
     for split, report in (reports() if callable(reports) else {}).items():
-        console.print(Text.assemble((f"{split} data".ljust(12), "bold"), str(report)))
+        console.print(Text.assemble((f"{split} data".ljust(11) + " ", "bold"), str(report)))
     preview = getattr(datamodule, "preview", None)
     if callable(preview):
         for row in preview(1):
