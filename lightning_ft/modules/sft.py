@@ -208,7 +208,7 @@ class SFT(FineTuningModule):
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         """Hands the term to the attachment, which divides it by its window's count."""
         attachment = Attachment.of(self)
-        trains_head = self.task not in CLASSIFIES and self.view.must_recompute()
+        trains_head = self.task not in CLASSIFIES and any(p.requires_grad for p in self.view.head_parameters())
         term = self._term(batch, attachment.step.together(trains_head=trains_head))
         attachment.terms([term])
         return term.sum

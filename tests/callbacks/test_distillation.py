@@ -554,6 +554,7 @@ def test_two_ranks_learn_what_one_does(case, chat, larger, tmp_path, two_ranks):
             split = {name for name, share in shares.items() if share < 1}
             blocks = {name for name in shares if ".layers." in name and strategy == "fsdp2"}
             assert split == blocks and all(shares[name] == 0.5 for name in split)
+            assert bool(split) == (strategy == "fsdp2" and teacher != "self")
 
 
 # -- a user's own module ------------------------------------------------------------------------------------------------
