@@ -35,12 +35,12 @@ def distill_init_command(argv: list[str]) -> None:
     both = config.keep is not None and config.layers is not None
     if both or (config.keep is None and config.layers is None and config.neurons is None):
         raise Refusal(
-            "Give one of --keep (how many blocks) and --layers (which), or --neurons, or that beside one of them."
+            "Give one of --keep (how many blocks), --layers (which) and --neurons, which may stand beside one of the others."
         )
     base = Path(config.base).expanduser()
     if base.is_file() or (base / ".metadata").exists():
         raise Refusal(
-            f"--base {config.base} is a checkpoint, and no folder of a model; write that first: lightning-ft merge --ckpt_path "
+            f"--base {config.base} is no folder of a model; if it is a checkpoint, write one first: lightning-ft merge --ckpt_path "
             f"{config.base} --output FOLDER."
         )
     output = Path(config.output).expanduser()
