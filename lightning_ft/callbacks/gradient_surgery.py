@@ -8,6 +8,7 @@ import torch
 from annotated_types import Ge, Gt, Le
 from torch import Tensor
 
+from lightning_ft.engine.arguments import refuse_idle
 from lightning_ft.engine.attachment import Attachment
 from lightning_ft.engine.task_list import refuse_one_task_a_step
 from lightning_ft.engine.technique import Technique
@@ -15,6 +16,7 @@ from lightning_ft.engine.traits import TERMS_APART, Traits
 from lightning_ft.functional.errors import Refusal
 from lightning_ft.functional.gradient_surgery import METHODS, Method, cagrad, conflict_rate, gradvac, pcgrad
 
+_USED_BY = {"c": ("cagrad",), "beta": ("gradvac",)}
 _ORDER = 11  # keeps the random order apart from other streams of the same seed
 
 
@@ -53,8 +55,8 @@ class GradientSurgery(Technique):
     Differs from: the methods' own code, which steps with sums here and means there; here all are on the scale of the sum, but nash.
 
     Raises:
-        Refusal: at setup under FSDP2, fp16 scaling or manual optimization, which have no gradient for each term, and where each
-            step holds one task (homogeneous batches without accumulation).
+        Refusal: for arguments that the method does not read; at setup under FSDP2, fp16 scaling or manual optimization, which have
+            no gradient for each term, and where each step holds one task (homogeneous batches without accumulation).
 
     Example:
         >>> GradientSurgery("cagrad", c=0.4)
@@ -89,6 +91,7 @@ class GradientSurgery(Technique):
         self._attachment: Attachment | None = None
         self._cosines: Tensor | None = None  # (K, K), on average, of gradvac
         self.check()
+        refuse_idle(self, _USED_BY, method)
 
     def register(self, attachment: Attachment) -> None:
         """Takes the place of the sum of the terms' gradients."""

@@ -49,7 +49,7 @@ class TaskSampling(Technique):
 
     Raises:
         Refusal: for arguments that the method does not read; at setup for data that have no tasks, weights that do not name them
-            all, annealed without ``max_epochs``.
+            all, annealed without ``max_epochs`` of at least 2.
 
     Example:
         >>> TaskSampling("temperature", temperature=3.0)
@@ -123,8 +123,11 @@ class TaskSampling(Technique):
         if trainer is None:
             return  # `lightning_ft.load` only rebuilds what was trained
         self._epochs = trainer.max_epochs if (trainer.max_epochs or -1) > 0 else None
-        if self.method == "annealed" and self._epochs is None:
-            raise Refusal("TaskSampling annealed needs to know how many epochs there are; set trainer.max_epochs.")
+        if self.method == "annealed" and (self._epochs or 1) < 2:
+            raise Refusal(
+                "TaskSampling annealed goes from the tasks' sizes to nearly equal shares over the epochs of a run, and needs at "
+                "least two; set trainer.max_epochs (data.epoch_rows makes epochs shorter)."
+            )
         if trainer.state.fn != "fit":
             return
         source: Any = getattr(trainer, "datamodule", None) or trainer.fit_loop._data_source.instance

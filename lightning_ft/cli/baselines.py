@@ -5,20 +5,23 @@ from __future__ import annotations
 import json
 import math
 import os
+from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from lightning_ft.cli import compare
 from lightning_ft.cli.readable import number
+from lightning_ft.engine.task_list import SPEAKING
 from lightning_ft.engine.task_measures import MAIN
+from lightning_ft.engine.technique import Technique
 from lightning_ft.functional.errors import Refusal
 from lightning_ft.functional.relative_improvement import relative_improvement
 
 BASELINES = "baselines.json"
 DECIDED = ("--name", "--baselines", "--seed_everything", "--ckpt_path", "--trainer.max_steps", "--trainer.max_epochs")
 SHARING = ("balancing", "surgery", "task_sampling")
-"""Slots that mean nothing where there is one task."""
+"""Slots of what decides between tasks, and means nothing where there is one."""
 
 
 @dataclass(frozen=True)
@@ -45,12 +48,14 @@ class Single:
         return relative_improvement({self.task: self.together}, {self.task: self.alone})
 
 
-def refuse_baselines(module: Any, data: Any) -> None:
+def refuse_baselines(module: Any, data: Any, trainer: Any, slots: Collection[str]) -> None:
     """Refuses, before a model is loaded, a run that has no baselines.
 
     Args:
         module: the LightningModule.
         data: its data module.
+        trainer: of the run.
+        slots: those that were filled, which a baseline can leave empty.
     """
     if not hasattr(data, "task_objectives") or not getattr(module, "trains_several_tasks", False):
         raise Refusal(
@@ -60,6 +65,19 @@ def refuse_baselines(module: Any, data: Any) -> None:
         raise Refusal(
             f"--baselines trains each task alone, and data.only {data.only} is one already; leave one of them out."
         )
+    silent = [n for n, what in {**data.task_objectives(), **(module.objectives or {})}.items() if what not in SPEAKING]
+    for one in (one for one in trainer.callbacks if isinstance(one, Technique)):
+        slot = one.traits.slot
+        if slot in SHARING and slot not in slots:
+            raise Refusal(
+                f"--baselines trains each task alone, without {type(one).__name__}, which lies in trainer.callbacks; give it as "
+                f"the slot {slot}."
+            )
+        if slot in ("samples", "generation") and silent:
+            raise Refusal(
+                f"--baselines trains each task alone with what the run has, and {type(one).__name__} wants texts, which "
+                f"{silent[0]} does not write; leave one of the two out."
+            )
     for name, one in data.tasks.items():
         if one.val_path is None and not one.val_fraction:
             raise Refusal(
@@ -100,7 +118,12 @@ def train_baselines(argv: list[str], folder: Path, module: Any, data: Any, train
     for task, steps in steps_alone(module.rows_seen, per_step).items():
         metric = f"val/{task}/{MAIN[objectives[task]]}"
         words = [*shared_words(argv), f"--data.init_args.only={task}", "--baselines=false"]
-        words += [f"--trainer.max_steps={steps}", "--trainer.max_epochs=-1"]
+        # One epoch of whole steps: the last one of an epoch may hold fewer rows.
+        words += [
+            f"--trainer.max_steps={steps}",
+            "--trainer.max_epochs=-1",
+            f"--data.init_args.epoch_rows={steps * per_step}",
+        ]
         words += [f"--{slot}=null" for slot in slots if slot in SHARING]
         plan = compare.Plan(task, words)
         compare.check(plan, f"{folder.name}-alone", metric, has_time=False)

@@ -276,7 +276,8 @@ class FineTuningCLI(LightningCLI):
             check_files(self.command)  # before a model is loaded, which takes longer than reading a file
         wants_baselines = self.command == "fit" and self.config["fit"].get("baselines")
         if wants_baselines:
-            refuse_baselines(self.model, self.datamodule)
+            slots = [slot for slot in self.slots if self.config["fit"].get(slot) is not None]
+            refuse_baselines(self.model, self.datamodule, self.trainer, slots)
         if self.command != "fit" or self.config["fit"]["trainer"]["fast_dev_run"] or rank() != 0:
             super()._run_subcommand(self.command)
             return
@@ -304,7 +305,6 @@ class FineTuningCLI(LightningCLI):
                     ask = f"Measure it: lightning-ft validate --ckpt_path {last}"
             say(f"The run lies in {path}. {ask}")
         if wants_baselines:
-            slots = [slot for slot in self.slots if self.config["fit"].get(slot) is not None]
             train_baselines(self.argv, path, self.model, self.datamodule, self.trainer, slots)
 
     def last_checkpoint(self) -> Path | None:

@@ -49,12 +49,14 @@ class MultiTaskData(PlannedData):
             each laid out as two rows and counted as one). Their files, columns, lengths and hold-out are used; their batch size,
             packing, order and seed are not, but those given here.
         batches: ``mixed``: rows of all tasks in one batch, which the model reads at once; ``homogeneous``: a batch of all ranks
-            holds one task, which adapters of single tasks need.
+            holds one task, which adapters of single tasks need unless they are `LoRA`.
         batch_size: rows a micro-batch on one device. With mixed batches steps stay the same where ``batch_size *
             accumulate_grad_batches * devices`` does, with homogeneous ones where ``batch_size * devices`` does.
         val_batch_size: rows a batch in validation and test, which go through task after task; None: ``batch_size``.
-        epoch_rows: rows an epoch; fewer make ends of epochs, where samplers look at losses, come sooner.
-        only: one task's name: the others are left out, as for the single-task baseline that a comparison needs. None: all.
+        epoch_rows: rows an epoch, with homogeneous batches rounded up to whole ones; fewer make ends of epochs, where samplers
+            look at losses, come sooner.
+        only: one task's name: the others are left out, as for the single-task baseline that a comparison needs; adapters and
+            teachers of theirs sit out. None: all.
         packing: lay rows end to end, each seeing only itself. None: where the model was proven to take such rows.
         shuffle: a new order of each task's rows in each epoch.
         seed: of the draws; None: the seed of ``seed_everything``, else 0.
@@ -154,6 +156,10 @@ class MultiTaskData(PlannedData):
         """Tasks whose rows may have several classes."""
         return [n for n, data in self._used.items() if isinstance(data, ClassificationData) and data.multi_label()]
 
+    def tasks_with(self, split: Split) -> list[str]:
+        """Tasks that have rows of a split."""
+        return [name for name, data in self._used.items() if len(data._rows.get(split, ()))]
+
     def use_sampling(self, sampling: Sampling | None) -> None:
         """Lets this decide how often each task comes; None: its size."""
         self._sampling = sampling
@@ -162,8 +168,11 @@ class MultiTaskData(PlannedData):
 
     def check_files(self, stage: str | None = None) -> None:
         """Reads every file that the stage needs, of every task."""
-        for data in self._used.values():
-            data.check_files(stage)
+        for name, data in self._used.items():
+            try:
+                data.check_files(stage)
+            except Refusal as error:
+                raise Refusal(f"The task {name!r} of MultiTaskData: {error}") from error
 
     def prepare_data(self) -> None:
         """Tokenises every task into the cache, on one process of each node."""
@@ -184,6 +193,11 @@ class MultiTaskData(PlannedData):
 
     def train_dataloader(self) -> PlannedLoader:
         """Micro-batches of an epoch with the totals of their accumulation window."""
+        if self.trainer is not None and bool(getattr(self.trainer, "overfit_batches", 0)):
+            raise Refusal(
+                "Trainer.overfit_batches sees the same batches again and again, and MultiTaskData draws its tasks anew in each "
+                "epoch; give files of a few rows instead."
+            )
         kind = PlannedLoader if self.batches == "mixed" else OneTaskLoader
         return kind(
             self._train_rows,
@@ -285,6 +299,7 @@ class MultiTaskData(PlannedData):
             "tasks": self.task_names,
             "batches": self.batches,
             "epoch_rows": self.epoch_rows,
+            "sampling": repr(self._sampling) if self._sampling is not None else None,
             "packing": self._packs,
             "batch_size": self.batch_size,
             "shuffle": self.shuffle,

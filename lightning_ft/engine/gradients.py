@@ -6,7 +6,7 @@ Edits write in place, because a copy of the gradients would double their memory,
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from typing import Protocol
 
 import numpy as np
@@ -62,13 +62,22 @@ class TermGradients:
         self._rows: Tensor | None = None
         self._reached: Tensor | None = None
 
-    def accumulate(self, losses: Sequence[Tensor], parameters: Sequence[nn.Parameter]) -> None:
+    def accumulate(
+        self,
+        losses: Sequence[Tensor],
+        parameters: Sequence[nn.Parameter],
+        own: Sequence[Collection[nn.Parameter] | None] | None = None,
+    ) -> None:
         """Adds one micro-batch's gradients, one row a term.
 
         Args:
             losses: K scalars, already divided as they will be stepped with.
             parameters: the trained parameters, in an order that does not change.
+            own: of each term what is its own, as `lightning_ft.engine.terms.Term` has it: a term that says so does not reach what
+                is another's, though its graph may (with a gradient of zero).
         """
+        mine = [None if one is None else {id(p) for p in one} for one in own or [None] * len(losses)]
+        anyones = set().union(*(one for one in mine if one is not None))
         rows = []
         grads: tuple[Tensor | None, ...]
         reached = torch.zeros(len(losses), len(parameters), device=parameters[0].device)
@@ -78,8 +87,11 @@ class TermGradients:
                 grads = torch.autograd.grad(loss, parameters, retain_graph=index < last, allow_unused=True)
             else:
                 grads = (None,) * len(parameters)
-            reached[index] = torch.tensor([float(g is not None) for g in grads], device=reached.device)
-            pairs = zip(grads, parameters, strict=True)
+            theirs = anyones - here if (here := mine[index]) is not None else set()
+            pairs = list(zip(grads, parameters, strict=True))
+            reached[index] = torch.tensor(
+                [float(g is not None and id(p) not in theirs) for g, p in pairs], device=reached.device
+            )
             rows.append(torch.cat([_wide(torch.zeros_like(p) if g is None else g).reshape(-1) for g, p in pairs]))
         stacked = torch.stack(rows)  # (K, P)
         self._rows = stacked if self._rows is None else self._rows + stacked

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, Protocol
@@ -9,7 +10,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 import lightning.pytorch as pl
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
 
 from lightning_ft.engine import in_backward
 from lightning_ft.engine.batch import Batch
@@ -53,6 +54,7 @@ class Step:
         own: the terms that a module of ours handed over from inside its step; None for a user's own step.
         own_weight: factor of the module's own loss, which techniques beside it may make smaller.
         losses: of the present micro-batch, one for each term, as they are back-propagated.
+        owned: likewise, what is each term's own.
         logged: name -> (sum, count) of each term over the window so far.
         observed: names in ``logged`` that are no terms, but what a module of ours measured beside them.
         window: what divides sums.
@@ -71,6 +73,7 @@ class Step:
         self.own: list[Term] | None = None
         self.own_weight = 1.0
         self.losses: list[Tensor] = []
+        self.owned: list[tuple[nn.Parameter, ...] | None] = []
         self.logged: dict[str, tuple[Tensor, float]] = {}
         self.observed: set[str] = set()
         self.finish: Callable[[dict[str, Tensor]], dict[str, Tensor]] = dict
@@ -167,7 +170,7 @@ class Step:
         if self.balancer is not None:
             present = [totals is None or totals.get(term.unit, 1.0) > 0 for term in terms]
             losses = self.balancer.weigh(terms, losses, present, means)
-        self.losses = losses
+        self.losses, self.owned = losses, [term.own for term in terms]
         self._log(terms, totals, skip_own=own is None)
         total = losses[0]
         for loss in losses[1:]:
@@ -196,7 +199,10 @@ class Step:
         return {term.name: value / count for term, (value, count) in named if float(count) > 0}
 
     def _log(self, terms: list[Term], totals: dict[str, float] | None, *, skip_own: bool) -> None:
-        """Logs each term's exact mean over the window once it is complete, and for our modules their weighted sum."""
+        """Logs each term's exact mean over the window once it is complete, and for our modules their weighted sum.
+
+        Not a number for one of several terms that the window has no unit of.
+        """
         if self._accumulates:
             return
         if totals is not None and not all(term.unit in totals for term in terms):
@@ -211,6 +217,9 @@ class Step:
             means = {"loss": terms[0].weight * means[terms[0].name]}
         else:
             means["loss"] = torch.stack([term.weight * means[term.name] for term in terms]).sum()
+            if totals is not None:  # of a task that the window lacks there is nothing to tell, and 0 is no loss
+                absent = [term.name for term in terms if not totals[term.unit]]
+                means |= {name: torch.full_like(means[name], math.nan) for name in absent}
         attachment = self.attachment
         if self.observed:
             self._log_observed()

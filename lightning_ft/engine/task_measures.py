@@ -77,7 +77,7 @@ class TaskMeasures(nn.ModuleDict):
 
         Args:
             known: all tasks.
-            names: those that were measured.
+            names: those that have rows to be measured on.
             baselines: task -> main measure of a model that was trained on it alone.
 
         Returns:
@@ -93,6 +93,8 @@ class TaskMeasures(nn.ModuleDict):
             losses.append(found["loss"])
             if (value := found.get(MAIN[known[name].objective])) is not None:
                 main[name] = float(value)
+        if not losses:
+            return values
         values["loss"] = torch.stack(losses).nanmean()
         if len(main) == len(names):
             values["macro"] = sum(main.values()) / len(main)

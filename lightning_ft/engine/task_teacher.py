@@ -100,7 +100,7 @@ class TaskTeacher:
         if own is None or mine is None:
             if self._together:  # other ranks may have rows, and gather its weights with this one: any row will do
                 self.teacher.see(part_of(batch, [0]))
-            return Term(name, flat.sum() * 0.0, batch.counts.get(task.unit, 0.0), task.unit, weight)
+            return Term(name, flat.sum() * 0.0, batch.counts.get(task.unit, 0.0), task.unit, weight, task.own)
         part = part_of(batch, mine.tolist())
         said = self.teacher.see(part).result
         assert said is not None
@@ -116,7 +116,7 @@ class TaskTeacher:
             several = module.asked()[self.task].several
             kind = "numbers" if task.objective == "regression" else "several" if several else "one"
             total = self.of_logits(own.logits, said, kind).sum()
-        return Term(name, total, batch.counts[task.unit], task.unit, weight)
+        return Term(name, total, batch.counts[task.unit], task.unit, weight, task.own)
 
 
 __all__ = ["TaskTeacher"]

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Collection, Sequence
 from typing import Any, Literal
 
+from lightning.pytorch.strategies import ModelParallelStrategy
 from torch import Tensor, nn
 
 from lightning_ft.engine.attachment import Attachment
@@ -86,17 +87,21 @@ class TaskTrunk(TaskModule):
         super().register(attachment)
         attachment.edit("hooks", "adapters of tasks", self._find_adapters, again=True)
         callbacks: list[Any] = self._trainer.callbacks if self._trainer is not None else []  # type: ignore[attr-defined]
-        if any(isinstance(one, Technique) and self.sits_out(one) for one in callbacks):
+        if any(isinstance(t, Technique) and self.sits_out(t) and "model" in t.traits.edits for t in callbacks):
             # What is frozen beside an adapter is so without it.
             attachment.edit("freeze", "freeze the base", lambda module: freeze_base(self.model))
 
     def _find_adapters(self, _: Any) -> None:
         mixed = self._trainer is not None and getattr(self.datamodule, "batches", "") == "mixed"
-        self._adapters.find(self, self._known, mixed=mixed)
+        sharded = self._trainer is not None and isinstance(self.trainer.strategy, ModelParallelStrategy)
+        self._adapters.find(self, self._known, mixed=mixed, sharded=sharded)
 
     def sits_out(self, technique: Technique) -> bool:
-        """Whether it is an adapter of a task that the run leaves out by ``only``, which would be one more that is shared."""
-        if not hasattr(self.datamodule, "task_objectives") or "model" not in technique.traits.edits:
+        """Whether a run that leaves tasks out by ``only`` has no use for it.
+
+        An adapter of a task that is left out would be one more that is shared, and its teacher has nobody to teach.
+        """
+        if not hasattr(self.datamodule, "task_objectives") or self.datamodule.only is None:
             return False
         name = technique.instance_name
         return name in self.datamodule.tasks and name not in self.asked()

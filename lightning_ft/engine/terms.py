@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from lightning_ft.functional.errors import Refusal
 
@@ -30,6 +30,8 @@ class Term:
         unit: ``token``, ``row`` or ``pair``: which of the window's counts divides the sum; ``mean`` marks a user's own
             loss that is already a mean over its micro-batch and is left as it is.
         weight: factor of the term in the total.
+        own: parameters that matter to this term and, of the terms that say so, to no other, though all their graphs may hold them
+            (an adapter that computes on some rows of a batch); None: nothing is known.
     """
 
     name: str
@@ -37,6 +39,7 @@ class Term:
     count: float
     unit: str = "token"
     weight: float = 1.0
+    own: tuple[nn.Parameter, ...] | None = None
 
     def mean(self) -> Tensor:
         """The micro-batch's own mean, for logs; the sum itself when nothing was counted."""

@@ -154,7 +154,7 @@ class Wrappers:
             assert attachment.term_gradients is not None
             divisor = attachment.trainer.accumulate_grad_batches
             losses = [one / divisor for one in attachment.step.losses]
-            attachment.term_gradients.accumulate(losses, attachment.trained())
+            attachment.term_gradients.accumulate(losses, attachment.trained(), attachment.step.owned)
             attachment.step.losses = []
 
         return backward

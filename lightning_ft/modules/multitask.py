@@ -8,6 +8,7 @@ from annotated_types import Ge, Gt, Lt
 from torch import Tensor
 
 from lightning_ft.engine.answers import no_dropout, refuse_dropout
+from lightning_ft.engine.arguments import refuse_unread
 from lightning_ft.engine.attachment import Attachment
 from lightning_ft.engine.batch import Batch
 from lightning_ft.engine.likelihood import Ask
@@ -35,7 +36,8 @@ class MultiTask(TaskTrunk):
     comes, `LossBalancing` and `GradientSurgery` what happens where they disagree.
 
     An adapter (`LoRA` and others) that has the name of a task is that task's own: rows of other tasks do not see it. It stands
-    beside those with other names, which all tasks share, and needs homogeneous batches.
+    beside those with other names, which all tasks share. In mixed batches, and under FSDP2, it has to be `LoRA` on linear layers or
+    embeddings, which computes on the task's rows alone; others need homogeneous batches.
 
     With a task of pairs the base drops no activations in training, since answers are compared. The reference of dpo is one more
     forward pass, without gradients, of those rows alone.
@@ -178,6 +180,8 @@ class MultiTask(TaskTrunk):
         if not (hasattr(self.datamodule, "task_objectives") or (self.datamodule is None and self.objectives)):
             return  # setup refuses such data
         learned = {task.objective for task in self.asked().values()}
+        if "dpo" not in learned.union((self.objectives or {}).values()):
+            refuse_unread(self, ("dpo_loss", "dpo_beta"), "no task is dpo")
         if learned.intersection(OF_PAIRS):
             attachment.edit("freeze", "no dropout", lambda module: no_dropout(self.model))
         if "dpo" in learned:
@@ -224,7 +228,7 @@ class MultiTask(TaskTrunk):
     def _outcomes(
         self, batch: Batch, tasks: list[Task], *, accuracy: bool = False, compares: bool = True
     ) -> dict[str, Outcome | None]:
-        self._adapters.choose(present(batch, tasks))
+        self._adapters.choose(batch, present(batch, tasks))
         compared = [task.number for task in tasks if task.objective == "dpo" and self._comparison.refers]
         told = reference_logps(self, batch, compared) if compared and compares else None
         rows, flat = self._trunk(batch)
@@ -249,7 +253,7 @@ class MultiTask(TaskTrunk):
     def likelihood(self, batch: Batch, ask: Ask) -> Tensor:
         """What continual learning asks of each row or pair, (E,), see `lightning_ft.engine.likelihood`."""
         tasks = self._numbered(batch, self._tasks())
-        self._adapters.choose(present(batch, tasks))
+        self._adapters.choose(batch, present(batch, tasks))
         try:
             return likelihood(batch, ask, tasks, dict(self.heads.items()), self.view, lambda: self._trunk(batch))
         finally:
@@ -325,7 +329,8 @@ class MultiTask(TaskTrunk):
         self._log_evaluations("test")
 
     def _log_evaluations(self, stage: str) -> None:
-        used = [n for n in self._known if n in getattr(self.datamodule, "task_names", self._known)]
+        measured = self.datamodule.tasks_with(stage) if hasattr(self.datamodule, "tasks_with") else self._known
+        used = [name for name in self._known if name in measured]
         for name, value in self.evaluations.finished(self._known, used, self.baselines).items():
             # what is measured has been summed over ranks
             self.log(f"{stage}/{name}", value, prog_bar=name in ("loss", "macro"), rank_zero_only=False)

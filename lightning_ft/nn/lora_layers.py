@@ -201,11 +201,13 @@ class LoRALayer(InjectedLayer, ABC):
             bias = cast("Tensor | None", getattr(self.base, "bias", None))
             undropped = out if bias is None else out - bias.view(shape).to(out.dtype)
         shrink, ratio = self.strength * (ratio - 1), self.strength * ratio
-        return out + shrink.to(out.dtype) * undropped + ratio.to(out.dtype) * low_rank
+        return out + self.on_rows(shrink.to(out.dtype) * undropped) + ratio.to(out.dtype) * low_rank
 
 
 class LoRALinear(LoRALayer):
     """LoRA on ``nn.Linear`` and its subclasses, packed 4-bit ones included: x (..., in) to (..., out)."""
+
+    takes_rows = True
 
     def forward(self, x: Tensor) -> Tensor:
         """Return the base's output plus the low-rank update, in the base's output dtype."""
@@ -214,7 +216,7 @@ class LoRALinear(LoRALayer):
             return out
         dropped = self._dropped(x)
         a, b = self.factors()
-        hidden = F.linear(dropped, a.to(x.dtype)).to(out.dtype)  # (..., r)
+        hidden = self.on_rows(F.linear(dropped, a.to(x.dtype)).to(out.dtype))  # (..., r)
         factor = (b * self._gain).to(out.dtype)  # scaling the small factor is cheaper than scaling the output
         if self.dora:
             undropped = None if dropped is x else self._bare(dropped).to(out.dtype)
@@ -268,6 +270,7 @@ class LoRAEmbedding(LoRALayer):
     """
 
     out_dim = 1
+    takes_rows = True
 
     def forward(self, ids: Tensor) -> Tensor:
         """Return the embeddings of ``ids`` plus the low-rank update, in the base's output dtype."""
@@ -275,7 +278,8 @@ class LoRAEmbedding(LoRALayer):
         if not self.enabled:
             return out
         hidden = F.embedding(ids, self.lora_A.t(), padding_idx=cast("int | None", self.padding_idx))  # (..., r)
-        low_rank = F.linear(hidden.to(out.dtype), (self.lora_B * self._gain).to(out.dtype))  # (..., D)
+        hidden = self.on_rows(hidden.to(out.dtype))
+        low_rank = F.linear(hidden, (self.lora_B * self._gain).to(out.dtype))  # (..., D)
         scale = output_scale(innermost(self), out)
         low_rank = low_rank if scale is None else low_rank * scale
         return self._dora_output(out, None, low_rank, feature_dim=-1) if self.dora else out + low_rank

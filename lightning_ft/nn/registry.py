@@ -39,6 +39,10 @@ class InjectedLayer(nn.Module):
     takes_strength: bool = False
     """The effect can be had in part, multiplied by `strength`, which `lightning_ft.nn.adapters.set_adapters` sets."""
     strength: float = 1.0
+    takes_rows: bool = False
+    """The effect can be had on some of a batch's rows alone, which `own_rows` says."""
+    own_rows: Tensor | None = None
+    """The layout of the batch, (1, T) or (S, L), 1 on the tokens on which it computes and 0 on the others; None: on all."""
 
     def __init__(self, base: nn.Module, adapter_name: str = "default") -> None:
         super().__init__()
@@ -57,6 +61,23 @@ class InjectedLayer(nn.Module):
                 raise
             # Straight to the pristine module: an inner wrapper's own parameters are not attributes of the outer one.
             return getattr(innermost(modules[_BASE]), name)
+
+    def on_rows(self, effect: Tensor) -> Tensor:
+        """Return an effect (..., D), zero on the tokens that are not this layer's.
+
+        Raises:
+            Refusal: If the effect has another layout than the batch, so that nobody knows whose rows it is on.
+        """
+        if self.own_rows is None:
+            return effect
+        lead, rows = effect.shape[:-1], self.own_rows.to(effect)
+        if lead != rows.shape and lead != (rows.numel(),):
+            raise Refusal(
+                f"The adapter {self.adapter_name!r} is for some rows of a batch, and {type(innermost(self)).__name__} in it sees "
+                f"inputs of another layout, {tuple(lead)} where the batch has {tuple(rows.shape)}; exclude that layer, or set "
+                "--data.batches homogeneous."
+            )
+        return effect * rows.reshape(*lead, 1)
 
     def injected_parameters(self) -> dict[str, nn.Parameter]:
         """Return this layer's own parameters by their name in the layer, without those of the wrapped module."""

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from lightning_ft.engine.batch import Batch
 from lightning_ft.engine.task_list import BY_TOKEN, Objective
@@ -182,20 +183,24 @@ def terms(
     for task in tasks:
         seen = found[task.name]
         total = seen.losses.sum() if seen is not None else touched(task.own, batch.ids.device)
-        made.append(Term(task.name, total, batch.counts.get(task.unit, 0.0), task.unit, weights[task.name]))
+        count = batch.counts.get(task.unit, 0.0)
+        made.append(Term(task.name, total, count, task.unit, weights[task.name], task.own))
     return made
 
 
-def present(batch: Batch, tasks: Iterable[Task]) -> list[str]:
-    """Names of the tasks that have rows in a batch."""
-    return [task.name for task in tasks if f"rows/{task.number}" in batch.columns]
+def present(batch: Batch, tasks: Iterable[Task]) -> dict[str, Tensor]:
+    """Name of each task that has rows in a batch -> which."""
+    return {task.name: mine for task in tasks if (mine := batch.columns.get(f"rows/{task.number}")) is not None}
 
 
 def touched(parameters: Iterable[nn.Parameter], device: torch.device) -> Tensor:
-    """Zero, with a gradient of zero in each parameter."""
+    """Zero, with a gradient of zero in each parameter that this rank has whole now.
+
+    What lies in an FSDP2 unit of its own (an adapter in a block) has its gradient from that unit's forward pass.
+    """
     total = torch.zeros((), device=device)
     for parameter in parameters:
-        if parameter.requires_grad:
+        if parameter.requires_grad and not isinstance(parameter, DTensor):
             total = total + parameter.reshape(-1)[:1].sum() * 0.0
     return total
 

@@ -130,6 +130,15 @@ def test_one_term_is_left_alone(tmp_path) -> None:
     toy.assert_close(one.weights, plain.weights, TOL[torch.float64])
 
 
+def test_what_the_method_does_not_read_is_refused() -> None:
+    with pytest.raises(
+        Refusal, match=r"GradientSurgery\.c belongs to the method cagrad, and the method is pcgrad; leave it"
+    ):
+        GradientSurgery("pcgrad", c=0.3)
+    with pytest.raises(Refusal, match=r"GradientSurgery\.beta belongs to the method gradvac, and the method is mgda"):
+        GradientSurgery("mgda", beta=0.5)
+
+
 def test_fsdp2_and_fp16_are_refused() -> None:
     for word, said in (("fsdp2", "FSDP2"), ("fp16", "fp16 gradient scaling")):
         with pytest.raises(Refusal, match=rf"GradientSurgery cannot work with {said}, because .*; use "):

@@ -146,8 +146,9 @@ def test_refusals(tmp_path) -> None:
     with pytest.raises(Refusal, match=r"TaskSampling\.weights must be at least 0"):
         TaskSampling("weighted", weights={"a": -1.0})
     module, data = job(tmp_path)
-    with pytest.raises(Refusal, match="annealed needs to know how many epochs there are; set trainer.max_epochs"):
-        fit(tmp_path, module, data, TaskSampling("annealed"), max_epochs=-1)
+    for epochs in (-1, 1):
+        with pytest.raises(Refusal, match="annealed goes .* and needs at least two; set trainer.max_epochs"):
+            fit(tmp_path, module, data, TaskSampling("annealed"), max_epochs=epochs)
     module, data = job(tmp_path)
     with pytest.raises(Refusal, match=r"TaskSampling\.weights names a, and the tasks are classes, words, numbers"):
         fit(tmp_path, module, data, TaskSampling("weighted", weights={"a": 1.0}))

@@ -4,12 +4,14 @@ import json
 from collections.abc import Callable
 from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 import yaml
 
-from lightning_ft import ClassificationData, MultiTaskData
+from lightning_ft import ClassificationData, GradientSurgery, MultiTaskData, SampleGenerations
 from lightning_ft.cli import baselines, compare, main
 from lightning_ft.cli.report_parts.beside_baselines import beside_baselines
 from lightning_ft.cli.report_parts.run_files import RunFiles
@@ -68,6 +70,10 @@ def test_each_task_alone_then_the_table(
         assert summary["steps"] == one["steps"] and summary["metrics"][metric] == pytest.approx(one["alone"])
         assert together[metric] == pytest.approx(one["together"])
         assert one["delta"] == pytest.approx((one["together"] - one["alone"]) / abs(one["alone"]))
+        checkpoint = torch.load(
+            tmp_path / f"runs/several-alone/{one['task']}-seed3/checkpoints/last.ckpt", weights_only=True
+        )
+        assert checkpoint["lightning_ft_rows_seen"] == {one["task"]: one["steps"] * 8.0}
         assert not any("TaskSampling" in technique for technique in summary["techniques"])
         rows += one["steps"] * 8
     assert found["mean_delta"] == pytest.approx(sum(one["delta"] for one in found["tasks"]) / 3)
@@ -139,9 +145,20 @@ def test_refusals(tmp_path: Path, run: Run) -> None:
     outcome = run("fit", "--model.base=b", "--data.path=d", "--baselines=true", *QUIET)
     assert outcome.code == 2 and "--baselines trains each task of MultiTask alone, and" in outcome.err
     module, data = job(tmp_path)
+    trainer = SimpleNamespace(callbacks=[])
     data.only = "classes"
     with pytest.raises(Refusal, match=r"trains each task alone, and data\.only classes is one already"):
-        baselines.refuse_baselines(module, data)
+        baselines.refuse_baselines(module, data, trainer, ["surgery"])
     rows = ClassificationData(str(tmp_path / "classes.jsonl"))
     with pytest.raises(Refusal, match="compares on held-out rows, and the task classes has none"):
-        baselines.refuse_baselines(module, MultiTaskData({"classes": rows}))
+        baselines.refuse_baselines(module, MultiTaskData({"classes": rows}), trainer, ["surgery"])
+    module, data = job(tmp_path)
+    trainer.callbacks = [GradientSurgery()]
+    baselines.refuse_baselines(module, data, trainer, ["surgery"])
+    with pytest.raises(
+        Refusal, match=r"without GradientSurgery, which lies in trainer\.callbacks; give it as the slot surgery"
+    ):
+        baselines.refuse_baselines(module, data, trainer, [])
+    trainer.callbacks = [SampleGenerations(["hello"])]
+    with pytest.raises(Refusal, match="SampleGenerations wants texts, which classes does not write"):
+        baselines.refuse_baselines(module, data, trainer, [])

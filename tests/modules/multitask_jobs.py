@@ -4,16 +4,22 @@ from __future__ import annotations
 
 import copy
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
+import torch.nn.functional as F  # noqa: N812
 from torch.distributed.tensor import DTensor
 
 from lightning_ft import ClassificationData, MultiTask, MultiTaskData, PreferenceData, SFTData
 from lightning_ft.engine.strategies import FSDP2Strategy
+from lightning_ft.nn.adapters import set_adapters
 from tests.contract.subjects import trainer
 from tests.modules.tasks import rows_of, write_base
+
+TASKS = ["classes", "words", "numbers"]
+"""Of `job`."""
 
 
 def job(
@@ -39,6 +45,41 @@ def job(
     return MultiTask(str(base), **options), MultiTaskData(parts, **{"batch_size": 8, "seed": 1, **data})
 
 
+def by_hand(module: MultiTask, batch: Any, weigh: str, own: Sequence[str] = ()) -> torch.Tensor:
+    """Row after row through transformers' own backbone, each head on what it reads; the mean of each task, added up.
+
+    With adapters ``own``, which have names of tasks, a row is read with its task's and the shared one.
+    """
+    backbone, flat = module.view.backbone, batch.ids.reshape(-1)
+    bounds = batch.bounds or [n * batch.ids.shape[1] for n in range(len(batch.rows) + 1)]
+    losses: dict[str, list[torch.Tensor]] = {name: [] for name in TASKS}
+    for s, k in enumerate(batch.columns["task"].tolist()):
+        begin, end = bounds[s], bounds[s + 1]
+        if batch.mask is not None:
+            end = begin + int(batch.mask[s].sum())
+        if own:
+            set_adapters(module.model, {"shared": 1.0, **{name: float(name == TASKS[k]) for name in own}})
+        hidden = backbone(input_ids=flat[None, begin:end]).last_hidden_state[0]
+        head = module.heads[TASKS[k]].out
+        if TASKS[k] == "words":
+            for place, label in zip(batch.scored.tolist(), batch.labels, strict=True):
+                if begin <= place < end:
+                    losses["words"].append(-F.log_softmax(head(hidden[place - begin]), -1)[label])
+        else:
+            at = batch.columns[f"rows/{k}"].tolist().index(s)
+            target = batch.columns[f"targets/{k}"][at]
+            logits = head(hidden[0])
+            loss = (logits[0] - target) ** 2 if TASKS[k] == "numbers" else -F.log_softmax(logits, -1)[target]
+            losses[TASKS[k]].append(loss)
+    if own:
+        set_adapters(module.model, dict.fromkeys(("shared", *own), 1.0))
+    rows = [batch.columns["task"].eq(k).sum() / len(batch.rows) for k in range(3)]
+    means = [torch.stack(losses[name]).mean() if losses[name] else torch.zeros(()) for name in TASKS]
+    return sum(
+        mean * (share if weigh == "rows" else float(bool(share))) for mean, share in zip(means, rows, strict=True)
+    )
+
+
 def fit(folder: Path, module: MultiTask, data: MultiTaskData, *callbacks: Any, **options: Any) -> Any:
     made = trainer(folder, *callbacks, **{"max_steps": 4, "use_distributed_sampler": False, **options})
     made.fit(module, data)
@@ -60,16 +101,19 @@ def on_ranks(
     fsdp2: bool = False,
     surgery: str | None = None,
     teachers: bool = False,
+    adapters: bool = False,
     **data: Any,
 ) -> dict[str, torch.Tensor]:
     """Trained weights after four steps."""
-    from lightning_ft import Distillation, GradientSurgery
+    from lightning_ft import Distillation, GradientSurgery, LoRA
 
     torch.set_num_threads(1)
     module, rows = job(Path(folder), model={"weigh": "tasks"}, batch_size=batch_size, **data)
     strategy = FSDP2Strategy(save_distributed_checkpoint=False, process_group_backend="gloo") if fsdp2 else "ddp"
     ranks: dict[str, Any] = {"devices": devices, "strategy": strategy} if devices > 1 else {}
     callbacks: list[Any] = [GradientSurgery(surgery)] if surgery else []
+    if adapters:
+        callbacks += [LoRA(2, name=name) for name in ("shared", "classes", "numbers")]
     if teachers:
         callbacks += [
             Distillation(str(Path(folder) / f"teacher-{name}.ckpt"), name=name, dtype="float32")

@@ -1,13 +1,14 @@
 """MultiTask with MultiTaskData: one trunk for the rows of all, each task's exact mean, and what is each task's own."""
 
 import copy
+import csv
 import math
 from pathlib import Path
 
 import pytest
 import torch
-import torch.nn.functional as F  # noqa: N812
 from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.loggers import CSVLogger
 
 import lightning_ft
 from lightning_ft import (
@@ -17,6 +18,7 @@ from lightning_ft import (
     LoRA,
     LossBalancing,
     MultiTaskData,
+    PrefixTuning,
     Refusal,
     SampleGenerations,
     TaskSampling,
@@ -26,41 +28,11 @@ from lightning_ft.engine.module import FineTuningModule
 from lightning_ft.nn.adapters import set_adapters
 from lightning_ft.nn.registry import injected_layers
 from tests.contract.subjects import Steps, differing, trainer
-from tests.modules.multitask_jobs import fit, job, on_ranks, weights
-
-TASKS = ["classes", "words", "numbers"]
+from tests.modules.multitask_jobs import TASKS, by_hand, fit, job, on_ranks, weights
 
 
 def batches(data: MultiTaskData) -> list:
     return list(data.train_dataloader())
-
-
-def by_hand(module, batch, weigh: str) -> torch.Tensor:
-    """Row after row through transformers' own backbone, each head on what it reads; the mean of each task, added up."""
-    backbone, flat = module.view.backbone, batch.ids.reshape(-1)
-    bounds = batch.bounds or [n * batch.ids.shape[1] for n in range(len(batch.rows) + 1)]
-    losses: dict[str, list[torch.Tensor]] = {name: [] for name in TASKS}
-    for s, k in enumerate(batch.columns["task"].tolist()):
-        begin, end = bounds[s], bounds[s + 1]
-        if batch.mask is not None:
-            end = begin + int(batch.mask[s].sum())
-        hidden = backbone(input_ids=flat[None, begin:end]).last_hidden_state[0]
-        head = module.heads[TASKS[k]].out
-        if TASKS[k] == "words":
-            for place, label in zip(batch.scored.tolist(), batch.labels, strict=True):
-                if begin <= place < end:
-                    losses["words"].append(-F.log_softmax(head(hidden[place - begin]), -1)[label])
-        else:
-            at = batch.columns[f"rows/{k}"].tolist().index(s)
-            target = batch.columns[f"targets/{k}"][at]
-            logits = head(hidden[0])
-            loss = (logits[0] - target) ** 2 if TASKS[k] == "numbers" else -F.log_softmax(logits, -1)[target]
-            losses[TASKS[k]].append(loss)
-    rows = [batch.columns["task"].eq(k).sum() / len(batch.rows) for k in range(3)]
-    means = [torch.stack(losses[name]).mean() if losses[name] else torch.zeros(()) for name in TASKS]
-    return sum(
-        mean * (share if weigh == "rows" else float(bool(share))) for mean, share in zip(means, rows, strict=True)
-    )
 
 
 @pytest.mark.parametrize("packing", [True, False])
@@ -208,6 +180,41 @@ def test_measures(tmp_path) -> None:
     assert measured["val/loss"] == pytest.approx(sum(losses) / 3)
 
 
+def test_a_task_without_held_out_rows_has_no_part_in_means(tmp_path) -> None:
+    module, data = job(tmp_path, epoch_rows=16)
+    data.tasks["classes"].val_path = None
+    run = fit(tmp_path, module, data, max_steps=2, limit_val_batches=None)
+    measured = {name: float(value) for name, value in run.callback_metrics.items() if name.startswith("val/")}
+    assert not any("classes" in name for name in measured)
+    assert measured["val/macro"] == pytest.approx((measured["val/words/f1"] + measured["val/numbers/pearson"]) / 2)
+    assert measured["val/loss"] == pytest.approx((measured["val/words/loss"] + measured["val/numbers/loss"]) / 2)
+
+
+def test_a_step_tells_nothing_of_tasks_that_it_lacks(tmp_path) -> None:
+    module, data = job(tmp_path, batches="homogeneous", batch_size=4)
+    steps, log = Steps(), CSVLogger(tmp_path)
+    run = fit(tmp_path, module, data, TaskSampling("round_robin"), steps, max_steps=3, logger=log, log_every_n_steps=1)
+    run.logger.save()
+    with open(Path(log.log_dir) / "metrics.csv") as file:
+        told = [row for row in csv.DictReader(file) if row["train/loss"]]
+    tasks = [TASKS[int(batch.columns["task"][0])] for batch in steps.batches]
+    assert len(told) == 3 and sorted(tasks) == sorted(TASKS)
+    for task, row in zip(tasks, told, strict=True):
+        values = {name: float(row[f"train/{name}"]) for name in TASKS}
+        assert [name for name, value in values.items() if not math.isnan(value)] == [task]
+        assert values[task] == float(row["train/loss"])
+
+
+def test_another_sampler_in_mid_epoch_is_refused(tmp_path) -> None:
+    module, data = job(tmp_path, batch_size=4)
+    keep = ModelCheckpoint(tmp_path / "files", every_n_train_steps=2, save_top_k=-1, filename="{step}")
+    fit(tmp_path, module, data, keep, TaskSampling("uniform"), max_steps=2, enable_checkpointing=True)
+    module, data = job(tmp_path, batch_size=4)
+    run = trainer(tmp_path, TaskSampling("temperature"), max_steps=4, use_distributed_sampler=False)
+    with pytest.raises(Refusal, match=r"sampling .*uniform.* \(now 'TaskSampling\(\)'\)"):
+        run.fit(module, data, ckpt_path=tmp_path / "files" / "step=2.ckpt")
+
+
 def test_a_task_alone_is_a_flag(tmp_path) -> None:
     module, data = job(tmp_path, only="numbers")
     run = fit(tmp_path, module, data, limit_val_batches=None, max_steps=1, val_check_interval=1)
@@ -264,10 +271,8 @@ def test_an_adapter_of_a_task_is_its_own(tmp_path) -> None:
     assert seen.get("words", {"shared"}) == {"shared"}
     assert all(layer.enabled for layer in injected_layers(module).values())
     mixed, data = job(tmp_path)
-    with pytest.raises(
-        Refusal, match="The adapter 'classes' is one task's own, and mixed batches hold rows of several"
-    ):
-        fit(tmp_path, mixed, data, LoRA(2, name="classes"))
+    with pytest.raises(Refusal, match="The adapter 'classes' is one task's own, and prefix computes on whole"):
+        fit(tmp_path, mixed, data, PrefixTuning(2, name="classes"))
 
 
 def test_a_task_is_added_to_a_trained_model(tmp_path) -> None:
@@ -453,3 +458,13 @@ def test_refusals(tmp_path) -> None:
         job(tmp_path, only="x")
     with pytest.raises(Refusal, match=r"MultiTask\.weights must be at least 0"):
         job(tmp_path, model={"weights": {"classes": -1.0}})
+    module, data = job(tmp_path, model={"dpo_beta": 5.0})
+    with pytest.raises(Refusal, match=r"MultiTask\.dpo_beta is 5\.0, but no task is dpo; leave it out"):
+        fit(tmp_path, module, data)
+    module, data = job(tmp_path)
+    with pytest.raises(Refusal, match="overfit_batches sees the same batches again and again, and MultiTaskData draws"):
+        fit(tmp_path, module, data, overfit_batches=2)
+    module, data = job(tmp_path)
+    data.tasks["words"].path = "nowhere.jsonl"
+    with pytest.raises(Refusal, match=r"The task 'words' of MultiTaskData: There is no .*nowhere\.jsonl"):
+        data.check_files("fit")

@@ -130,6 +130,15 @@ def test_two_ranks_with_teachers_are_one_process(tmp_path: Path, two_ranks) -> N
                 torch.testing.assert_close(ranks[name], value, rtol=1e-4, atol=1e-5)
 
 
+def test_a_run_of_one_task_leaves_teachers_of_others_out(tmp_path: Path) -> None:
+    """As the single-task baselines need, which have the callbacks of the run of all."""
+    teachers, module, data = taught(tmp_path, batch_size=30, only="numbers")
+    of = [Distillation(path, name=name, dtype="float32") for name, path in teachers.items()]
+    run = fit(tmp_path, module, data, *of, max_steps=2)
+    told = [name for name in run.callback_metrics if "soft_targets" in name]
+    assert told == ["train/numbers/soft_targets"]
+
+
 def test_what_cannot_stand_beside_it(tmp_path: Path) -> None:
     module, data = job(tmp_path)
     with pytest.raises(Refusal, match="Replay cannot work with MultiTask, because a batch says of its rows together"):
