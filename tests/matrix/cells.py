@@ -112,8 +112,6 @@ def _by_needs(cell: Cell) -> Iterator[str]:
     if "generator" in needs and not SUBJECTS[cell.subject].generates:
         yield "writes none; leave the callback out."
     several = SUBJECTS[cell.subject].module.func is MultiTask  # type: ignore[attr-defined]
-    if "imitation" in needs and several:
-        yield "and name a teacher."
     if several and cell.extra == "generation":
         yield "writes none; leave the callback out."
     if "imitation" in needs and not several and not getattr(SUBJECTS[cell.subject].module.func, "imitates", False):  # type: ignore[attr-defined]
@@ -175,7 +173,9 @@ def _packed(subject: str) -> set[str]:
 
 
 def _techniques(cell: Cell) -> list[Any]:
-    return PARTS[cell.part].build() + (EXTRAS[cell.extra].build() if cell.extra else [])
+    return PARTS[cell.part].build() + (
+        EXTRAS[cell.extra].build(SUBJECTS[cell.subject], Path(".")) if cell.extra else []
+    )
 
 
 @cache

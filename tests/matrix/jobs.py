@@ -107,7 +107,7 @@ def prepare(
     recomputed = {"gradient_checkpointing": checkpointing} if SUBJECTS[subject].recomputes else {}
     model = {**where.model, **recomputed}
     module, rows = SUBJECTS[subject].job(Path(ground), ranks=where.ranks, packing=packing, model=model)
-    techniques = PARTS[part].build() + (EXTRAS[extra].build() if extra else [])
+    techniques = PARTS[part].build() + (EXTRAS[extra].build(SUBJECTS[subject], Path(ground)) if extra else [])
     options: dict[str, Any] = {
         **QUIET,
         **where.trainer_options(),

@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 from lightning_ft import (
@@ -135,10 +136,20 @@ class Extra:
     alike: bool = True
     packs: bool = False
 
-    def build(self) -> list[Technique]:
-        """A fresh technique."""
+    def build(self, subject: Subject, ground: Path) -> list[Technique]:
+        """A fresh technique; one that teaches a task of several by name has the subject's base as teacher.
+
+        Args:
+            subject: beside which it stands.
+            ground: folder of the bases.
+        """
         cls, arguments = self.recipe
-        return [cls(**arguments)]
+        taught = (
+            {"teacher": str(ground / subject.base), "name": subject.taught}
+            if cls is Distillation and subject.taught
+            else {}
+        )
+        return [cls(**arguments, **taught)]
 
 
 EXTRAS = {

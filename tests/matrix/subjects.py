@@ -56,6 +56,7 @@ class Subject:
         own: the names of parameters that the module brings and trains beside any part, as a regular expression.
         rollouts: whether it writes the answers that it learns from, in rounds of two steps.
         unused: those of parts that the base has and that this module never asks, as a regular expression; they do not train.
+        taught: the one of several tasks that a teacher teaches.
     """
 
     name: str
@@ -70,6 +71,7 @@ class Subject:
     own: str | None = None
     rollouts: bool = False
     unused: str | None = None
+    taught: str | None = None
 
     @property
     def rows(self) -> str:
@@ -173,9 +175,8 @@ def several_tasks(path: str, *, cache_dir: str, val_path: str, **options: Any) -
 def _several() -> Subject:
     module = partial(MultiTask, objectives={"policy": "dpo"}, head_dropout=0.0)  # noise differs from rank to rank
     head = r"^model\.lm_head\."
-    return Subject(
-        "MultiTask-llama", "llama", "causal_lm", head, BLOCKS["llama"], False, module, several_tasks, own=r"^heads\."
-    )
+    shape = ("MultiTask-llama", "llama", "causal_lm", head, BLOCKS["llama"], False, module, several_tasks)
+    return Subject(*shape, own=r"^heads\.", taught="texts")
 
 
 SUBJECTS = {

@@ -102,16 +102,18 @@ def on_ranks(
     surgery: str | None = None,
     teachers: bool = False,
     adapters: bool = False,
+    balancing: dict[str, Any] | None = None,
     **data: Any,
 ) -> dict[str, torch.Tensor]:
     """Trained weights after four steps."""
-    from lightning_ft import Distillation, GradientSurgery, LoRA
+    from lightning_ft import Distillation, GradientSurgery, LoRA, LossBalancing
 
     torch.set_num_threads(1)
     module, rows = job(Path(folder), model={"weigh": "tasks"}, batch_size=batch_size, **data)
     strategy = FSDP2Strategy(save_distributed_checkpoint=False, process_group_backend="gloo") if fsdp2 else "ddp"
     ranks: dict[str, Any] = {"devices": devices, "strategy": strategy} if devices > 1 else {}
     callbacks: list[Any] = [GradientSurgery(surgery)] if surgery else []
+    callbacks += [LossBalancing(**balancing)] if balancing else []
     if adapters:
         callbacks += [LoRA(2, name=name) for name in ("shared", "classes", "numbers")]
     if teachers:

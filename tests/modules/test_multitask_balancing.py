@@ -22,8 +22,8 @@ from lightning_ft import (
 )
 from lightning_ft.engine.terms import Term
 from lightning_ft.functional.gradient_surgery import pcgrad, upgrad
-from tests.contract.subjects import QUIET, Steps, trainer
-from tests.modules.multitask_jobs import fit, job
+from tests.contract.subjects import QUIET, Steps, differing, trainer
+from tests.modules.multitask_jobs import fit, job, on_ranks
 
 TASKS = ["classes", "words", "numbers"]
 
@@ -254,6 +254,20 @@ def test_s_rests_while_its_task_is_absent(method: str | None, tmp_path) -> None:
     fit(tmp_path, module, data, *callbacks, max_steps=6, **more)
     assert all(here == changed for here, changed in seen), seen
     assert len({frozenset(here) for here, _ in seen}) >= 3
+
+
+@pytest.mark.parametrize("method", ["uncertainty", "famo", "dwa"])
+def test_two_ranks_balance_as_one_process(method: str, tmp_path, two_ranks) -> None:
+    """Weights follow the means over all ranks, which see other rows each; and they do change what is learned."""
+    job(tmp_path)
+    options = {"method": method} | ({"every_steps": 1} if method == "dwa" else {"lr": 0.5})
+    whole = on_ranks(str(tmp_path), 8, balancing=options)
+    assert differing(whole, on_ranks(str(tmp_path), 8))
+    asked = {"folder": str(tmp_path), "batch_size": 4, "devices": 2, "balancing": options}
+    for ranks in two_ranks.run("tests.modules.multitask_jobs:on_ranks", **asked):
+        assert ranks.keys() == whole.keys()
+        for name, value in whole.items():
+            torch.testing.assert_close(ranks[name], value, rtol=1e-4, atol=1e-6, msg=name)
 
 
 def test_s_has_a_group_and_a_rate_of_its_own(tmp_path) -> None:
