@@ -50,17 +50,17 @@ def scale_(parameters: Iterable[nn.Parameter], factor: float) -> None:
 class TermGradients:
     """The gradients of K terms, kept apart as rows over an accumulation window, then combined by a surgery.
 
-    The rows are (K, P) in at least fp32 with P trained numbers: memory K times that of the trained parameters. Parameters that
-    one term alone reaches (a head of its own) are no matter of compromise: they are not in the Gram matrix, and keep its gradient,
-    unless the weights are ``weighs_own``, of the losses as a whole.
+    The rows are (K, P) in at least fp32 with P trained numbers: memory K times that of the trained parameters, for the whole run.
+    Parameters that one term alone reaches (a head of its own) are no matter of compromise: they are not in the Gram matrix, and
+    keep its gradient, unless the weights are ``weighs_own``, of the losses as a whole.
     """
 
     def __init__(self, surgery: Surgery, *, weighs_own: bool = False) -> None:
         """Args: surgery: maps the (K, K) Gram matrix to K weights. weighs_own: also of what one term alone reaches."""
         self.surgery = surgery
         self.weighs_own = weighs_own
-        self._rows: Tensor | None = None
-        self._reached: Tensor | None = None
+        self._rows: Tensor | None = None  # kept from window to window: it is large, and new memory is slow
+        self._reached: Tensor | None = None  # (K, number of parameters); None where a window begins
 
     def accumulate(
         self,
@@ -78,9 +78,10 @@ class TermGradients:
         """
         mine = [None if one is None else {id(p) for p in one} for one in own or [None] * len(losses)]
         anyones = set().union(*(one for one in mine if one is not None))
-        rows = []
+        begins, ends = self._make_room(losses, parameters), np.cumsum([p.numel() for p in parameters]).tolist()
+        assert self._rows is not None
+        reached = torch.zeros(len(losses), len(parameters))
         grads: tuple[Tensor | None, ...]
-        reached = torch.zeros(len(losses), len(parameters), device=parameters[0].device)
         last = max((index for index, loss in enumerate(losses) if loss.requires_grad), default=-1)
         for index, loss in enumerate(losses):
             if loss.requires_grad:
@@ -88,14 +89,31 @@ class TermGradients:
             else:
                 grads = (None,) * len(parameters)
             theirs = anyones - here if (here := mine[index]) is not None else set()
-            pairs = list(zip(grads, parameters, strict=True))
             reached[index] = torch.tensor(
-                [float(g is not None and id(p) not in theirs) for g, p in pairs], device=reached.device
+                [float(g is not None and id(p) not in theirs) for g, p in zip(grads, parameters, strict=True)]
             )
-            rows.append(torch.cat([_wide(torch.zeros_like(p) if g is None else g).reshape(-1) for g, p in pairs]))
-        stacked = torch.stack(rows)  # (K, P)
-        self._rows = stacked if self._rows is None else self._rows + stacked
+            for grad, parameter, end in zip(grads, parameters, ends, strict=True):
+                place = self._rows[index, end - parameter.numel() : end].view_as(parameter)
+                if begins:
+                    place.zero_() if grad is None else place.copy_(grad)
+                elif grad is not None:
+                    place.add_(grad)
+        reached = reached.to(self._rows.device)
         self._reached = reached if self._reached is None else self._reached + reached
+
+    def _make_room(self, losses: Sequence[Tensor], parameters: Sequence[nn.Parameter]) -> bool:
+        """Makes room for (K, P) numbers, at least float32, where there is none; whether a window begins."""
+        wide = [torch.promote_types(p.dtype, torch.float32) for p in parameters]
+        dtype = torch.float64 if torch.float64 in wide else torch.float32
+        shape, device = (len(losses), sum(p.numel() for p in parameters)), parameters[0].device
+        rows = self._rows
+        if rows is None or rows.shape != shape or rows.dtype != dtype or rows.device != device:
+            if self._reached is not None:
+                raise Refusal(
+                    "What is trained, or the number of the loss's terms, has changed within an accumulation window."
+                )
+            self._rows = torch.empty(shape, dtype=dtype, device=device)
+        return self._reached is None
 
     def write_(self, parameters: Sequence[nn.Parameter]) -> None:
         """Averages the rows over ranks, combines them and writes the result to ``p.grad``.
@@ -120,11 +138,11 @@ class TermGradients:
         weights = self.surgery(gram).to(rows)  # (K,)
         for parameter, piece, count in zip(parameters, pieces, terms, strict=True):
             combined = weights @ piece if count > 1 or self.weighs_own else piece.sum(0)
-            parameter.grad = combined.view_as(parameter).to(parameter.dtype).clone() if count else None
+            parameter.grad = combined.view_as(parameter).to(parameter.dtype) if count else None
 
     def forget(self) -> None:
-        """Drops rows of a window that was left unfinished."""
-        self._rows = self._reached = None
+        """Drops what rows of a window hold that was left unfinished."""
+        self._reached = None
 
     def state(self) -> dict[str, Tensor] | None:
         """The rows of an unfinished window, for a checkpoint; None on a window's boundary."""
@@ -135,10 +153,6 @@ class TermGradients:
     def load(self, state: dict[str, Tensor], device: torch.device) -> None:
         """Goes on with the rows that `state` gave."""
         self._rows, self._reached = state["rows"].to(device), state["reached"].to(device)
-
-
-def _wide(gradient: Tensor) -> Tensor:
-    return gradient.float() if gradient.dtype in (torch.float16, torch.bfloat16) else gradient
 
 
 def audit(module: nn.Module, conditional: set[str]) -> None:

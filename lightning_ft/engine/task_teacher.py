@@ -90,8 +90,8 @@ class TaskTeacher:
         assert self.teacher is not None
         task, weight = next((one, w) for one, w in module.weighed if one.name == self.task)
         name = f"{self.task}/soft_targets"
-        flat, outcomes = module.computed
-        own = outcomes[self.task]
+        reads, outcomes = module.computed
+        seen, own = reads[self.task], outcomes[self.task]
         weight = weight * self.weight
         self.note(
             module.asked()[self.task].objective
@@ -100,17 +100,18 @@ class TaskTeacher:
         if own is None or mine is None:
             if self._together:  # other ranks may have rows, and gather its weights with this one: any row will do
                 self.teacher.see(part_of(batch, [0]))
-            return Term(name, flat.sum() * 0.0, batch.counts.get(task.unit, 0.0), task.unit, weight, task.own)
+            return Term(name, seen.hidden.sum() * 0.0, batch.counts.get(task.unit, 0.0), task.unit, weight, task.own)
         part = part_of(batch, mine.tolist())
         said = self.teacher.see(part).result
         assert said is not None
         if task.objective == "causal_lm":
-            places = batch.columns[f"scored/{task.number}"]
+            read = seen.batch
+            places = read.columns[f"scored/{task.number}"]
             chosen, size = said.reshape(-1, said.shape[-1])[part.scored], self.size
-            here = replace(batch, scored=batch.scored[places], labels=batch.labels[places], counts={"token": 1.0})
+            here = replace(read, scored=read.scored[places], labels=read.labels[places], counts={"token": 1.0})
             teacher = self.teacher
             total = self.of_tokens(
-                module.view, flat[None], here, lambda rows: teacher.logits(chosen[rows])[..., :size], size
+                module.view, seen.hidden[None], here, lambda rows: teacher.logits(chosen[rows])[..., :size], size
             )
         else:
             several = module.asked()[self.task].several

@@ -1,6 +1,7 @@
 """Several tasks on one base: one trunk, which reads the rows of all at once, and a head for each."""
 
-from dataclasses import replace
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
 from typing import Annotated, Any, Literal
 
 import torch
@@ -25,6 +26,21 @@ from lightning_ft.models.quantize import Mode
 from lightning_ft.objectives import multitask
 from lightning_ft.objectives.multitask import Comparison, Outcome, Task, present
 from lightning_ft.objectives.multitask_likelihood import likelihood
+
+
+@dataclass(frozen=True)
+class Read:
+    """What the trunk has made of rows.
+
+    Attributes:
+        batch: the rows.
+        rows: (S, D) a vector for each.
+        hidden: (T, D) all hidden states, end to end.
+    """
+
+    batch: Batch
+    rows: Tensor
+    hidden: Tensor
 
 
 class MultiTask(TaskTrunk):
@@ -163,7 +179,7 @@ class MultiTask(TaskTrunk):
         self._present: dict[str, bool] = {}
         self._totals: dict[str, float] = {}
         self.weighed: list[tuple[Task, float]] = []
-        self.computed: tuple[Tensor, dict[str, Outcome | None]] | None = None
+        self.computed: tuple[dict[str, Read], dict[str, Outcome | None]] | None = None
 
     # -- loading ------------------------------------------------------------------------------------------------------
 
@@ -228,10 +244,12 @@ class MultiTask(TaskTrunk):
     def _outcomes(
         self, batch: Batch, tasks: list[Task], *, accuracy: bool = False, compares: bool = True
     ) -> dict[str, Outcome | None]:
-        self._adapters.choose(batch, present(batch, tasks))
         compared = [task.number for task in tasks if task.objective == "dpo" and self._comparison.refers]
         told = reference_logps(self, batch, compared) if compared and compares else None
-        rows, flat = self._trunk(batch)
+        here = present(batch, tasks)
+        read = self._apart(batch, tasks) if self._reads_apart and len(here) > 1 else {}
+        whole = self._read(batch, here) if not read else next(iter(read.values()))
+        read = {task.name: read.get(task.name, whole) for task in tasks}
 
         def score(chosen: Tensor, labels: Tensor, outputs: tuple[str, ...]) -> dict[str, Tensor]:
             scored: dict[str, Tensor] = self.view.score(chosen, labels, outputs=outputs)
@@ -240,15 +258,44 @@ class MultiTask(TaskTrunk):
         found: dict[str, Outcome | None] = dict.fromkeys(self._known)
         for task in tasks:
             head = self.heads[task.name] if task.name in self.heads else None  # noqa: SIM401 (a ModuleDict has no get)
+            seen, reference = read[task.name], told
+            if told is not None and seen.batch is not batch and task.name in here:
+                reference = told[here[task.name]]
             found[task.name] = multitask.outcome(
-                task, batch, rows, flat, head, score, accuracy=accuracy, comparison=self._comparison, reference=told
+                task,
+                seen.batch,
+                seen.rows,
+                seen.hidden,
+                head,
+                score,
+                accuracy=accuracy,
+                comparison=self._comparison,
+                reference=reference,
             )
         if all(one is None for one in found.values()) and torch.is_grad_enabled():
             found[tasks[0].name] = Outcome(  # a filler: the trunk takes part in the step, with a gradient of zero
-                rows.float().sum()[None] * 0.0 + multitask.touched(tasks[0].own, rows.device), None, rows
+                whole.rows.float().sum()[None] * 0.0 + multitask.touched(tasks[0].own, self.device), None, whole.rows
             )
-        self.computed = (flat, found) if torch.is_grad_enabled() else None
+        self.computed = (read, found) if torch.is_grad_enabled() else None
         return found
+
+    @property
+    def _reads_apart(self) -> bool:
+        """Whether each task's rows go through the trunk by themselves: where each term has a backward pass of its own.
+
+        Those passes are then as long as the task's rows are, and not each as long as the batch. Recomputed activations would find
+        another task's adapter switched on.
+        """
+        recomputes = self.gradient_checkpointing and bool(self._adapters.names)
+        return torch.is_grad_enabled() and Attachment.of(self).term_gradients is not None and not recomputes
+
+    def _apart(self, batch: Batch, tasks: list[Task]) -> dict[str, Read]:
+        parts = {task.name: multitask.of_task(batch, task) for task in tasks if task.name in present(batch, tasks)}
+        return {name: self._read(part, present(part, tasks)) for name, part in parts.items()}
+
+    def _read(self, batch: Batch, here: Mapping[str, Tensor]) -> Read:
+        self._adapters.choose(batch, here)
+        return Read(batch, *self._trunk(batch))
 
     def likelihood(self, batch: Batch, ask: Ask) -> Tensor:
         """What continual learning asks of each row or pair, (E,), see `lightning_ft.engine.likelihood`."""

@@ -8,13 +8,14 @@ which parameters have one.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from lightning_ft.engine.batch import Batch
+from lightning_ft.engine.batch_part import part_of
 from lightning_ft.engine.task_list import BY_TOKEN, Objective
 from lightning_ft.engine.terms import Term
 from lightning_ft.functional.bradley_terry import bradley_terry
@@ -168,6 +169,18 @@ def _compared(
     return Outcome(losses, beta * torch.stack(rewards, 1), mine.new_zeros(len(losses)))
 
 
+def of_task(batch: Batch, task: Task) -> Batch:
+    """The rows of one task of a batch as a batch of their own, with the columns that `outcome` reads."""
+    number = task.number
+    mine = batch.columns[f"rows/{number}"]
+    part = part_of(batch, mine.tolist())
+    columns = {name: batch.columns[name] for name in (f"targets/{number}", f"margin/{number}") if name in batch.columns}
+    columns[f"rows/{number}"] = torch.arange(len(mine), device=mine.device)
+    if f"scored/{number}" in batch.columns:
+        columns[f"scored/{number}"] = torch.arange(len(part.scored), device=mine.device)
+    return replace(part, columns=columns)
+
+
 def terms(
     batch: Batch, tasks: Iterable[Task], found: Mapping[str, Outcome | None], weights: Mapping[str, float]
 ) -> list[Term]:
@@ -205,4 +218,15 @@ def touched(parameters: Iterable[nn.Parameter], device: torch.device) -> Tensor:
     return total
 
 
-__all__ = ["BY_TOKEN", "Comparison", "Objective", "Outcome", "Task", "outcome", "present", "terms", "touched"]
+__all__ = [
+    "BY_TOKEN",
+    "Comparison",
+    "Objective",
+    "Outcome",
+    "Task",
+    "of_task",
+    "outcome",
+    "present",
+    "terms",
+    "touched",
+]

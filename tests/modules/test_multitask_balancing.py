@@ -23,7 +23,7 @@ from lightning_ft import (
 from lightning_ft.engine.terms import Term
 from lightning_ft.functional.gradient_surgery import pcgrad, upgrad
 from tests.contract.subjects import QUIET, Steps, differing, trainer
-from tests.modules.multitask_jobs import fit, job, on_ranks
+from tests.modules.multitask_jobs import fit, job, on_ranks, pairs_job, weights
 
 TASKS = ["classes", "words", "numbers"]
 
@@ -254,6 +254,37 @@ def test_s_rests_while_its_task_is_absent(method: str | None, tmp_path) -> None:
     fit(tmp_path, module, data, *callbacks, max_steps=6, **more)
     assert all(here == changed for here, changed in seen), seen
     assert len({frozenset(here) for here, _ in seen}) >= 3
+
+
+@pytest.mark.parametrize("packing", [True, False])
+def test_with_a_backward_pass_a_task_each_is_as_long_as_its_rows(packing: bool, tmp_path) -> None:
+    """The same steps as of one joint pass, of numbers, a reward with margins, a policy against its reference and texts."""
+    read: list[list[int]] = []
+
+    class Count(Steps):
+        def on_train_start(self, trainer, pl_module):
+            super().on_train_start(trainer, pl_module)
+            backbone = pl_module.view.backbone
+            first = backbone.layers[0]
+            first.register_forward_pre_hook(lambda _, args: read[-1].append(args[0].shape[0] * args[0].shape[1]))
+
+        def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
+            read.append([])
+
+    after = []
+    for surgery in ([], [GradientSurgery("sum")]):
+        module, data = pairs_job(tmp_path, model={"weigh": "tasks"}, batch_size=20, packing=packing)
+        steps = Count()
+        loras = [LoRA(2, name=name) for name in ("shared", "policy", "texts")]
+        fit(tmp_path, module, data, *loras, *surgery, steps, max_steps=3, limit_val_batches=0)
+        after.append(weights(module))
+    for name, value in after[0].items():
+        torch.testing.assert_close(after[1][name], value, rtol=1e-4, atol=1e-6, msg=name)
+    for together, apart, batch in zip(read[:3], read[3:], steps.batches, strict=True):
+        of_policy, whole, *none = together  # the reference's own pass comes first
+        tasks = len(set(batch.columns["task"].tolist()))
+        assert not none and tasks == 4 and apart[0] == of_policy and len(apart) == 1 + tasks
+        assert sum(apart[1:]) == whole == batch.ids.numel()
 
 
 @pytest.mark.parametrize("method", ["uncertainty", "famo", "dwa"])
