@@ -67,8 +67,8 @@ class Distillation(Technique):
         relation_heads: into how many heads values are split; None: as many as both models have.
         projection_rate: factor of the learning rate of the matrices W that hidden states of another width get.
         teacher_width: of its hidden states; None asks the teacher. A checkpoint remembers it, so that it loads without the teacher.
-        targets: a folder that `lightning-ft cache-teacher` wrote; no teacher is loaded then, and ``teacher``, if it is named, must
-            be the one that was kept. None: the teacher is loaded.
+        targets: a folder that `lightning-ft cache-teacher` wrote; no teacher is loaded then, and ``teacher``, ``dtype`` and
+            ``quantize``, where they are given, must be what was kept. None: the teacher is loaded.
         student: in a module of your own, the part whose outputs are compared, classes last; None: its only child.
         mask: in a module of your own, the batch's entry that is True at the outputs to compare; None: the attention_mask that the
             part was called with, if it was, else all.

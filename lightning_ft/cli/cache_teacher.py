@@ -54,6 +54,7 @@ def cache_teacher_command(argv: list[str]) -> None:
     from lightning_ft.engine.batch import Batch
     from lightning_ft.engine.randomness import global_seed
     from lightning_ft.engine.teacher import fingerprint_of, load_teacher, origin_of, run, vocabulary_of
+    from lightning_ft.engine.teacher_files import prints_of, teacher_files
     from lightning_ft.engine.teacher_targets import About, tokenizer_hash, write
     from lightning_ft.functional.token_scores import TopK, distribution, drawn
     from lightning_ft.models.vocabulary import shared_vocabulary, sliced
@@ -67,8 +68,10 @@ def cache_teacher_command(argv: list[str]) -> None:
         raise Refusal("There is no teacher to load: give it as --distillation.teacher FOLDER.")
     if getattr(module, "task", None) not in ("causal_lm", "seq2seq_lm") or not hasattr(data, "in_order"):
         raise Refusal("cache-teacher keeps the tokens that a language model predicts for rows of this library's data.")
-    origin = origin_of(technique.teacher, trust_remote_code=technique.trust_remote_code, revision=technique.revision)
+    hub = {"trust_remote_code": technique.trust_remote_code, "revision": technique.revision}
+    origin = origin_of(technique.teacher, **hub)
     used = shared_vocabulary(module.tokenizer, origin.tokenizer())
+    files = prints_of(teacher_files(technique.teacher, **hub))
     data.use_tokenizer(module.tokenizer)
     data.setup("fit")
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -105,6 +108,10 @@ def cache_teacher_command(argv: list[str]) -> None:
         vocabulary=size or width,
         used=used,
         draws=draws or 0,
+        revision=technique.revision,
+        dtype=technique.dtype,
+        quantize=technique.quantize,
+        files=files,
     )
     output = Path(cli.config["output"]).expanduser()
     whole = write(output, about, batches, kept)

@@ -91,11 +91,15 @@ class Lesson:
     # -- before the first step --------------------------------------------------------------------------------------------
 
     def find(self, attachment: Attachment) -> Origin | None:
-        """Where the teacher is.
+        """Where the teacher is, or nowhere where what it predicts was kept.
 
         Raises:
-            Refusal: nowhere, or its weights cannot be packed here.
+            Refusal: it is not there, its weights cannot be packed here, or what was kept is of another.
         """
+        if self._targets is not None and attachment.fits:
+            self._kept = TeacherTargets(Path(self._targets).expanduser())
+            named = None if self.teacher == SELF else self.teacher
+            self._kept.check(attachment.module.tokenizer, self._temperature, named, **self._packing, **self._hub)
         if self.teacher == SELF or self.by_targets:
             return None
         if not attachment.fits and (self.width or not self.inner.states):
@@ -137,10 +141,8 @@ class Lesson:
         itself = self.origin is None and not self.by_targets
         self._students = self.inner.listen_to_student(module, itself)
         attachment.on_leave(self._students.detach)
-        if self._targets is not None:
-            self._kept = TeacherTargets(Path(self._targets).expanduser())
-            named = None if self.teacher == SELF else self.teacher
-            self.size = self._kept.check(module.tokenizer, self._temperature, vocabulary_of(module.view), named)
+        if self._kept is not None:
+            self.size = self._kept.size(vocabulary_of(module.view))
             self.known.meet(self._kept.about.teacher)
         elif self.origin is None:
             self._teacher = self_teacher(self._students, attachment)

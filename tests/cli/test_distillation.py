@@ -1,6 +1,8 @@
 """distill-init and cache-teacher: a student's folder, a teacher's targets, and training by both."""
 
 import csv
+import json
+import os
 from collections.abc import Callable
 from pathlib import Path
 
@@ -10,6 +12,7 @@ import transformers as hf
 import yaml
 
 from lightning_ft.engine.batch import Batch
+from lightning_ft.engine.teacher_files import differing, prints_of, teacher_files
 from lightning_ft.engine.teacher_targets import TeacherTargets, segment_keys
 from tests.cli.conftest import Outcome
 
@@ -84,6 +87,48 @@ def test_all_tokens_kept_train_as_the_teacher_itself(real: Run, config: Path, tm
     (Path("few") / "rest.f32").write_bytes(b"")
     broken = real("fit", "--config", str(config), "--distillation.targets=few", "--name=broken", *QUIET)
     assert broken.code == 2 and "write the targets again" in broken.err
+
+
+def test_targets_are_of_the_files_that_their_teacher_had(real: Run, config: Path, tmp_path: Path) -> None:
+    """Its weights written anew under the same name are another teacher's; a copy of them is not."""
+    kept = real("cache-teacher", "--config", str(config), "--output", "targets", "--top_k", "2")
+    assert kept.code == 0, kept.err
+    given = ("fit", "--config", str(config), "--distillation.targets=targets", *QUIET)
+    for words, said in (
+        (("--distillation.dtype=bfloat16",), "with dtype float32, and this run asks for bfloat16"),
+        (("--distillation.quantize=nf4",), "with quantize null, and this run asks for nf4"),
+    ):
+        outcome = real(*given, *words, "--name=other")
+        assert outcome.code == 2 and said in outcome.err
+    weights = tmp_path / "teacher/model.safetensors"
+    weights.write_bytes(content := weights.read_bytes())
+    os.utime(weights, ns=(1, 1))  # as a copy of another time
+    assert real(*given, "--distillation.dtype=auto", "--name=copied").code == 0
+    weights.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
+    changed = real(*given, "--name=changed")
+    assert changed.code == 2 and "before its file model.safetensors changed" in changed.err
+    unnamed = real(*given, "--distillation.teacher=self", "--name=unnamed")
+    assert unnamed.code == 0, unnamed.err
+
+
+def test_an_adapter_is_known_by_its_base_s_files_too(tmp_path: Path) -> None:
+    adapter, base = tmp_path / "adapter", tmp_path / "base"
+    for folder, name, more in (
+        (adapter, "adapter_config.json", {"base_model_name_or_path": str(base)}),
+        (base, "config.json", {}),
+    ):
+        folder.mkdir()
+        (folder / name).write_text(json.dumps(more))
+        (folder / "weights.safetensors").write_bytes(b"12")
+    files = teacher_files(str(adapter))
+    assert set(files) == {"adapter_config.json", "weights.safetensors", "base/config.json", "base/weights.safetensors"}
+    prints = prints_of(files)
+    assert differing(files, prints) is None
+    (base / "weights.safetensors").write_bytes(b"13")
+    assert differing(files, prints) == "base/weights.safetensors"
+    files.pop("base/config.json")
+    assert differing(files, prints) == "base/config.json"
+    assert teacher_files("starter:smollm2-135m") == {} == teacher_files(str(tmp_path / "nowhere"))
 
 
 def test_drawn_tokens_train(real: Run, config: Path) -> None:
