@@ -26,6 +26,7 @@ import torch.nn.functional as F  # noqa: N812 (the name everybody reads)
 from torch import Tensor
 
 from lightning_ft.functional.errors import Refusal
+from lightning_ft.functional.token_scores import to_mixture
 
 Divergence = Literal["forward_kl", "reverse_kl", "jensen_shannon", "skewed_kl", "skewed_reverse_kl", "total_variation"]
 LayerMap = Literal["last", "uniform"]
@@ -48,8 +49,8 @@ def jensen_shannon(log_p: Tensor, log_q: Tensor, beta: float = 0.5) -> Tensor:
     """JSD(beta) / (beta (1 - beta)) of log-probabilities (..., C): (...); at 0 and 1 its limits, the two KLs."""
     if beta in (0.0, 1.0):
         return (forward_kl if beta == 0.0 else reverse_kl)(log_p, log_q)
-    log_m = _mixed(log_q, log_p, beta)
-    return forward_kl(log_m, log_q) / (1 - beta) + forward_kl(log_m, log_p) / beta
+    from_p, from_q = to_mixture(log_p, log_q, beta)
+    return -(log_q.exp() * from_q).sum(-1) / (1 - beta) - (log_p.exp() * from_p).sum(-1) / beta
 
 
 def skewed_kl(log_p: Tensor, log_q: Tensor, beta: float = 0.1) -> Tensor:
