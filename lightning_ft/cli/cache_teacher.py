@@ -51,12 +51,14 @@ def cache_teacher_command(argv: list[str]) -> None:
     Raises:
         Refusal: no --output, no teacher that has to be loaded, a task that is no language model's, or another vocabulary.
     """
+    from lightning_ft.data.seq2seq_data import Seq2SeqData
     from lightning_ft.engine.batch import Batch
     from lightning_ft.engine.randomness import global_seed
     from lightning_ft.engine.teacher import fingerprint_of, load_teacher, origin_of, run, vocabulary_of
     from lightning_ft.engine.teacher_files import prints_of, teacher_files
     from lightning_ft.engine.teacher_targets import About, tokenizer_hash, write
     from lightning_ft.functional.token_scores import TopK, distribution, drawn
+    from lightning_ft.models.load import load_config
     from lightning_ft.models.vocabulary import shared_vocabulary, sliced
     from lightning_ft.nn.head import chunk_on
 
@@ -73,6 +75,13 @@ def cache_teacher_command(argv: list[str]) -> None:
     used = shared_vocabulary(module.tokenizer, origin.tokenizer())
     files = prints_of(teacher_files(technique.teacher, **hub))
     data.use_tokenizer(module.tokenizer)
+    if module.task == "seq2seq_lm":
+        if not isinstance(data, Seq2SeqData):
+            raise Refusal(
+                f"{type(data).__name__} has no sources for an encoder; take Seq2SeqData for the task seq2seq_lm."
+            )
+        own = {"trust_remote_code": module.trust_remote_code, "revision": module.revision}
+        data.use_config(load_config(module.base, **own))
     data.setup("fit")
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     view, frozen = load_teacher(origin, module.task, quantize=technique.quantize, dtype=technique.dtype, device=device)

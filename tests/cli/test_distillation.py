@@ -15,6 +15,7 @@ from lightning_ft.engine.batch import Batch
 from lightning_ft.engine.teacher_files import differing, prints_of, teacher_files
 from lightning_ft.engine.teacher_targets import TeacherTargets, segment_keys
 from tests.cli.conftest import Outcome
+from tests.modules.tasks import WORDS, write_base
 
 Run = Callable[..., Outcome]
 QUIET = ("--trainer.accelerator=cpu", "--trainer.enable_progress_bar=false", "--trainer.enable_model_summary=false")
@@ -87,6 +88,40 @@ def test_all_tokens_kept_train_as_the_teacher_itself(real: Run, config: Path, tm
     (Path("few") / "rest.f32").write_bytes(b"")
     broken = real("fit", "--config", str(config), "--distillation.targets=few", "--name=broken", *QUIET)
     assert broken.code == 2 and "write the targets again" in broken.err
+
+
+def test_an_encoder_decoder_s_targets_train_as_its_teacher(real: Run, tmp_path: Path) -> None:
+    """Answers are the same where sources are not, so that rows are told apart by what they answer."""
+    base = write_base("t5", tmp_path / "t5")
+    settings = hf.AutoConfig.from_pretrained(base)
+    settings.num_layers, settings.num_decoder_layers = 3, 3
+    torch.manual_seed(3)
+    hf.T5ForConditionalGeneration(settings).save_pretrained(tmp_path / "larger")
+    hf.AutoTokenizer.from_pretrained(base).save_pretrained(tmp_path / "larger")
+    lines = [{"prompt": f"hello {WORDS[n]}", "completion": WORDS[n % 2]} for n in range(8)]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    parts = {
+        "model": {"base": str(base), "task": "seq2seq_lm", "lr": 0.01, "warmup_steps": 0, "base_dtype": "float32"},
+        "data": {"class_path": "lightning_ft.Seq2SeqData", "init_args": {"path": "rows.jsonl", "cache_dir": "cache"}},
+        "distillation": {"teacher": "larger", "dtype": "float32"},
+        "trainer": {"max_steps": 2, "log_every_n_steps": 1},
+    }
+    Path("fit.yaml").write_text(yaml.safe_dump(parts))
+    live = real("fit", "--config=fit.yaml", "--name=live", *QUIET)
+    assert live.code == 0, live.err
+    kept = real("cache-teacher", "--config=fit.yaml", "--output=targets", "--top_k=100000")
+    assert kept.code == 0, kept.err
+    by_file = real("fit", "--config=fit.yaml", "--distillation.targets=targets", "--name=kept", *QUIET)
+    assert by_file.code == 0, by_file.err
+    found = [logged(Path("runs", name), "train/distillation/soft_targets") for name in ("live", "kept")]
+    assert sorted(found[1]) == pytest.approx(sorted(found[0]), rel=1e-3) and min(found[0]) > 1e-3
+    whole, other = trained(Path("runs/live")), trained(Path("runs/kept"))
+    for name, value in whole.items():
+        torch.testing.assert_close(other[name], value, rtol=1e-3, atol=1e-5)
+    parts["data"]["class_path"] = "lightning_ft.SFTData"
+    Path("sft.yaml").write_text(yaml.safe_dump(parts))
+    outcome = real("cache-teacher", "--config=sft.yaml", "--output=more")
+    assert outcome.code == 2 and "take Seq2SeqData" in outcome.err
 
 
 def test_targets_are_of_the_files_that_their_teacher_had(real: Run, config: Path, tmp_path: Path) -> None:
