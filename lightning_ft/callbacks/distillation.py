@@ -57,11 +57,12 @@ class Distillation(Technique):
         values: weight of the divergence of how values relate (MiniLM); needs padded rows. None: the recipe's.
         divergence: of soft targets: ``forward_kl`` covers all that the teacher holds possible, ``reverse_kl`` keeps to what it
             holds likely, ``jensen_shannon`` lies between. ``skewed_kl`` and ``skewed_reverse_kl`` (DistiLLM)
-            and ``total_variation`` are bounded, however far apart the two are.
+            and ``total_variation`` are bounded before the factor of the temperature, however far apart the two are.
         beta: of ``jensen_shannon``: towards 0 it becomes the forward KL, towards 1 the reverse; of the skewed ones how much of a
             distribution is mixed into the other, 0.1 in their paper.
         temperature: T, above 1 shows more of what the teacher holds unlikely. None: the recipe's.
-        scale_t2: whether soft targets are multiplied by T^2, so that T does not change their weight (Hinton et al., 2015).
+        scale_t2: whether soft targets are multiplied by T^2, so that T does not change their weight (Hinton et al., 2015);
+            ``total_variation`` by T, as its gradient asks.
         layers: which layers are compared: the ``last``; ``uniform``, each of the student's with the teacher's at the same height;
             or pairs {student: teacher}, blocks counted from 1, 0 being the embeddings.
         relation_heads: into how many heads values are split; None: as many as both models have.
@@ -85,7 +86,8 @@ class Distillation(Technique):
 
     Logs:
         ``train/NAME/soft_targets``, ``hidden``, ``cosine``, ``attention``, ``values``, before their weights, NAME being ``name``;
-        and ``train/NAME/t2``, the factor that is in the first: T^2, 1 for numbers, which T does not divide.
+        and ``train/NAME/t2``, the factor that is in the first: T^2, T for the total variation, 1 for numbers, which T does not
+        divide.
 
     Cost: a forward pass of the teacher. Of language models both losses are made of one pass over the output layers, a chunk of
     logits at a time; with `LossBalancing` or `GradientSurgery` soft targets have a pass over the student's of their own.

@@ -60,7 +60,8 @@ class OnPolicyDistillation(RolloutModule):
             `Distillation`.
         beta: of ``jensen_shannon``: towards 0 it becomes the forward KL, towards 1 the reverse; of others see `Distillation`.
             Jensen-Shannon is divided by beta (1 - beta), so that it meets them; TRL's is not, and is a quarter of this at 0.5.
-        loss_temperature: what both models' logits are divided by in the loss, which is multiplied by its square.
+        loss_temperature: what both models' logits are divided by in the loss, which is multiplied by its square (the total
+            variation by itself) in any case, so that it does not change the rate that suits.
         rewards: by name: what answers are rewarded with, see `Reward`. Nothing is learned from them; they are logged.
         samples: answers to each prompt; an answer of the data is taken once.
         max_new_tokens: most tokens of an answer that is written; 128 is TRL's default. Answers of the data keep their length.
@@ -88,7 +89,7 @@ class OnPolicyDistillation(RolloutModule):
             see `SFT`. None: not at all.
 
     Logs:
-        Each step ``train/loss``, which is the divergence. Once a round, as ``train/``: ``on_policy`` (1 where the student has
+        Each step ``train/loss``, which is the divergence, and ``train/t2``, the factor of ``loss_temperature`` in it. Once a round, as ``train/``: ``on_policy`` (1 where the student has
         written it), ``length``, ``length_ended``, ``truncated``, ``trained_share``, and of rewards ``reward``, ``reward_std`` and
         ``rewards/<name>``. In validation ``val/loss``, the divergence on the student's answers to held-out prompts, ``val/length``,
         ``val/truncated`` and the rewards. Some answers stand in ``rollouts.jsonl``.
@@ -318,7 +319,9 @@ class OnPolicyDistillation(RolloutModule):
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         """Hands the divergence to the attachment, which divides it by its window's count of tokens."""
         term = self._term(batch)
-        Attachment.of(self).terms([term])
+        attachment = Attachment.of(self)
+        attachment.terms([term])
+        attachment.step.observe({"t2": (torch.tensor(self._settings.factor, device=self.device), 1.0)})
         self.log_round()
         return term.sum
 

@@ -199,7 +199,7 @@ def dense(module, teacher, batch, divergence, temperature, beta):
         else:
             a, b = (logq, logp) if divergence == "forward_kl" else (logp, logq)
             found.append((a.exp() * (a - b)).sum(-1))
-    return float(torch.cat(found).mean()) * temperature**2
+    return float(torch.cat(found).mean()) * (temperature if divergence == "total_variation" else temperature**2)
 
 
 @pytest.mark.parametrize("divergence", maths.DIVERGENCES)
@@ -214,6 +214,7 @@ def test_language_models_in_chunks_equal_all_logits_at_once(divergence, chat, la
         found.append(steps.gradients[0])
     expected = dense(module, teacher, watch.batches[0], divergence, 1.5, 0.2)
     assert watch.logged[0]["train/distillation/soft_targets"] == pytest.approx(expected, rel=1e-4)
+    assert watch.logged[0]["train/distillation/t2"] == (1.5 if divergence == "total_variation" else 2.25)
     for name, gradient in found[0].items():
         torch.testing.assert_close(gradient, found[1][name], rtol=1e-4, atol=1e-6)
 

@@ -46,7 +46,8 @@ def by_loops(student, teacher, kind, t, beta, scale):
         else:
             m = [beta * b + (1 - beta) * a for a, b in zip(p, q, strict=True)]
             value = (beta * kl(q, m) + (1 - beta) * kl(p, m)) / (beta * (1 - beta))
-        found.append(value * (t * t if scale else 1))
+        factor = t if kind == "total_variation" else t * t
+        found.append(value * (factor if scale else 1))
     return torch.tensor(found, dtype=torch.float64)
 
 
@@ -98,6 +99,18 @@ def test_hot_temperatures_approach_half_the_variance():
         d.soft_targets(student, teacher, temperature=3.0),
         d.soft_targets(student, teacher, temperature=3.0, scale_t2=False) * 9.0,
     )
+
+
+@pytest.mark.parametrize("kind", d.DIVERGENCES)
+def test_temperatures_change_neither_value_nor_gradient_much(kind):
+    """From T = 8 to 64 both have come near their limits."""
+    teacher, found = logits(5, 9, seed=1), []
+    for t in (8.0, 64.0):
+        student = logits(5, 9).requires_grad_()
+        value = d.soft_targets(student, teacher, kind, temperature=t, beta=0.3).sum()
+        (slope,) = torch.autograd.grad(value, student)
+        found.append(torch.stack([value.detach(), slope.norm()]))
+    torch.testing.assert_close(found[0], found[1], rtol=0.3, atol=0)
 
 
 def test_ends_of_jensen_shannon_meet_the_kls():

@@ -66,7 +66,8 @@ def by_hand(job, round, divergence, beta, temperature):
 )
 def test_the_first_step_costs_what_the_formula_says(job, tmp_path, divergence, share, sequence_kd):
     model = {"share": share, "sequence_kd": sequence_kd, "divergence": divergence, "beta": 0.3, "loss_temperature": 1.7}
-    _, watch, _ = play(job, tmp_path, options={"max_epochs": 1}, lr=1e-12, **model)
+    _, watch, run = play(job, tmp_path, options={"max_epochs": 1}, lr=1e-12, **model)
+    assert float(run.callback_metrics["train/t2"]) == pytest.approx(1.7**2)
     expected = by_hand(job, watch.rounds[0], divergence, 0.3, 1.7)
     assert watch.losses[0] == pytest.approx(expected, rel=1e-4) and expected > 0.1
 
