@@ -14,6 +14,7 @@ from lightning_ft import AGEM, DPO, GRPO, Distillation, LoRA, OnPolicyDistillati
 from lightning_ft.engine.own_student import logits_of
 from lightning_ft.engine.rewards import Reward
 from lightning_ft.engine.student import check_student
+from lightning_ft.engine.teacher import fingerprint_of
 from lightning_ft.functional import distillation as maths
 from tests.callbacks.distillation_jobs import on_ranks, own_on_ranks
 from tests.contract import Case, checks_for
@@ -321,6 +322,15 @@ def test_resumed_is_unbroken_and_another_teacher_is_refused(chat, larger, tmp_pa
         trainer(tmp_path, make(tmp_path / "other"), max_steps=4, max_epochs=4).fit(
             third, data, ckpt_path=tmp_path / "three.ckpt"
         )
+
+
+def test_a_teacher_is_known_in_any_dtype_by_each_of_its_numbers(larger):
+    model = hf.AutoModelForCausalLM.from_pretrained(larger)
+    known = fingerprint_of(model)
+    assert fingerprint_of(copy.deepcopy(model).to(torch.bfloat16)) == known
+    with torch.no_grad():
+        model.lm_head.weight[3, 5] *= 1.01
+    assert fingerprint_of(model) != known
 
 
 def test_a_teacher_in_four_bits(chat, larger, tmp_path):
