@@ -22,7 +22,7 @@ from lightning_ft.engine.rewards import Reward
 from lightning_ft.engine.rollouts.module import RolloutModule
 from lightning_ft.engine.rollouts.round import Prompt, Round
 from lightning_ft.engine.sampling import Answer
-from lightning_ft.engine.teacher import SELF, Origin, Teacher, load_teacher, origin_of, vocabulary_of
+from lightning_ft.engine.teacher import SELF, Origin, Teacher, fingerprint_of, load_teacher, origin_of, vocabulary_of
 from lightning_ft.engine.teacher import run as read
 from lightning_ft.engine.terms import Term
 from lightning_ft.functional.distillation import Divergence
@@ -95,8 +95,8 @@ class OnPolicyDistillation(RolloutModule):
         ``val/truncated`` and the rewards. Some answers stand in ``rollouts.jsonl``.
 
     Raises:
-        Refusal: for arguments out of bounds here; for a teacher of another vocabulary, or data without prompts or answers, when the
-            run begins.
+        Refusal: for arguments out of bounds here; for a teacher of another vocabulary or with the student's weights, or data
+            without prompts or answers, when the run begins.
 
     Example:
         >>> OnPolicyDistillation("starter:smollm2-135m", teacher="my/teacher", share=1.0).divergence
@@ -256,6 +256,11 @@ class OnPolicyDistillation(RolloutModule):
         self._settings = replace(self._settings, size=size)
         self.drawn_vocabulary = size  # neither may write what the other cannot read
         self._known.meet(frozen.model)
+        if attachment.fits and fingerprint_of(self.model) == self._known.known:
+            raise Refusal(
+                f"OnPolicyDistillation.teacher {self.teacher} has the weights of the student {self.base}, so that there is nothing "
+                "to learn but how numbers are rounded; name another teacher, or begin from another student."
+            )
         frozen.spread(attachment.trainer.strategy)
 
     # -- a round ----------------------------------------------------------------------------------------------------------

@@ -2,6 +2,7 @@
 
 import json
 import math
+import shutil
 
 import lightning.pytorch as pl
 import pytest
@@ -72,10 +73,18 @@ def test_the_first_step_costs_what_the_formula_says(job, tmp_path, divergence, s
     assert watch.losses[0] == pytest.approx(expected, rel=1e-4) and expected > 0.1
 
 
-def test_the_same_model_teaches_nothing(job, tmp_path):
-    _, watch, _ = play(job, tmp_path, teacher=str(job / "model"), share=1.0, options={"max_epochs": 1})
-    assert abs(watch.losses[0]) < 1e-5
-    assert max(float(g.abs().max()) for g in watch.gradients[0].values()) < 1e-4
+@pytest.mark.parametrize(("parts", "dtype"), [([], "float32"), ([LoRA(r=4)], "bfloat16")], ids=["all of it", "LoRA"])
+def test_the_student_itself_is_no_teacher(job, tmp_path, parts, dtype):
+    """Also under another name and in another dtype; an adapter that has learned makes it another student."""
+    shutil.copytree(job / "model", tmp_path / "copy")
+    given = {"teacher": str(tmp_path / "copy"), "teacher_dtype": dtype, "share": 1.0, "options": {"max_epochs": 1}}
+    with pytest.raises(Refusal, match="has the weights of the student"):
+        play(job, tmp_path, *parts, **given)
+    if parts:
+        run = play(job, tmp_path, LoRA(r=4), share=1.0)[2]
+        run.save_checkpoint(tmp_path / "learned.ckpt")
+        _, watch, _ = play(job, tmp_path, LoRA(init_from=str(tmp_path / "learned.ckpt")), **given)
+        assert watch.losses[0] > 1e-4
 
 
 def test_training_brings_the_student_to_the_teacher_on_its_own_answers(job, tmp_path):
@@ -263,8 +272,14 @@ def test_resumed_is_unbroken_and_another_teacher_is_refused(job, tmp_path):
     for step in (3, 4):  # within a round, and between two
         resumed = run(tmp_path / f"resumed-{step}", ckpt_path=str(tmp_path / f"step={step}.ckpt"))
         assert all(torch.equal(value, resumed[name]) for name, value in whole.items()), step
+    other = hf.AutoModelForCausalLM.from_pretrained(job / "teacher")
+    with torch.no_grad():
+        other.lm_head.weight.mul_(1.1)
+    other.save_pretrained(tmp_path / "changed")
+    hf.AutoTokenizer.from_pretrained(job / "model").save_pretrained(tmp_path / "changed")
     with pytest.raises(Refusal, match="The run was begun with another teacher"):
-        run(tmp_path / "other", ckpt_path=str(tmp_path / "step=3.ckpt"), teacher=str(job / "model"))
+        run(tmp_path / "other", ckpt_path=str(tmp_path / "step=3.ckpt"), teacher=str(tmp_path / "changed"))
+    run(tmp_path / "bf16", ckpt_path=str(tmp_path / "step=3.ckpt"), teacher_dtype="bfloat16")  # as another device may
 
 
 def test_a_prefix_learns_on_its_own_answers(job, tmp_path):
