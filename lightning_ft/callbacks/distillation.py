@@ -71,6 +71,9 @@ class Distillation(Technique):
         targets: a folder that `lightning-ft cache-teacher` wrote; no teacher is loaded then, and ``teacher``, ``dtype`` and
             ``quantize``, where they are given, must be what was kept. None: the teacher is loaded.
         student: in a module of your own, the part whose outputs are compared, classes last; None: its only child.
+        outputs: in a module of your own, what the part's columns are: logits of ``one`` class of all (softmax), of ``several`` that
+            hold or not by themselves (sigmoid, the mean over them), or ``numbers`` (squared differences, summed). None: numbers
+            where there is one column, else one class.
         mask: in a module of your own, the batch's entry that is True at the outputs to compare; None: the attention_mask that the
             part was called with, if it was, else all.
         quantize: pack the teacher's linear layers into 4 or 8 bits, see `SFT`. None: not.
@@ -140,6 +143,7 @@ class Distillation(Technique):
         teacher_width: Annotated[int, Ge(1)] | None = None,
         targets: str | None = None,
         student: str | None = None,
+        outputs: own_student.Outputs | None = None,
         mask: str | None = None,
         quantize: Mode | None = None,
         dtype: DtypePolicy = "auto",
@@ -167,6 +171,7 @@ class Distillation(Technique):
         self.teacher_width = teacher_width
         self.targets = targets
         self.student = student
+        self.outputs = outputs
         self.mask = mask
         self.quantize = quantize
         self.dtype = dtype
@@ -265,12 +270,12 @@ class Distillation(Technique):
 
     def _teach_task(self, module: Any, attachment: Attachment) -> None:
         """In `MultiTask`: registers a term of the task that has this callback's name."""
-        others = (self.targets, self.teacher_module, self.student, self.mask)
+        others = (self.targets, self.teacher_module, self.student, self.outputs, self.mask)
         soft = self.teacher not in (SELF, None) and all(other is None for other in others)
         if not soft or self._asked(*_INNER) or self.weight("task") != 1:
             raise Refusal(
                 "Distillation in MultiTask gives one task the soft targets of a teacher that is named: leave targets, student, "
-                "mask, hidden, cosine, attention, values, task and recipe out (MultiTask.weights weighs it), and name a teacher."
+                "outputs, mask, hidden, cosine, attention, values, task and recipe out (MultiTask.weights weighs it), and name a teacher."
             )
         now, origin = self._now, self._lesson.find(attachment)
 
@@ -349,7 +354,7 @@ class Distillation(Technique):
         """Soft targets of what a part of a user's own module gave in its own step."""
         assert self._caught is not None
         student, teacher = self._caught.compared(batch, self.mask)
-        kind = "numbers" if student.shape[-1] == 1 else "one"
+        kind = own_student.kind_of(student, self.outputs)
         losses = objective.class_losses(student, teacher, kind, self._now)
         term = Term(f"{self.name}/soft_targets", losses.sum(), float(len(losses)), "row", self.weight("soft_targets"))
         self._note_factor(module, kind)

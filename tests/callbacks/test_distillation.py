@@ -611,6 +611,44 @@ def test_a_module_of_your_own_by_hand(tmp_path):
         torch.testing.assert_close(state(net)[name], value, rtol=1e-4, atol=1e-6)
 
 
+@pytest.mark.parametrize("columns", [1, 3])
+@pytest.mark.parametrize("outputs", [None, "one", "several", "numbers"])
+def test_what_columns_of_a_module_of_your_own_are(outputs, columns, tmp_path):
+    """The first step's term against the definitions in float64."""
+
+    class Columns(PlainNet):
+        def training_step(self, batch, batch_idx):
+            return self.net(batch[0])[:, :1].sum() * 0.0
+
+    def of(seed):
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            return torch.nn.Linear(4, columns)
+
+    net, watch = Columns(), Watch()
+    net.net = of(1)
+    technique = Distillation(teacher_module=lambda: of(2), outputs=outputs, temperature=3.0, dtype="float32")
+    if (outputs, columns) == ("one", 1):
+        with pytest.raises(Refusal, match="outputs is one, and the part that is compared gives one column"):
+            fit(tmp_path, net, technique)
+        return
+    fit(tmp_path, net, technique, watch, max_steps=1)
+    x = rows()[0][:4].double()
+    z, t = of(1).double()(x), of(2).double()(x)
+    kind = outputs or ("numbers" if columns == 1 else "one")
+    if kind == "numbers":
+        expected = (z - t).square().sum(-1)
+    elif kind == "several":
+        p, q = (z / 3).sigmoid(), (t / 3).sigmoid()
+        expected = 9 * (q * (q / p).log() + (1 - q) * ((1 - q) / (1 - p)).log()).mean(-1)
+    else:
+        p, q = (z / 3).softmax(-1), (t / 3).softmax(-1)
+        expected = 9 * (q * (q / p).log()).sum(-1)
+    found = watch.logged[0]
+    assert found["train/distillation/soft_targets"] == pytest.approx(float(expected.mean().detach()), rel=1e-5)
+    assert found["train/distillation/t2"] == (1.0 if kind == "numbers" else 9.0)
+
+
 @pytest.mark.parametrize("technique", [lambda: Replay(8, rows=2), lambda: AGEM(8, rows=2)], ids=["replay", "agem"])
 def test_rows_that_are_run_again_are_not_the_step(technique, tmp_path):
     """A later step finds one call of the part: its own."""
@@ -709,7 +747,7 @@ def test_a_teacher_of_your_own_computes_in_its_own_dtype(precision, dtype, tmp_p
 
 
 def test_arguments_that_would_say_nothing_are_refused(chat, larger, tmp_path):
-    for given, said in (({"student": "model"}, "student"), ({"mask": "mask"}, "mask")):
+    for given, said in (({"student": "model"}, "student"), ({"mask": "mask"}, "mask"), ({"outputs": "one"}, "outputs")):
         with pytest.raises(Refusal, match=f"Distillation.{said} is for modules of your own"):
             chat_run(chat, tmp_path, Distillation(str(larger), hidden=1.0, **given))
     with pytest.raises(Refusal, match="quantize packs a teacher that is loaded, and self is the model"):
