@@ -107,6 +107,8 @@ class Lesson:
         if (mode := self._packing["quantize"]) is not None and attachment.fits:
             check_mode(mode)
         self.origin = origin_of(self.teacher, **self._hub)
+        if attachment.fits:
+            self.origin.check_head(getattr(attachment.module, "task", None))
         return self.origin
 
     def join(self, attachment: Attachment, rate: float, ready: Callable[[], None]) -> None:

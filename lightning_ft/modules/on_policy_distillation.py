@@ -225,7 +225,8 @@ class OnPolicyDistillation(RolloutModule):
                 f"no column {self.answer_column} (but {', '.join(columns) or 'none'}); name it by answer_column, set share to 1, "
                 "or let the teacher write (sequence_kd true)."
             )
-        origin = origin_of(self.teacher, trust_remote_code=self.trust_remote_code, revision=self.teacher_revision)
+        hub = {"trust_remote_code": self.trust_remote_code, "revision": self.teacher_revision}
+        origin = origin_of(self.teacher, argument="OnPolicyDistillation.teacher", **hub)
         attachment.edit("hooks", "teacher", lambda module: self._load(attachment, origin), order=50, again=True)
         attachment.on_leave(self._leave)
 

@@ -792,9 +792,21 @@ def test_what_cannot_be_compared_is_refused(chat, larger, bases, tmp_path):
     with pytest.raises(Refusal, match=r"teacher's classes .* are not the student's"):
         module, data = job(bases / "bert", tmp_path, "multi_label")
         trainer(tmp_path, Distillation(str(bases / "classes")), max_steps=1).fit(module, data)
-    with pytest.raises(Refusal, match="has no trained head|has no head"):
-        module, data = job(bases / "bert", tmp_path, "regression")
-        trainer(tmp_path, Distillation(str(bases / "bert")), max_steps=1).fit(module, data)
+    with pytest.raises(
+        Refusal, match=r"^Distillation.teacher names the checkpoint .*last.ckpt, which is not there; train"
+    ):
+        run(Distillation(str(tmp_path / "runs/teacher/checkpoints/last.ckpt")))
+
+
+@pytest.mark.parametrize("task", ["sequence_classification", "token_classification", "regression"])
+def test_a_teacher_without_a_head_is_refused_before_anything_is_loaded(task, bases, tmp_path, monkeypatch):
+    monkeypatch.setattr(
+        "lightning_ft.engine.module.load_for_task", lambda *a, **k: pytest.fail("the student is loaded")
+    )
+    for labels in (None, ["high", "low", "middle"]):
+        module, data = job(bases / "bert", tmp_path, task, model={} if task == "regression" else {"labels": labels})
+        with pytest.raises(Refusal, match=f"^The teacher .*bert has no trained head for {task}, .*; train it first"):
+            trainer(tmp_path, Distillation(str(bases / "bert")), max_steps=1).fit(module, data)
 
 
 def test_modules_that_imitate_nothing_say_what_they_do():

@@ -319,7 +319,7 @@ def test_what_cannot_be_is_refused(job, tmp_path):
         gkd(job, tmp_path, teacher="self")
     with pytest.raises(Refusal, match="have no column answer"):
         run(answer_column="answer")
-    with pytest.raises(Refusal, match="There is no folder"):
+    with pytest.raises(Refusal, match="^OnPolicyDistillation.teacher: There is no folder"):
         run(teacher=str(tmp_path / "nowhere" / "a b"))
     with pytest.raises(Refusal, match="share must be"):
         gkd(job, tmp_path, share=1.5)
