@@ -56,7 +56,8 @@ def cache_teacher_command(argv: list[str]) -> None:
     from lightning_ft.engine.randomness import global_seed
     from lightning_ft.engine.teacher import fingerprint_of, load_teacher, origin_of, run, vocabulary_of
     from lightning_ft.engine.teacher_files import prints_of, teacher_files
-    from lightning_ft.engine.teacher_targets import About, tokenizer_hash, write
+    from lightning_ft.engine.teacher_targets import MARKER, About, tokenizer_hash, write
+    from lightning_ft.formats.atomic import check_target
     from lightning_ft.functional.token_scores import TopK, distribution, drawn
     from lightning_ft.models.load import load_config
     from lightning_ft.models.vocabulary import shared_vocabulary, sliced
@@ -66,6 +67,8 @@ def cache_teacher_command(argv: list[str]) -> None:
     technique, module, data = cli.config_init.get(SLOT), cli.model, cli.datamodule
     if cli.config["output"] is None:
         raise Refusal("output is missing: give it as --output targets.")
+    output = Path(cli.config["output"]).expanduser()
+    check_target(output, marker=MARKER)
     if technique is None or technique.teacher == "self":
         raise Refusal("There is no teacher to load: give it as --distillation.teacher FOLDER.")
     if getattr(module, "task", None) not in ("causal_lm", "seq2seq_lm") or not hasattr(data, "in_order"):
@@ -122,7 +125,6 @@ def cache_teacher_command(argv: list[str]) -> None:
         quantize=technique.quantize,
         files=files,
     )
-    output = Path(cli.config["output"]).expanduser()
     whole = write(output, about, batches, kept)
     what = f"{draws} drawn tokens" if draws is not None else f"{k} tokens"
     print(f"{output}: {what} at each of {whole.tokens:,} scored tokens; train by it with --{SLOT}.targets {output}")

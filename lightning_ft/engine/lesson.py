@@ -19,6 +19,7 @@ from lightning_ft.engine.teacher import SELF, Origin, Teacher, load_teacher, ori
 from lightning_ft.engine.teacher_targets import TeacherTargets
 from lightning_ft.functional.token_scores import TopK
 from lightning_ft.models.classifier import CLASSIFIES
+from lightning_ft.models.load import load_config
 from lightning_ft.models.observed import Observer, Seen, check_maps
 from lightning_ft.models.quantize import Mode, check_mode
 from lightning_ft.models.vocabulary import shared_vocabulary, sliced
@@ -82,6 +83,7 @@ class Lesson:
         self.layers: dict[int, int] = {}
         self.relation_heads: int | None = None
         self.size: int | None = None
+        self._used = 0
         self._students: Observer | None = None
         self._teacher: Teacher | None = None
         self._kept: TeacherTargets | None = None
@@ -120,6 +122,8 @@ class Lesson:
             ready: called when student and teacher are there.
         """
         self.find(attachment)
+        if attachment.fits and not self.by_targets:
+            self._compare(attachment.module)
         if self.inner.states:
             attachment.edit("inject", f"distillation:{self._place}", lambda m: self._project(m, attachment, rate))
         if self.teacher == SELF and not self.by_targets:
@@ -131,6 +135,13 @@ class Lesson:
                 ready()
 
         attachment.edit("hooks", f"distillation:{self._place}", prepare, order=50, again=True)
+
+    def _compare(self, module: Any) -> None:
+        """Refuses what tokenizers and configurations alone show to be incomparable."""
+        own = load_config(module.base, trust_remote_code=module.trust_remote_code, revision=module.revision)
+        self.inner.check_layers(own, self.origin.config() if self.origin is not None else own)
+        if self.origin is not None:
+            self._used = shared_vocabulary(module.tokenizer, self.origin.tokenizer())
 
     def _project(self, module: Any, attachment: Attachment, rate: float) -> None:
         """Adds a matrix for each mapped layer where the widths differ: parameters of the module, trained and saved with it."""
@@ -154,7 +165,6 @@ class Lesson:
             self._load(module, self.origin, attachment.trainer.strategy)
 
     def _load(self, module: Any, origin: Origin, strategy: Strategy) -> None:
-        used = shared_vocabulary(module.tokenizer, origin.tokenizer())
         labels, device = module.view.labels if module.task in CLASSIFIES else None, strategy.root_device
         view, frozen = load_teacher(
             origin,
@@ -173,7 +183,7 @@ class Lesson:
             check_projections(module, self._place, self.layers, int(module.view.config.hidden_size), self.width)
         self._teacher = Teacher(observer, partial(frozen.on, device))
         if module.task not in CLASSIFIES:
-            self.size = sliced(vocabulary_of(module.view), self._teacher.vocabulary, used)
+            self.size = sliced(vocabulary_of(module.view), self._teacher.vocabulary, self._used)
         self.known.meet(frozen.model)
         frozen.spread(strategy)
 

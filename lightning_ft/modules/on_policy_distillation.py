@@ -227,18 +227,18 @@ class OnPolicyDistillation(RolloutModule):
             )
         hub = {"trust_remote_code": self.trust_remote_code, "revision": self.teacher_revision}
         origin = origin_of(self.teacher, argument="OnPolicyDistillation.teacher", **hub)
-        attachment.edit("hooks", "teacher", lambda module: self._load(attachment, origin), order=50, again=True)
+        used = shared_vocabulary(self.tokenizer, origin.tokenizer())
+        attachment.edit("hooks", "teacher", lambda module: self._load(attachment, origin, used), order=50, again=True)
         attachment.on_leave(self._leave)
 
     def _leave(self) -> None:
         self._teacher = None
         self._known.forget()
 
-    def _load(self, attachment: Attachment, origin: Origin) -> None:
+    def _load(self, attachment: Attachment, origin: Origin, used: int) -> None:
         assert self.admission is not None
         if not attachment.installed:
             return
-        used = shared_vocabulary(self.tokenizer, origin.tokenizer())
         device = self._root_device()
         view, frozen = load_teacher(
             origin,

@@ -809,6 +809,35 @@ def test_a_teacher_without_a_head_is_refused_before_anything_is_loaded(task, bas
             trainer(tmp_path, Distillation(str(bases / "bert")), max_steps=1).fit(module, data)
 
 
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        ({"teacher": "llama"}, "different vocabularies"),
+        ({"teacher": "larger", "hidden": 1.0, "layers": {9: 1}}, "layers maps 9 to 1, but the student has 2 blocks"),
+        ({"teacher": "larger", "hidden": 1.0, "layers": {1: 9}}, "layers maps 1 to 9, .* and the teacher 4"),
+        ({"teacher": "self", "hidden": 1.0, "layers": {1: 3}}, "layers maps 1 to 3"),
+        ({"targets": "nowhere"}, "nowhere holds no teacher's targets"),
+    ],
+)
+def test_what_files_alone_show_is_refused_before_anything_is_loaded(
+    arguments, said, chat, larger, bases, tmp_path, monkeypatch
+):
+    monkeypatch.setattr(
+        "lightning_ft.engine.module.load_for_task", lambda *a, **k: pytest.fail("the student is loaded")
+    )
+    places = {"llama": str(bases / "llama"), "larger": str(larger)}
+    given = {**arguments, "teacher": places.get(arguments.get("teacher"), "self")}
+    with pytest.raises(Refusal, match=said):
+        chat_run(chat, tmp_path, Distillation(**given))
+
+
+def test_layers_of_an_encoder_decoder_are_its_decoder_s(bases, tmp_path):
+    module, data = job(bases / "t5", tmp_path, "seq2seq_lm")
+    with pytest.raises(Refusal, match="layers maps 1 to 4, but the student has 2 blocks and the teacher 3"):
+        technique = Distillation(str(bases / "t5-teacher"), hidden=1.0, layers={1: 4})
+        trainer(tmp_path, technique, max_steps=1).fit(module, data)
+
+
 def test_modules_that_imitate_nothing_say_what_they_do():
     for module, said in (
         (OnPolicyDistillation("base", teacher="other"), "has a teacher of its own"),

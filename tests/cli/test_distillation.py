@@ -183,7 +183,12 @@ def test_drawn_tokens_train(real: Run, config: Path) -> None:
     assert trained.code == 0, trained.err
 
 
-def test_a_teacher_is_needed(real: Run, config: Path) -> None:
+def test_a_teacher_is_needed(real: Run, config: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    Path("full").mkdir()
+    Path("full/x").touch()
+    monkeypatch.setattr("lightning_ft.engine.teacher.load_teacher", lambda *_, **__: pytest.fail("it is loaded"))
+    outcome = real("cache-teacher", "--config", str(config), "--output=full")
+    assert outcome.code == 2 and "full is not empty" in outcome.err
     outcome = real("cache-teacher", "--config", str(config), "--distillation.teacher=self", "--output=x")
     assert outcome.code == 2 and "There is no teacher to load" in outcome.err
     outcome = real("cache-teacher", "--config", str(config))
@@ -234,12 +239,27 @@ def test_a_narrower_student_is_trained(real: Run, config: Path, tmp_path: Path) 
     assert taught.code == 0, taught.err
 
 
-def test_layers_that_are_not_there_are_refused(real: Run, config: Path, tmp_path: Path) -> None:
+def test_layers_that_are_not_there_are_refused(
+    real: Run, config: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def read(*_: object, **__: object) -> None:
+        pytest.fail("weights are read")
+
+    base = write_base("t5", tmp_path / "t5")
+    with monkeypatch.context() as patch:
+        patch.setattr("lightning_ft.models.load.read_weights", read)
+        for where, layers, said in (
+            (tmp_path / "teacher", "[1, 5]", "layers must be ascending numbers from 0 to 2"),
+            (base, "[0]", "is an encoder-decoder (T5ForConditionalGeneration)"),
+        ):
+            outcome = real("distill-init", f"--base={where}", f"--layers={layers}", "--output=student")
+            assert outcome.code == 2 and said in outcome.err
+    narrower = real("distill-init", f"--base={base}", "--neurons=5", "--output=narrower")
+    assert narrower.code == 0, narrower.err
     given = ("distill-init", "--base", str(tmp_path / "teacher"), "--output", "student")
     for words, said in (
         ((), "Give one of --keep"),
         (("--keep", "4"), "--keep must be from 1 to 3"),
-        (("--layers", "[1, 5]"), "layers must be ascending numbers from 0 to 2"),
         (("--layers", "[1, 0]"), "layers must be ascending"),
         (("--neurons", "0"), "--neurons must be from 1 to "),
     ):

@@ -310,7 +310,7 @@ def test_validation_alone_asks_the_teacher_and_prediction_does_not(job, tmp_path
     assert len(trainer(tmp_path).predict(module, data)) > 0
 
 
-def test_what_cannot_be_is_refused(job, tmp_path):
+def test_what_cannot_be_is_refused(job, tmp_path, monkeypatch):
     def run(**model):
         data = model.pop("data", None)
         play(job, tmp_path, data=data, options={"max_epochs": 1}, **model)
@@ -327,7 +327,8 @@ def test_what_cannot_be_is_refused(job, tmp_path):
     other.add_tokens(["<new>"])
     hf.AutoModelForCausalLM.from_pretrained(job / "teacher").save_pretrained(tmp_path / "foreign")
     other.save_pretrained(tmp_path / "foreign")
-    with pytest.raises(Refusal, match="different vocabularies"):
+    with monkeypatch.context() as patch, pytest.raises(Refusal, match="different vocabularies"):
+        patch.setattr("lightning_ft.engine.module.load_for_task", lambda *a, **k: pytest.fail("the student is loaded"))
         run(teacher=str(tmp_path / "foreign"))
     lines = [{"prompt": f"tell {n}", "completion": ""} for n in range(8)]
     (tmp_path / "empty.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
