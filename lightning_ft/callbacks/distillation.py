@@ -275,7 +275,8 @@ class Distillation(Technique):
         if not soft or self._asked(*_INNER) or self.weight("task") != 1:
             raise Refusal(
                 "Distillation in MultiTask gives one task the soft targets of a teacher that is named: leave targets, student, "
-                "outputs, mask, hidden, cosine, attention, values, task and recipe out (MultiTask.weights weighs it), and name a teacher."
+                "outputs, mask, hidden, cosine, attention, values, task and recipe out (MultiTask.weights weighs it), and name a "
+                "teacher."
             )
         now, origin = self._now, self._lesson.find(attachment)
 

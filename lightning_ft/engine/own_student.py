@@ -20,7 +20,6 @@ from lightning_ft.models.admission import evaluating
 from lightning_ft.models.dtype import compute_dtype
 from lightning_ft.nn.registry import pristine_modules
 
-
 Outputs = Literal["one", "several", "numbers"]
 
 

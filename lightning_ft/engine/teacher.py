@@ -67,13 +67,13 @@ class Origin:
         """Of its base, without its weights."""
         return load_config(self.base, **self._hub)
 
-    def check_head(self, task: str) -> None:
+    def check_head(self, task: str | None) -> None:
         """Refuses a base whose head for a task would be random; an adapter brings one, and a checkpoint has it.
 
         Raises:
             Refusal: what it lacks, and how to get it.
         """
-        if self.kind == "base" and task in CLASSIFIES and not has_head(task, self.config()):
+        if self.kind == "base" and task is not None and task in CLASSIFIES and not has_head(task, self.config()):
             raise Refusal(
                 f"The teacher {self.name} has no trained head for {task}, so that it has nothing to teach yet; train it first, and "
                 "give its checkpoint (runs/NAME/checkpoints/last.ckpt) or its merged folder."

@@ -89,10 +89,11 @@ class OnPolicyDistillation(RolloutModule):
             see `SFT`. None: not at all.
 
     Logs:
-        Each step ``train/loss``, which is the divergence, and ``train/t2``, the factor of ``loss_temperature`` in it. Once a round, as ``train/``: ``on_policy`` (1 where the student has
-        written it), ``length``, ``length_ended``, ``truncated``, ``trained_share``, and of rewards ``reward``, ``reward_std`` and
-        ``rewards/<name>``. In validation ``val/loss``, the divergence on the student's answers to held-out prompts, ``val/length``,
-        ``val/truncated`` and the rewards. Some answers stand in ``rollouts.jsonl``.
+        Each step ``train/loss``, which is the divergence, and ``train/t2``, the factor of ``loss_temperature`` in it. Once a round,
+        as ``train/``: ``on_policy`` (1 where the student has written it), ``length``, ``length_ended``, ``truncated``,
+        ``trained_share``, and of rewards ``reward``, ``reward_std`` and ``rewards/<name>``. In validation ``val/loss``, the
+        divergence on the student's answers to held-out prompts, ``val/length``, ``val/truncated`` and the rewards. Some answers
+        stand in ``rollouts.jsonl``.
 
     Raises:
         Refusal: for arguments out of bounds here; for a teacher of another vocabulary or with the student's weights, or data
@@ -225,8 +226,12 @@ class OnPolicyDistillation(RolloutModule):
                 f"no column {self.answer_column} (but {', '.join(columns) or 'none'}); name it by answer_column, set share to 1, "
                 "or let the teacher write (sequence_kd true)."
             )
-        hub = {"trust_remote_code": self.trust_remote_code, "revision": self.teacher_revision}
-        origin = origin_of(self.teacher, argument="OnPolicyDistillation.teacher", **hub)
+        origin = origin_of(
+            self.teacher,
+            trust_remote_code=self.trust_remote_code,
+            revision=self.teacher_revision,
+            argument="OnPolicyDistillation.teacher",
+        )
         used = shared_vocabulary(self.tokenizer, origin.tokenizer())
         attachment.edit("hooks", "teacher", lambda module: self._load(attachment, origin, used), order=50, again=True)
         attachment.on_leave(self._leave)
