@@ -226,8 +226,9 @@ def test_two_ranks(job, tmp_path, two_ranks, strategy, full):
     found = two_ranks.run(
         "tests.modules.gkd:on_ranks", folder=str(tmp_path / "two"), devices=2, strategy=strategy, **asked
     )
-    assert len(set(one["writers"])) == 2
+    assert len(set(one["writers"])) == 2 and one["divided"] == [set()] * 2
     for rank in found:
+        assert rank["blocks"] and rank["divided"] == [rank["blocks"] if strategy == "fsdp2" else set()] * 2
         assert rank["writers"] == one["writers"] and rank["answers"] == one["answers"]
         assert rank["metrics"].keys() == one["metrics"].keys()
         for name, value in one["metrics"].items():
