@@ -504,6 +504,39 @@ def test_a_window_of_two_halves_is_one_batch(task, bases, tmp_path):
         torch.testing.assert_close(value, ends[1][name], rtol=1e-4, atol=1e-5)
 
 
+def test_windows_of_padded_rows_are_one_batch(bases, tmp_path):
+    """Maps and value relations too, rows of uneven length, the last window of 14 rows incomplete."""
+    ends, terms = [], {"hidden": 0.3, "attention": 1.0, "values": 1.0, "soft_targets": 0.5}
+    for size, accumulate in ((4, 1), (2, 2), (1, 4)):
+        module, rows_ = job(
+            bases / "bert",
+            tmp_path,
+            "sequence_classification",
+            model={"optimizer": torch.optim.SGD, "lr": 0.1, "attention": "eager"},
+            n=14,
+            shuffle=False,
+            packing=False,
+            batch_size=size,
+        )
+        technique, watch = Distillation(str(bases / "classes"), layers="uniform", dtype="float32", **terms), Watch()
+        run = trainer(
+            tmp_path,
+            technique,
+            watch,
+            max_epochs=1,
+            max_steps=-1,
+            accumulate_grad_batches=accumulate,
+            limit_val_batches=0,
+        )
+        run.fit(module, rows_)
+        assert run.global_step == 4 and sum(len(batch.rows) for batch in watch.batches[-accumulate // 2 :]) == 2
+        assert all(watch.logged[-1][f"train/distillation/{term}"] > 1e-6 for term in terms)
+        ends.append(state(module))
+    for end in ends[1:]:
+        for name, value in ends[0].items():
+            torch.testing.assert_close(end[name], value, rtol=1e-5, atol=1e-6)
+
+
 def test_projections_are_a_group_of_their_own(chat, larger, tmp_path):
     """At the rate of all others, too."""
     technique = Distillation(str(larger), hidden=0.5, dtype="float32")
