@@ -16,6 +16,7 @@ from lightning_ft.engine.rewards import Reward
 from lightning_ft.engine.student import check_student
 from lightning_ft.engine.teacher import fingerprint_of
 from lightning_ft.functional import distillation as maths
+from lightning_ft.nn.packed import packed_layers
 from tests.callbacks.distillation_jobs import on_ranks, own_on_ranks
 from tests.contract import Case, checks_for
 from tests.contract.subjects import PlainNet, Steps, chat_job, fit, rows, state, trainer
@@ -335,11 +336,17 @@ def test_a_teacher_is_known_in_any_dtype_by_each_of_its_numbers(larger):
 
 def test_a_teacher_in_four_bits(chat, larger, tmp_path):
     pytest.importorskip("bitsandbytes")
-    logged = []
+    logged, packed = [], []
+
+    class Look(pl.Callback):
+        def on_train_start(self, trainer, pl_module):
+            packed.append(set(packed_layers(technique._lesson._teacher.observer.view.model)))
+
     for quantize in (None, "nf4"):
         technique = Distillation(str(larger), quantize=quantize, dtype="float32")
-        _, watch, _ = chat_run(chat, tmp_path, technique, LoRA(2), max_steps=1)
+        _, watch, _ = chat_run(chat, tmp_path, technique, LoRA(2), Look(), max_steps=1)
         logged.append(watch.logged[0]["train/distillation/soft_targets"])
+    assert not packed[0] and len(packed[1]) == 4 * 7  # every linear layer of its four blocks
     assert logged[0] != logged[1] and logged[1] == pytest.approx(logged[0], rel=0.5)
 
 
@@ -604,12 +611,14 @@ def test_two_ranks_learn_what_one_does(case, chat, larger, tmp_path, two_ranks):
 # -- a user's own module ------------------------------------------------------------------------------------------------
 
 
-def test_two_ranks_hold_halves_of_the_teacher_of_your_own_module(tmp_path, two_ranks):
+@pytest.mark.parametrize("strategy", ["ddp", "fsdp2"])
+def test_two_ranks_teach_your_own_module_what_one_does(strategy, tmp_path, two_ranks):
+    """Each holds the whole teacher, under FSDP2 half of it."""
     one = own_on_ranks(str(tmp_path / "one"), 1)
     for rank in two_ranks.run(
-        "tests.callbacks.distillation_jobs:own_on_ranks", folder=str(tmp_path / "two"), devices=2
+        "tests.callbacks.distillation_jobs:own_on_ranks", folder=str(tmp_path / "two"), devices=2, strategy=strategy
     ):
-        assert rank["divided"] == [True] * 3 and one["divided"] == [False] * 3
+        assert rank["divided"] == [strategy == "fsdp2"] * 3 and one["divided"] == [False] * 3
         for name, value in one["weights"].items():
             torch.testing.assert_close(rank["weights"][name], value, rtol=1e-4, atol=1e-6, msg=name)
 

@@ -90,6 +90,30 @@ def test_all_tokens_kept_train_as_the_teacher_itself(real: Run, config: Path, tm
     assert broken.code == 2 and "write the targets again" in broken.err
 
 
+def test_resumed_by_targets_is_unbroken(real: Run, config: Path, tmp_path: Path) -> None:
+    """Another teacher's targets do not go on with the run."""
+    assert real("cache-teacher", "--config", str(config), "--output=targets", "--top_k=8").code == 0
+    given = ("fit", "--config", str(config), "--distillation.targets=targets", "--data.batch_size=4", *QUIET)
+    longer = ("--trainer.max_steps=4", "--trainer.max_epochs=9", "--model.schedule=constant")
+    for name, more in (
+        ("whole", ()),
+        ("begun", ("--trainer.max_steps=3",)),
+        ("ended", ("--ckpt_path=runs/begun/checkpoints/last.ckpt",)),
+    ):
+        outcome = real(*given, *longer, *more, f"--name={name}")
+        assert outcome.code == 0, outcome.err
+    whole, ended, begun = (trained(Path("runs", name)) for name in ("whole", "ended", "begun"))
+    assert all(torch.equal(value, ended[name]) for name, value in whole.items())
+    assert any(not torch.equal(value, begun[name]) for name, value in whole.items())
+    other = hf.AutoModelForCausalLM.from_pretrained(tmp_path / "teacher")
+    with torch.no_grad():
+        other.lm_head.weight.mul_(2)
+    other.save_pretrained(tmp_path / "teacher")
+    assert real("cache-teacher", "--config", str(config), "--output=others", "--top_k=8").code == 0
+    outcome = real(*given, *longer, "--distillation.targets=others", "--ckpt_path=runs/begun/checkpoints/last.ckpt")
+    assert outcome.code == 2 and "The run was begun with another teacher" in outcome.err
+
+
 def test_an_encoder_decoder_s_targets_train_as_its_teacher(real: Run, tmp_path: Path) -> None:
     """Answers are the same where sources are not, so that rows are told apart by what they answer."""
     base = write_base("t5", tmp_path / "t5")
