@@ -57,19 +57,23 @@ class Distillation(Technique):
         values: weight of the divergence of how values relate (MiniLM); needs padded rows. None: the recipe's.
         divergence: of soft targets: ``forward_kl`` covers all that the teacher holds possible, ``reverse_kl`` keeps to what it
             holds likely, ``jensen_shannon`` lies between. ``skewed_kl`` and ``skewed_reverse_kl`` (DistiLLM)
-            and ``total_variation`` are bounded, however far apart the two are.
+            and ``total_variation`` are bounded before the factor of the temperature, however far apart the two are.
         beta: of ``jensen_shannon``: towards 0 it becomes the forward KL, towards 1 the reverse; of the skewed ones how much of a
             distribution is mixed into the other, 0.1 in their paper.
         temperature: T, above 1 shows more of what the teacher holds unlikely. None: the recipe's.
-        scale_t2: whether soft targets are multiplied by T^2, so that T does not change their weight (Hinton et al., 2015).
+        scale_t2: whether soft targets are multiplied by T^2, so that T does not change their weight (Hinton et al., 2015);
+            ``total_variation`` by T, as its gradient asks.
         layers: which layers are compared: the ``last``; ``uniform``, each of the student's with the teacher's at the same height;
             or pairs {student: teacher}, blocks counted from 1, 0 being the embeddings.
         relation_heads: into how many heads values are split; None: as many as both models have.
         projection_rate: factor of the learning rate of the matrices W that hidden states of another width get.
         teacher_width: of its hidden states; None asks the teacher. A checkpoint remembers it, so that it loads without the teacher.
-        targets: a folder that `lightning-ft cache-teacher` wrote; no teacher is loaded then, and ``teacher``, if it is named, must
-            be the one that was kept. None: the teacher is loaded.
+        targets: a folder that `lightning-ft cache-teacher` wrote; no teacher is loaded then, and ``teacher``, ``dtype`` and
+            ``quantize``, where they are given, must be what was kept. None: the teacher is loaded.
         student: in a module of your own, the part whose outputs are compared, classes last; None: its only child.
+        outputs: in a module of your own, what the part's columns are: logits of ``one`` class of all (softmax), of ``several`` that
+            hold or not by themselves (sigmoid, the mean over them), or ``numbers`` (squared differences, summed). None: numbers
+            where there is one column, else one class.
         mask: in a module of your own, the batch's entry that is True at the outputs to compare; None: the attention_mask that the
             part was called with, if it was, else all.
         quantize: pack the teacher's linear layers into 4 or 8 bits, see `SFT`. None: not.
@@ -85,7 +89,8 @@ class Distillation(Technique):
 
     Logs:
         ``train/NAME/soft_targets``, ``hidden``, ``cosine``, ``attention``, ``values``, before their weights, NAME being ``name``;
-        and ``train/NAME/t2``, the factor that is in the first: T^2, 1 for numbers, which T does not divide.
+        and ``train/NAME/t2``, the factor that is in the first: T^2, T for the total variation, 1 for numbers, which T does not
+        divide.
 
     Cost: a forward pass of the teacher. Of language models both losses are made of one pass over the output layers, a chunk of
     logits at a time; with `LossBalancing` or `GradientSurgery` soft targets have a pass over the student's of their own.
@@ -138,6 +143,7 @@ class Distillation(Technique):
         teacher_width: Annotated[int, Ge(1)] | None = None,
         targets: str | None = None,
         student: str | None = None,
+        outputs: own_student.Outputs | None = None,
         mask: str | None = None,
         quantize: Mode | None = None,
         dtype: DtypePolicy = "auto",
@@ -165,6 +171,7 @@ class Distillation(Technique):
         self.teacher_width = teacher_width
         self.targets = targets
         self.student = student
+        self.outputs = outputs
         self.mask = mask
         self.quantize = quantize
         self.dtype = dtype
@@ -263,12 +270,13 @@ class Distillation(Technique):
 
     def _teach_task(self, module: Any, attachment: Attachment) -> None:
         """In `MultiTask`: registers a term of the task that has this callback's name."""
-        others = (self.targets, self.teacher_module, self.student, self.mask)
+        others = (self.targets, self.teacher_module, self.student, self.outputs, self.mask)
         soft = self.teacher not in (SELF, None) and all(other is None for other in others)
         if not soft or self._asked(*_INNER) or self.weight("task") != 1:
             raise Refusal(
                 "Distillation in MultiTask gives one task the soft targets of a teacher that is named: leave targets, student, "
-                "mask, hidden, cosine, attention, values, task and recipe out (MultiTask.weights weighs it), and name a teacher."
+                "outputs, mask, hidden, cosine, attention, values, task and recipe out (MultiTask.weights weighs it), and name a "
+                "teacher."
             )
         now, origin = self._now, self._lesson.find(attachment)
 
@@ -347,7 +355,7 @@ class Distillation(Technique):
         """Soft targets of what a part of a user's own module gave in its own step."""
         assert self._caught is not None
         student, teacher = self._caught.compared(batch, self.mask)
-        kind = "numbers" if student.shape[-1] == 1 else "one"
+        kind = own_student.kind_of(student, self.outputs)
         losses = objective.class_losses(student, teacher, kind, self._now)
         term = Term(f"{self.name}/soft_targets", losses.sum(), float(len(losses)), "row", self.weight("soft_targets"))
         self._note_factor(module, kind)

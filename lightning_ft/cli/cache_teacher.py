@@ -51,11 +51,15 @@ def cache_teacher_command(argv: list[str]) -> None:
     Raises:
         Refusal: no --output, no teacher that has to be loaded, a task that is no language model's, or another vocabulary.
     """
+    from lightning_ft.data.seq2seq_data import Seq2SeqData
     from lightning_ft.engine.batch import Batch
     from lightning_ft.engine.randomness import global_seed
     from lightning_ft.engine.teacher import fingerprint_of, load_teacher, origin_of, run, vocabulary_of
-    from lightning_ft.engine.teacher_targets import About, tokenizer_hash, write
+    from lightning_ft.engine.teacher_files import prints_of, teacher_files
+    from lightning_ft.engine.teacher_targets import MARKER, About, tokenizer_hash, write
+    from lightning_ft.formats.atomic import check_target
     from lightning_ft.functional.token_scores import TopK, distribution, drawn
+    from lightning_ft.models.load import load_config
     from lightning_ft.models.vocabulary import shared_vocabulary, sliced
     from lightning_ft.nn.head import chunk_on
 
@@ -63,13 +67,24 @@ def cache_teacher_command(argv: list[str]) -> None:
     technique, module, data = cli.config_init.get(SLOT), cli.model, cli.datamodule
     if cli.config["output"] is None:
         raise Refusal("output is missing: give it as --output targets.")
+    output = Path(cli.config["output"]).expanduser()
+    check_target(output, marker=MARKER)
     if technique is None or technique.teacher == "self":
         raise Refusal("There is no teacher to load: give it as --distillation.teacher FOLDER.")
     if getattr(module, "task", None) not in ("causal_lm", "seq2seq_lm") or not hasattr(data, "in_order"):
         raise Refusal("cache-teacher keeps the tokens that a language model predicts for rows of this library's data.")
-    origin = origin_of(technique.teacher, trust_remote_code=technique.trust_remote_code, revision=technique.revision)
+    hub = {"trust_remote_code": technique.trust_remote_code, "revision": technique.revision}
+    origin = origin_of(technique.teacher, **hub)
     used = shared_vocabulary(module.tokenizer, origin.tokenizer())
+    files = prints_of(teacher_files(technique.teacher, **hub))
     data.use_tokenizer(module.tokenizer)
+    if module.task == "seq2seq_lm":
+        if not isinstance(data, Seq2SeqData):
+            raise Refusal(
+                f"{type(data).__name__} has no sources for an encoder; take Seq2SeqData for the task seq2seq_lm."
+            )
+        own = {"trust_remote_code": module.trust_remote_code, "revision": module.revision}
+        data.use_config(load_config(module.base, **own))
     data.setup("fit")
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     view, frozen = load_teacher(origin, module.task, quantize=technique.quantize, dtype=technique.dtype, device=device)
@@ -105,8 +120,11 @@ def cache_teacher_command(argv: list[str]) -> None:
         vocabulary=size or width,
         used=used,
         draws=draws or 0,
+        revision=technique.revision,
+        dtype=technique.dtype,
+        quantize=technique.quantize,
+        files=files,
     )
-    output = Path(cli.config["output"]).expanduser()
     whole = write(output, about, batches, kept)
     what = f"{draws} drawn tokens" if draws is not None else f"{k} tokens"
     print(f"{output}: {what} at each of {whole.tokens:,} scored tokens; train by it with --{SLOT}.targets {output}")

@@ -29,6 +29,9 @@ def distill_init_command(argv: list[str]) -> None:
         default=None,
         help="How many neurons each feed-forward keeps, those of largest weights.",
     )
+    flags.add_argument(
+        "--revision", type=str | None, default=None, help="Branch, tag or commit of a Hugging Face id; null: main."
+    )
     flags.add_argument("--trust_remote_code", type=bool, default=False, help="Run code that the model brings.")
     config = flags.parse_args(argv)
     required(config, "base", "output")
@@ -48,8 +51,9 @@ def distill_init_command(argv: list[str]) -> None:
         raise Refusal(f"--output {output} already holds something, and nothing is overwritten; give a new folder.")
     import transformers
 
-    from lightning_ft.engine.layer_selection import with_layers
+    from lightning_ft.engine.layer_selection import check_layers, with_layers
     from lightning_ft.engine.narrowing import narrow_
+    from lightning_ft.formats.heads import kind_of
     from lightning_ft.formats.merged import export_merged
     from lightning_ft.functional.distillation import uniform_layers
     from lightning_ft.models.load import (
@@ -61,16 +65,24 @@ def distill_init_command(argv: list[str]) -> None:
         resolve,
     )
 
-    source = resolve(config.base)
-    settings = load_config(source, trust_remote_code=config.trust_remote_code)
-    count = int(getattr(settings, "num_hidden_layers", 0))
+    hub = {"trust_remote_code": config.trust_remote_code, "revision": config.revision}
+    source = resolve(config.base, revision=config.revision)
+    settings = load_config(source, **hub)
+    count, chosen = int(getattr(settings, "num_hidden_layers", 0)), config.keep is not None or config.layers is not None
+    if chosen and kind_of(settings) == "encoder-decoder":
+        raise Refusal(
+            f"{config.base} is an encoder-decoder ({architecture_of(settings)}), of whose two stacks --keep and --layers choose "
+            "nothing; give --neurons alone, or make the student by hand."
+        )
     if config.keep is not None and not 1 <= config.keep <= count:
         raise Refusal(f"--keep must be from 1 to {count}, the blocks of {config.base}, got {config.keep}.")
+    if config.layers is not None:
+        check_layers(config.layers, count, config.base)
     cls = getattr(transformers, architecture_of(settings), transformers.AutoModel)
-    tokenizer = load_tokenizer(source, trust_remote_code=config.trust_remote_code)
-    model, _ = read_weights(cls, source, None, **hub_settings(source, config.trust_remote_code, None))
+    tokenizer = load_tokenizer(source, **hub)
+    model, _ = read_weights(cls, source, None, **hub_settings(source, config.trust_remote_code, config.revision))
     before, student, kept = sum(p.numel() for p in model.parameters()), model, []
-    if config.keep is not None or config.layers is not None:
+    if chosen:
         layers = config.layers if config.layers is not None else uniform_layers(config.keep, count)
         student, kept = with_layers(model, layers), [f"blocks {', '.join(map(str, layers))}"]
     if config.neurons is not None:

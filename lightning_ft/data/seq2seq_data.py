@@ -144,6 +144,10 @@ class Seq2SeqData(PlannedData):
         """A micro-batch of rows; of none a filler batch."""
         return collate_seq2seq(segments, start=self.decoder_start(), window=window, task=task)
 
+    def use_config(self, config: Any) -> None:
+        """Takes the decoder's first token from this configuration, where no trainer leads to a module."""
+        self._start = start_id(config)
+
     def decoder_start(self) -> int:
         """The token that the decoder begins with, by the configuration of the model that is trained.
 

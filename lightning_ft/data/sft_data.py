@@ -123,6 +123,18 @@ class SFTData(StreamedData):
         self.cache_dir = cache_dir
         self.check()
 
+    def setup(self, stage: str | None = None) -> None:
+        """Opens the tokenised rows of this stage, after asking whether the module learns what they teach."""
+        module = self.trainer.lightning_module if self.trainer is not None else None
+        theirs = getattr(module, "task", None)
+        if isinstance(theirs, str) and theirs != "causal_lm":
+            fitting = "Seq2SeqData" if theirs == "seq2seq_lm" else "ClassificationData"
+            raise Refusal(
+                f"{type(module).__name__}.task is {theirs}, but SFTData is for causal_lm: take {fitting}, or set the module's task "
+                "to causal_lm where its base is a decoder."
+            )
+        super().setup(stage)
+
     def _check_kind(self, kind: Kind, first: dict[str, Any]) -> None:
         strings = kind == "prompt_completion" and isinstance(first.get("prompt"), str)
         resolve_loss_on(self.loss_on, kind, strings=strings)

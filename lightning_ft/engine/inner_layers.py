@@ -7,9 +7,10 @@ from dataclasses import dataclass
 from typing import Any
 
 from lightning_ft.engine.attachment import Attachment
+from lightning_ft.formats.heads import kind_of
 from lightning_ft.functional.distillation import LayerMap, layer_map
 from lightning_ft.functional.errors import Refusal
-from lightning_ft.models.observed import Observer
+from lightning_ft.models.observed import Observer, block_count
 
 
 @dataclass(frozen=True)
@@ -64,6 +65,11 @@ class InnerLayers:
                 "Distillation.attention and values compare the maps of single rows, and the data are packed; set --data.packing "
                 "false."
             )
+
+    def check_layers(self, student: Any, teacher: Any) -> None:
+        """Refuses layers that are named and that one of two models lacks, by their configurations alone."""
+        if self and isinstance(self.layers, dict):
+            layer_map(self.layers, _blocks(student), _blocks(teacher))
 
     def check_own(self, module: Any) -> None:
         """Refuses them of a user's own module."""
@@ -142,6 +148,12 @@ class InnerLayers:
                 )
             relation = own
         return layers, relation
+
+
+def _blocks(config: Any) -> int:
+    if kind_of(config) == "encoder-decoder":
+        return block_count(config, decoder=True)
+    return block_count(config.get_text_config(), decoder=False)
 
 
 __all__ = ["InnerLayers"]

@@ -12,6 +12,15 @@ from lightning_ft.engine.model_parts import stacks
 from lightning_ft.functional.errors import Refusal
 
 
+def check_layers(layers: Sequence[int], blocks: int, name: str) -> None:
+    """Refuses numbers that are no ascending ones of so many blocks of a model of this name."""
+    wrong = [n for n in layers if not 0 <= n < blocks]
+    if wrong or list(layers) != sorted(set(layers)) or not layers:
+        raise Refusal(
+            f"layers must be ascending numbers from 0 to {blocks - 1}, the blocks of {name}, got {list(layers)}."
+        )
+
+
 @torch.no_grad()
 def with_layers(model: Any, layers: Sequence[int]) -> Any:
     """A new model that holds some of a model's blocks, in that order, and everything else of it.
@@ -30,11 +39,7 @@ def with_layers(model: Any, layers: Sequence[int]) -> Any:
     if len(found) != 1 or len({block.name.rpartition(".")[0] for block in found[0]}) != 1:
         raise Refusal(f"{name} has no one stack of blocks to choose from; distill-init takes encoders and decoders.")
     blocks = found[0]
-    wrong = [n for n in layers if not 0 <= n < len(blocks)]
-    if wrong or list(layers) != sorted(set(layers)) or not layers:
-        raise Refusal(
-            f"layers must be ascending numbers from 0 to {len(blocks) - 1}, the blocks of {name}, got {list(layers)}."
-        )
+    check_layers(layers, len(blocks), name)
     config = copy.deepcopy(model.config)
     if getattr(config, "num_hidden_layers", None) != len(blocks):
         raise Refusal(f"The configuration of {name} does not count its {len(blocks)} blocks; make the student by hand.")
@@ -61,4 +66,4 @@ def with_layers(model: Any, layers: Sequence[int]) -> Any:
     return student
 
 
-__all__ = ["with_layers"]
+__all__ = ["check_layers", "with_layers"]

@@ -19,6 +19,7 @@ from lightning_ft.engine.teacher import SELF, Origin, Teacher, load_teacher, ori
 from lightning_ft.engine.teacher_targets import TeacherTargets
 from lightning_ft.functional.token_scores import TopK
 from lightning_ft.models.classifier import CLASSIFIES
+from lightning_ft.models.load import load_config
 from lightning_ft.models.observed import Observer, Seen, check_maps
 from lightning_ft.models.quantize import Mode, check_mode
 from lightning_ft.models.vocabulary import shared_vocabulary, sliced
@@ -82,6 +83,7 @@ class Lesson:
         self.layers: dict[int, int] = {}
         self.relation_heads: int | None = None
         self.size: int | None = None
+        self._used = 0
         self._students: Observer | None = None
         self._teacher: Teacher | None = None
         self._kept: TeacherTargets | None = None
@@ -91,11 +93,15 @@ class Lesson:
     # -- before the first step --------------------------------------------------------------------------------------------
 
     def find(self, attachment: Attachment) -> Origin | None:
-        """Where the teacher is.
+        """Where the teacher is, or nowhere where what it predicts was kept.
 
         Raises:
-            Refusal: nowhere, or its weights cannot be packed here.
+            Refusal: it is not there, its weights cannot be packed here, or what was kept is of another.
         """
+        if self._targets is not None and attachment.fits:
+            self._kept = TeacherTargets(Path(self._targets).expanduser())
+            named = None if self.teacher == SELF else self.teacher
+            self._kept.check(attachment.module.tokenizer, self._temperature, named, **self._packing, **self._hub)
         if self.teacher == SELF or self.by_targets:
             return None
         if not attachment.fits and (self.width or not self.inner.states):
@@ -103,6 +109,8 @@ class Lesson:
         if (mode := self._packing["quantize"]) is not None and attachment.fits:
             check_mode(mode)
         self.origin = origin_of(self.teacher, **self._hub)
+        if attachment.fits:
+            self.origin.check_head(getattr(attachment.module, "task", None))
         return self.origin
 
     def join(self, attachment: Attachment, rate: float, ready: Callable[[], None]) -> None:
@@ -114,6 +122,8 @@ class Lesson:
             ready: called when student and teacher are there.
         """
         self.find(attachment)
+        if attachment.fits and not self.by_targets:
+            self._compare(attachment.module)
         if self.inner.states:
             attachment.edit("inject", f"distillation:{self._place}", lambda m: self._project(m, attachment, rate))
         if self.teacher == SELF and not self.by_targets:
@@ -126,6 +136,13 @@ class Lesson:
 
         attachment.edit("hooks", f"distillation:{self._place}", prepare, order=50, again=True)
 
+    def _compare(self, module: Any) -> None:
+        """Refuses what tokenizers and configurations alone show to be incomparable."""
+        own = load_config(module.base, trust_remote_code=module.trust_remote_code, revision=module.revision)
+        self.inner.check_layers(own, self.origin.config() if self.origin is not None else own)
+        if self.origin is not None:
+            self._used = shared_vocabulary(module.tokenizer, self.origin.tokenizer())
+
     def _project(self, module: Any, attachment: Attachment, rate: float) -> None:
         """Adds a matrix for each mapped layer where the widths differ: parameters of the module, trained and saved with it."""
         own = int(module.view.config.hidden_size)
@@ -137,10 +154,8 @@ class Lesson:
         itself = self.origin is None and not self.by_targets
         self._students = self.inner.listen_to_student(module, itself)
         attachment.on_leave(self._students.detach)
-        if self._targets is not None:
-            self._kept = TeacherTargets(Path(self._targets).expanduser())
-            named = None if self.teacher == SELF else self.teacher
-            self.size = self._kept.check(module.tokenizer, self._temperature, vocabulary_of(module.view), named)
+        if self._kept is not None:
+            self.size = self._kept.size(vocabulary_of(module.view))
             self.known.meet(self._kept.about.teacher)
         elif self.origin is None:
             self._teacher = self_teacher(self._students, attachment)
@@ -150,7 +165,6 @@ class Lesson:
             self._load(module, self.origin, attachment.trainer.strategy)
 
     def _load(self, module: Any, origin: Origin, strategy: Strategy) -> None:
-        used = shared_vocabulary(module.tokenizer, origin.tokenizer())
         labels, device = module.view.labels if module.task in CLASSIFIES else None, strategy.root_device
         view, frozen = load_teacher(
             origin,
@@ -169,7 +183,7 @@ class Lesson:
             check_projections(module, self._place, self.layers, int(module.view.config.hidden_size), self.width)
         self._teacher = Teacher(observer, partial(frozen.on, device))
         if module.task not in CLASSIFIES:
-            self.size = sliced(vocabulary_of(module.view), self._teacher.vocabulary, used)
+            self.size = sliced(vocabulary_of(module.view), self._teacher.vocabulary, self._used)
         self.known.meet(frozen.model)
         frozen.spread(strategy)
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack
-from typing import Any
+from typing import Any, Literal
 
 import lightning.pytorch as pl
 import torch
@@ -19,6 +19,8 @@ from lightning_ft.functional.errors import Refusal
 from lightning_ft.models.admission import evaluating
 from lightning_ft.models.dtype import compute_dtype
 from lightning_ft.nn.registry import pristine_modules
+
+Outputs = Literal["one", "several", "numbers"]
 
 
 class Caught:
@@ -220,4 +222,18 @@ def logits_of(output: Any) -> Tensor:
     return found
 
 
-__all__ = ["Caught", "catch", "check", "logits_of"]
+def kind_of(logits: Tensor, outputs: Outputs | None) -> Outputs:
+    """What logits (N, C) are of: as the user says, else numbers where there is one column, else one class.
+
+    Raises:
+        Refusal: one class of one, which is always it.
+    """
+    if outputs == "one" and logits.shape[-1] == 1:
+        raise Refusal(
+            "Distillation.outputs is one, and the part that is compared gives one column, of which softmax is always 1; set it to "
+            "several, which takes a sigmoid, or to numbers."
+        )
+    return outputs or ("numbers" if logits.shape[-1] == 1 else "one")
+
+
+__all__ = ["Caught", "Outputs", "catch", "check", "kind_of", "logits_of"]

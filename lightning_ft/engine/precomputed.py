@@ -33,7 +33,7 @@ _RECORD = np.dtype([("key", "<u8"), ("chosen", "<f4"), ("rejected", "<f4")])
 _TABLE, _PARTS = "table.npy", "parts"
 
 
-def digest(model: nn.Module, about: dict[str, Any]) -> str:
+def digest(model: nn.Module, about: dict[str, Any], *, rounded: bool = False) -> str:
     """Names what a model computes now: sums of all its tensors but those of layers that are exactly nothing, and settings.
 
     So a fresh LoRA, whatever its rank and seed, has the name of its base. What was computed on this machine, as the factors and
@@ -43,6 +43,7 @@ def digest(model: nn.Module, about: dict[str, Any]) -> str:
     Args:
         model: with its injected layers.
         about: further things that the numbers depend on, such as the precision; plain types.
+        rounded: whether numbers are told apart only as far as bfloat16 does, so that the dtype they are kept in says nothing.
     """
     nothing = {
         f"{path}.{name}" if path else name
@@ -62,7 +63,9 @@ def digest(model: nn.Module, about: dict[str, Any]) -> str:
             continue
         whole = parameter.full_tensor() if isinstance(parameter, DTensor) else parameter
         sample = packed.get(name) or Sample.of(whole)
-        found.update(f"{pristine} {parameter.dtype} {sample.shape}".encode())
+        if rounded and whole.is_floating_point():
+            whole = whole.to(torch.bfloat16)
+        found.update(f"{pristine} {whole.dtype} {sample.shape}".encode())
         exact = name not in packed and not name.startswith(computed)
         found.update((_sums(whole) if exact else sample.numbers).numpy().tobytes())
     return found.hexdigest()[:32]

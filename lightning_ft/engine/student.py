@@ -26,7 +26,7 @@ def check_student(module: Any, asked: Mapping[str, Any]) -> None:
         raise Refusal(
             f"Distillation compares what a model makes of the answers that it imitates, as SFT does, and {name} {_instead(module)}."
         )
-    for argument in ("teacher_module", "student", "mask"):
+    for argument in ("teacher_module", "student", "outputs", "mask"):
         if asked[argument] is not None:
             raise Refusal(
                 f"Distillation.{argument} is for modules of your own; of {name} the parts are known, and its teacher is named by "

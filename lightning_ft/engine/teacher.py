@@ -27,7 +27,7 @@ from lightning_ft.models.causal import CausalLM
 from lightning_ft.models.classifier import CLASSIFIES, Classifier
 from lightning_ft.models.dtype import compute_dtype
 from lightning_ft.models.load import load_config, load_tokenizer, resolve
-from lightning_ft.models.load_task import load_for_task
+from lightning_ft.models.load_task import has_head, load_for_task
 from lightning_ft.models.observed import Observer, Seen
 from lightning_ft.models.quantize import Mode, quantize_
 from lightning_ft.models.seq2seq import Seq2SeqLM
@@ -63,20 +63,43 @@ class Origin:
         """Of its base, without its weights."""
         return load_tokenizer(self.base, **self._hub)
 
+    def config(self) -> Any:
+        """Of its base, without its weights."""
+        return load_config(self.base, **self._hub)
+
+    def check_head(self, task: str | None) -> None:
+        """Refuses a base whose head for a task would be random; an adapter brings one, and a checkpoint has it.
+
+        Raises:
+            Refusal: what it lacks, and how to get it.
+        """
+        if self.kind == "base" and task is not None and task in CLASSIFIES and not has_head(task, self.config()):
+            raise Refusal(
+                f"The teacher {self.name} has no trained head for {task}, so that it has nothing to teach yet; train it first, and "
+                "give its checkpoint (runs/NAME/checkpoints/last.ckpt) or its merged folder."
+            )
+
     def width(self) -> int:
         """Of its hidden states."""
-        config = load_config(self.base, **self._hub)
+        config = self.config()
         text = config.get_text_config() if hasattr(config, "get_text_config") else config
         return int(text.hidden_size)
 
 
-def origin_of(teacher: str, *, trust_remote_code: bool = False, revision: str | None = None) -> Origin:
+def origin_of(
+    teacher: str,
+    *,
+    trust_remote_code: bool = False,
+    revision: str | None = None,
+    argument: str = "Distillation.teacher",
+) -> Origin:
     """Finds a teacher without loading its weights.
 
     Args:
         teacher: a checkpoint, an adapter folder, or a base: a folder, ``starter:NAME`` or a hub id.
         trust_remote_code: whether Python code in the model's repository may run.
         revision: of a hub model.
+        argument: what named it, for messages.
 
     Raises:
         Refusal: nothing is there, or nothing that can teach.
@@ -99,7 +122,15 @@ def origin_of(teacher: str, *, trust_remote_code: bool = False, revision: str | 
         if not base:
             raise Refusal(f"The adapter {teacher} does not say which base it stands on; merge it, or name the base.")
         return Origin(teacher, "adapter", str(base), trust_remote_code, revision)
-    resolve(teacher, revision=revision)
+    if path.suffix == ".ckpt":
+        raise Refusal(
+            f"{argument} names the checkpoint {teacher}, which is not there; train the teacher first (fit --name NAME leaves "
+            "runs/NAME/checkpoints/last.ckpt), or name another."
+        )
+    try:
+        resolve(teacher, revision=revision)
+    except Refusal as refusal:
+        raise Refusal(f"{argument}: {refusal}") from None
     return Origin(teacher, "base", teacher, trust_remote_code, revision)
 
 
@@ -154,6 +185,7 @@ def load_teacher(
 
 
 def _loaded(origin: Origin, task: str, labels: list[str] | None, multi_label: bool, attention: str) -> Any:
+    origin.check_head(task)
     if origin.kind == "checkpoint":
         module = load(origin.name, attention=None if attention == "auto" else attention)
         if module.task != task:
@@ -283,8 +315,8 @@ def self_teacher(observer: Observer, attachment: Attachment) -> Teacher:
 
 
 def fingerprint_of(module: nn.Module) -> str:
-    """By which a run that resumes knows its teacher."""
-    return digest(module, {})
+    """By which a run that resumes knows its teacher, also on a device where ``dtype: auto`` is another."""
+    return digest(module, {}, rounded=True)
 
 
 __all__ = [

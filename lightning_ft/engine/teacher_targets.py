@@ -11,7 +11,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Callable, Iterable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -21,12 +21,13 @@ from torch import Tensor
 
 from lightning_ft.engine.batch import Batch
 from lightning_ft.engine.precomputed import segment_places
+from lightning_ft.engine.teacher_files import Print, differing, teacher_files
 from lightning_ft.formats.atomic import atomic_folder
 from lightning_ft.functional.errors import Refusal
 from lightning_ft.functional.token_scores import TopK
 from lightning_ft.models.vocabulary import sliced
 
-FORMAT = 1
+FORMAT = 2
 MARKER = "teacher_targets.json"
 _ROWS, _LOGPROBS, _TOKENS, _REST = "rows.npy", "logprobs.f32", "tokens.i32", "rest.f32"
 _ROW = np.dtype([("key", "<u8"), ("start", "<i8"), ("count", "<i8")])
@@ -47,6 +48,10 @@ class About:
         used: how many of them the tokenizer uses.
         tokens: how many scored tokens are kept.
         draws: how many tokens were drawn at each; 0 where the likeliest are kept.
+        revision: of a hub model, as the user gave it.
+        dtype: of its weights, as the user asked for.
+        quantize: how its linear layers were packed.
+        files: what made it, by name, see `teacher_files`.
     """
 
     teacher: str
@@ -59,6 +64,10 @@ class About:
     used: int
     tokens: int = 0
     draws: int = 0
+    revision: str | None = None
+    dtype: str = "auto"
+    quantize: str | None = None
+    files: dict[str, Print] = field(default_factory=dict)
 
 
 def tokenizer_hash(tokenizer: Any) -> str:
@@ -151,6 +160,7 @@ class TeacherTargets:
             raise Refusal(
                 f"The targets in {folder} are of another format; write them again with lightning-ft cache-teacher."
             )
+        record["files"] = {name: tuple(each) for name, each in record["files"].items()}
         self.about = About(**record)
         n, k = self.about.tokens, self.about.top_k
         table = np.load(folder / _ROWS, allow_pickle=False)
@@ -169,17 +179,27 @@ class TeacherTargets:
         )
         self._rest = np.memmap(folder / _REST, dtype="<f4", mode="r", shape=(n,)) if n else np.empty(0, "<f4")
 
-    def check(self, tokenizer: Any, temperature: float, width: int, teacher: str | None = None) -> int | None:
+    def check(
+        self,
+        tokenizer: Any,
+        temperature: float,
+        teacher: str | None = None,
+        *,
+        dtype: str = "auto",
+        quantize: str | None = None,
+        trust_remote_code: bool = False,
+        revision: str | None = None,
+    ) -> None:
         """Refuses another tokenizer, another temperature, or another teacher.
 
         Args:
             tokenizer: of the student.
             temperature: of the run.
-            width: how many tokens the student's output layer has.
             teacher: whose word is wanted, as the user calls it; None: whoever's it is.
-
-        Returns:
-            How many tokens to compare; None: all, where no output layer is padded.
+            dtype: of the teacher's weights; ``auto``: whatever it was.
+            quantize: how the teacher is packed; None: however it was.
+            trust_remote_code: for the teacher's repository.
+            revision: of the teacher.
 
         Raises:
             Refusal: naming both.
@@ -194,11 +214,42 @@ class TeacherTargets:
                 f"The targets in {self.folder} were kept at temperature {self.about.temperature:g}, and this run's is "
                 f"{temperature:g}: what was left out cannot be divided anew; set the same, or write them again."
             )
-        if teacher is not None and not _same(teacher, self.about.name):
+        for name, wanted, was, any_one in (
+            ("dtype", dtype, self.about.dtype, "auto"),
+            ("quantize", quantize, self.about.quantize, None),
+        ):
+            if wanted not in (any_one, was):
+                raise Refusal(
+                    f"The targets in {self.folder} are of a teacher with {name} {was or 'null'}, and this run asks for {wanted}, "
+                    "but loads no teacher; leave it out, or write them again."
+                )
+        if teacher is not None:
+            self._check_teacher(teacher, trust_remote_code, revision)
+
+    def _check_teacher(self, teacher: str, trust_remote_code: bool, revision: str | None) -> None:
+        if not _same(teacher, self.about.name):
             raise Refusal(
                 f"The targets in {self.folder} are what {self.about.name} predicts, and this run's teacher is {teacher}; write its "
                 "own, or leave teacher out."
             )
+        files = teacher_files(teacher, trust_remote_code=trust_remote_code, revision=revision)
+        if files and (name := differing(files, self.about.files)) is not None:
+            raise Refusal(
+                f"The targets in {self.folder} are what {teacher} predicted before its file {name} changed; write them again, or "
+                "leave teacher out to train by what it was."
+            )
+        if not files and revision != self.about.revision:
+            raise Refusal(
+                f"The targets in {self.folder} are of the revision {self.about.revision or 'main'} of {teacher}, and this run's is "
+                f"{revision or 'main'}; give the same, or write them again."
+            )
+
+    def size(self, width: int) -> int | None:
+        """How many tokens to compare; None: all, where no output layer is padded.
+
+        Args:
+            width: how many tokens the student's output layer has.
+        """
         return sliced(width, self.about.vocabulary, self.about.used)
 
     def of(self, batch: Batch, device: torch.device) -> TopK:

@@ -20,6 +20,26 @@ from torch import Tensor
 from lightning_ft.functional.errors import Refusal
 
 
+def check_target(folder: str | Path, *, marker: str) -> None:
+    """Refuse a place where `atomic_folder` would not write, before anything is computed for it.
+
+    Args:
+        folder: The target.
+        marker: Name of the file by which an earlier export is known.
+
+    Raises:
+        Refusal: If the target is a file or a folder with something else in it.
+    """
+    target = Path(folder).absolute()
+    if target.is_dir():
+        if any(target.iterdir()) and not (target / marker).is_file():
+            raise Refusal(
+                f"The folder {target} is not empty and holds no {marker}; choose a new folder, so nothing is lost."
+            )
+    elif target.exists():
+        raise Refusal(f"{target} is a file; choose a folder to write to.")
+
+
 @contextmanager
 def atomic_folder(folder: str | Path, *, marker: str, needed_bytes: int = 0) -> Iterator[Path]:
     """Give a temporary folder beside the target, and put it in the target's place if the block succeeds.
@@ -35,13 +55,7 @@ def atomic_folder(folder: str | Path, *, marker: str, needed_bytes: int = 0) -> 
         Refusal: If the target is a file or a folder with something else in it, or the disk is too full.
     """
     target = Path(folder).absolute()
-    if target.is_dir():
-        if any(target.iterdir()) and not (target / marker).is_file():
-            raise Refusal(
-                f"The folder {target} is not empty and holds no {marker}; choose a new folder, so nothing is lost."
-            )
-    elif target.exists():
-        raise Refusal(f"{target} is a file; choose a folder to write to.")
+    check_target(target, marker=marker)
     target.parent.mkdir(parents=True, exist_ok=True)
     free = shutil.disk_usage(target.parent).free
     if free < needed_bytes:

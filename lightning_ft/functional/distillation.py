@@ -10,9 +10,11 @@ in nats, in float32 or above. The teacher is a constant: callers hand it over wi
   becomes the forward KL for b -> 0 and the reverse KL for b -> 1 (Agarwal et al., 2024, section 2), so that b does not rescale
   the learning rate;
 * the skewed KLs (DistiLLM, Ko et al., 2024) look at a mixture, KL(q || b q + (1 - b) p) and KL(p || b p + (1 - b) q), so that they
-  are at most -log b however far apart the two are; the total variation, |p - q| / 2 summed, is at most 1;
+  are at most -log b however far apart the two are; the total variation, |p - q| / 2 summed, is at most 1; both before the factor
+  of the temperature;
 * gradients of soft targets shrink like 1 / T^2, so they are multiplied by T^2 (Hinton et al., 2015, section 2): for T -> oo
-  T^2 KL becomes half the variance over classes of z_s - z_t.
+  T^2 KL becomes half the variance over classes of z_s - z_t. Those of the total variation, whose value is no square of the
+  difference near zero, shrink like 1 / T, so that its factor is T.
 """
 
 from __future__ import annotations
@@ -26,6 +28,7 @@ import torch.nn.functional as F  # noqa: N812 (the name everybody reads)
 from torch import Tensor
 
 from lightning_ft.functional.errors import Refusal
+from lightning_ft.functional.token_scores import to_mixture
 
 Divergence = Literal["forward_kl", "reverse_kl", "jensen_shannon", "skewed_kl", "skewed_reverse_kl", "total_variation"]
 LayerMap = Literal["last", "uniform"]
@@ -48,8 +51,8 @@ def jensen_shannon(log_p: Tensor, log_q: Tensor, beta: float = 0.5) -> Tensor:
     """JSD(beta) / (beta (1 - beta)) of log-probabilities (..., C): (...); at 0 and 1 its limits, the two KLs."""
     if beta in (0.0, 1.0):
         return (forward_kl if beta == 0.0 else reverse_kl)(log_p, log_q)
-    log_m = _mixed(log_q, log_p, beta)
-    return forward_kl(log_m, log_q) / (1 - beta) + forward_kl(log_m, log_p) / beta
+    from_p, from_q = to_mixture(log_p, log_q, beta)
+    return -(log_q.exp() * from_q).sum(-1) / (1 - beta) - (log_p.exp() * from_p).sum(-1) / beta
 
 
 def skewed_kl(log_p: Tensor, log_q: Tensor, beta: float = 0.1) -> Tensor:
@@ -93,6 +96,11 @@ def in_chunks(divergence: Divergence, beta: float) -> tuple[str, float]:
     return "jensen_shannon", 1.0 / (beta * (1.0 - beta))
 
 
+def temperature_factor(divergence: Divergence, temperature: float) -> float:
+    """What a divergence is multiplied by, so that the temperature changes neither its size nor that of its gradient."""
+    return temperature if divergence == "total_variation" else temperature**2
+
+
 def soft_targets(
     student: Tensor,
     teacher: Tensor,
@@ -110,7 +118,7 @@ def soft_targets(
         divergence: which, see above.
         temperature: what both are divided by.
         beta: weight of the teacher in ``jensen_shannon``, 0 to 1.
-        scale_t2: whether to multiply by the square of the temperature.
+        scale_t2: whether to multiply by the square of the temperature, see `temperature_factor`.
 
     Returns:
         (N,), zero where the two agree.
@@ -121,7 +129,7 @@ def soft_targets(
     """
     log_p = F.log_softmax(_wide(student) / temperature, -1)
     log_q = F.log_softmax(_wide(teacher) / temperature, -1)
-    factor = temperature**2 if scale_t2 else 1.0
+    factor = temperature_factor(divergence, temperature) if scale_t2 else 1.0
     return DIVERGENCES[divergence](log_p, log_q, beta) * factor
 
 
@@ -276,6 +284,7 @@ __all__ = [
     "soft_decisions",
     "soft_targets",
     "soft_values",
+    "temperature_factor",
     "total_variation",
     "uniform_layers",
 ]

@@ -18,6 +18,9 @@ from torch import Tensor
 #: Stands for log 0 where a finite number is needed: 0 * LOG_ZERO is 0, while 0 * -inf would be NaN.
 LOG_ZERO = -1e30
 
+#: The ratio of two probabilities from whose logarithm on one of them is nothing beside the other; e^80 is still a float32.
+_FAR = 80.0
+
 
 class Distribution(NamedTuple):
     """A softmax distribution, with what all of its scores share.
@@ -122,7 +125,7 @@ def jensen_shannon(
     """Generalised Jensen-Shannon divergence of GKD (Agarwal et al. 2024, arXiv:2306.13649, equation 1).
 
     beta * KL(q || m) + (1 - beta) * KL(p || m) with m = beta * q + (1 - beta) * p; p is the student.
-    The gradient is (1 - beta) * p * (log p/m - KL(p || m)).
+    The gradient is (1 - beta) * p * (log p/m - KL(p || m)). Both are right relative to beta (1 - beta), however near an end.
 
     Args:
         p: the student's distribution.
@@ -131,14 +134,29 @@ def jensen_shannon(
             there, divided by beta or 1 - beta, are the two KL divergences).
         gradient: whether to return d value / d logits of the student.
     """
-    logm = (q.probs * beta).add_(p.probs, alpha=1.0 - beta).log_().clamp_(min=LOG_ZERO)
-    teacher = (q.probs * (q.log_probs().sub_(logm))).sum(-1)
-    ratio = p.log_probs().sub_(logm)
+    from_p, from_q = to_mixture(p.log_probs(), q.log_probs(), beta)
+    teacher = (q.probs * from_q.neg_()).sum(-1)
+    ratio = from_p.neg_()
     student = (p.probs * ratio).sum(-1)
     value = beta * teacher + (1.0 - beta) * student
     if not gradient:
         return value, None
     return value, ratio.sub_(student.unsqueeze(-1)).mul_(p.probs).mul_(1.0 - beta)
+
+
+def to_mixture(log_p: Tensor, log_q: Tensor, beta: float) -> tuple[Tensor, Tensor]:
+    """The logarithms of m/p and m/q, m = beta q + (1 - beta) p, 0 < beta < 1, from log-probabilities.
+
+    Near an end m is almost one of the two, and the difference of rounded logarithms would be noise, which the division by beta or
+    1 - beta blows up. So log m/p = log1p(beta expm1(log q/p)) where beta is small, and log m/q likewise where it is large.
+    """
+    if beta > 0.5:
+        from_q, from_p = to_mixture(log_q, log_p, 1.0 - beta)
+        return from_p, from_q
+    apart = log_q - log_p
+    near = apart.clamp(max=_FAR)
+    found = torch.log1p(torch.expm1(near) * beta)
+    return found + (apart - near), found - near
 
 
 def skewed_kl(

@@ -108,7 +108,7 @@ def load_for_task(
         refuse_missing(base, model, info["missing_keys"])
         return model, tokenizer, frozenset()
 
-    trained = architecture_of(config).endswith(_HEADS[task])  # the base has a head for this task
+    trained = has_head(task, config)
     before = _names(config)
     _set_labels(base, config, task, labels, multi_label, trained)
     tokenizer = load_tokenizer(source, trust_remote_code=trust_remote_code, revision=revision)
@@ -168,6 +168,11 @@ def why_not(task: str, config: Any) -> str | None:
     if not known and auto_class.__name__ not in (getattr(config, "auto_map", None) or {}):
         return f"is {architecture} of the kind '{config.model_type}', for which transformers has no {_HEADS[task][3:]}"
     return None
+
+
+def has_head(task: str, config: Any) -> bool:
+    """Whether a model's file holds the head of a task, by the class that wrote it."""
+    return architecture_of(config).endswith(_HEADS[task])
 
 
 def label_names(config: Any) -> list[str]:

@@ -48,6 +48,13 @@ class Seen:
     values: dict[int, Tensor] = field(default_factory=dict)
 
 
+def block_count(config: Any, *, decoder: bool) -> int:
+    """How many blocks a model has by its configuration, of an encoder-decoder its ``decoder``."""
+    # T5 counts num_decoder_layers; BART, Marian and Pegasus decoder_layers, their num_hidden_layers being the encoder's.
+    counts = (getattr(config, name, None) for name in (("num_decoder_layers", "decoder_layers") if decoder else ()))
+    return int(next((count for count in counts if count), None) or config.num_hidden_layers)
+
+
 class Observer:
     """Listens to a view of a model.
 
@@ -88,11 +95,7 @@ class Observer:
     @cached_property
     def layers(self) -> int:
         """How many blocks the stack has."""
-        config = self.view.config
-        # T5 counts num_decoder_layers; BART, Marian and Pegasus decoder_layers, their num_hidden_layers being the encoder's.
-        names = ("num_decoder_layers", "decoder_layers") if hasattr(self.view, "decoder") else ()
-        counts = (getattr(config, name, None) for name in names)
-        return int(next((count for count in counts if count), None) or config.num_hidden_layers)
+        return block_count(self.view.config, decoder=hasattr(self.view, "decoder"))
 
     @property
     def width(self) -> int:

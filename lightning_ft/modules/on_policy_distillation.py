@@ -22,7 +22,7 @@ from lightning_ft.engine.rewards import Reward
 from lightning_ft.engine.rollouts.module import RolloutModule
 from lightning_ft.engine.rollouts.round import Prompt, Round
 from lightning_ft.engine.sampling import Answer
-from lightning_ft.engine.teacher import SELF, Origin, Teacher, load_teacher, origin_of, vocabulary_of
+from lightning_ft.engine.teacher import SELF, Origin, Teacher, fingerprint_of, load_teacher, origin_of, vocabulary_of
 from lightning_ft.engine.teacher import run as read
 from lightning_ft.engine.terms import Term
 from lightning_ft.functional.distillation import Divergence
@@ -60,7 +60,8 @@ class OnPolicyDistillation(RolloutModule):
             `Distillation`.
         beta: of ``jensen_shannon``: towards 0 it becomes the forward KL, towards 1 the reverse; of others see `Distillation`.
             Jensen-Shannon is divided by beta (1 - beta), so that it meets them; TRL's is not, and is a quarter of this at 0.5.
-        loss_temperature: what both models' logits are divided by in the loss, which is multiplied by its square.
+        loss_temperature: what both models' logits are divided by in the loss, which is multiplied by its square (the total
+            variation by itself) in any case, so that it does not change the rate that suits.
         rewards: by name: what answers are rewarded with, see `Reward`. Nothing is learned from them; they are logged.
         samples: answers to each prompt; an answer of the data is taken once.
         max_new_tokens: most tokens of an answer that is written; 128 is TRL's default. Answers of the data keep their length.
@@ -88,14 +89,15 @@ class OnPolicyDistillation(RolloutModule):
             see `SFT`. None: not at all.
 
     Logs:
-        Each step ``train/loss``, which is the divergence. Once a round, as ``train/``: ``on_policy`` (1 where the student has
-        written it), ``length``, ``length_ended``, ``truncated``, ``trained_share``, and of rewards ``reward``, ``reward_std`` and
-        ``rewards/<name>``. In validation ``val/loss``, the divergence on the student's answers to held-out prompts, ``val/length``,
-        ``val/truncated`` and the rewards. Some answers stand in ``rollouts.jsonl``.
+        Each step ``train/loss``, which is the divergence, and ``train/t2``, the factor of ``loss_temperature`` in it. Once a round,
+        as ``train/``: ``on_policy`` (1 where the student has written it), ``length``, ``length_ended``, ``truncated``,
+        ``trained_share``, and of rewards ``reward``, ``reward_std`` and ``rewards/<name>``. In validation ``val/loss``, the
+        divergence on the student's answers to held-out prompts, ``val/length``, ``val/truncated`` and the rewards. Some answers
+        stand in ``rollouts.jsonl``.
 
     Raises:
-        Refusal: for arguments out of bounds here; for a teacher of another vocabulary, or data without prompts or answers, when the
-            run begins.
+        Refusal: for arguments out of bounds here; for a teacher of another vocabulary or with the student's weights, or data
+            without prompts or answers, when the run begins.
 
     Example:
         >>> OnPolicyDistillation("starter:smollm2-135m", teacher="my/teacher", share=1.0).divergence
@@ -224,19 +226,24 @@ class OnPolicyDistillation(RolloutModule):
                 f"no column {self.answer_column} (but {', '.join(columns) or 'none'}); name it by answer_column, set share to 1, "
                 "or let the teacher write (sequence_kd true)."
             )
-        origin = origin_of(self.teacher, trust_remote_code=self.trust_remote_code, revision=self.teacher_revision)
-        attachment.edit("hooks", "teacher", lambda module: self._load(attachment, origin), order=50, again=True)
+        origin = origin_of(
+            self.teacher,
+            trust_remote_code=self.trust_remote_code,
+            revision=self.teacher_revision,
+            argument="OnPolicyDistillation.teacher",
+        )
+        used = shared_vocabulary(self.tokenizer, origin.tokenizer())
+        attachment.edit("hooks", "teacher", lambda module: self._load(attachment, origin, used), order=50, again=True)
         attachment.on_leave(self._leave)
 
     def _leave(self) -> None:
         self._teacher = None
         self._known.forget()
 
-    def _load(self, attachment: Attachment, origin: Origin) -> None:
+    def _load(self, attachment: Attachment, origin: Origin, used: int) -> None:
         assert self.admission is not None
         if not attachment.installed:
             return
-        used = shared_vocabulary(self.tokenizer, origin.tokenizer())
         device = self._root_device()
         view, frozen = load_teacher(
             origin,
@@ -255,6 +262,11 @@ class OnPolicyDistillation(RolloutModule):
         self._settings = replace(self._settings, size=size)
         self.drawn_vocabulary = size  # neither may write what the other cannot read
         self._known.meet(frozen.model)
+        if attachment.fits and fingerprint_of(self.model) == self._known.known:
+            raise Refusal(
+                f"OnPolicyDistillation.teacher {self.teacher} has the weights of the student {self.base}, so that there is nothing "
+                "to learn but how numbers are rounded; name another teacher, or begin from another student."
+            )
         frozen.spread(attachment.trainer.strategy)
 
     # -- a round ----------------------------------------------------------------------------------------------------------
@@ -318,7 +330,9 @@ class OnPolicyDistillation(RolloutModule):
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         """Hands the divergence to the attachment, which divides it by its window's count of tokens."""
         term = self._term(batch)
-        Attachment.of(self).terms([term])
+        attachment = Attachment.of(self)
+        attachment.terms([term])
+        attachment.step.observe({"t2": (torch.tensor(self._settings.factor, device=self.device), 1.0)})
         self.log_round()
         return term.sum
 

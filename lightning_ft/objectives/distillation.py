@@ -42,7 +42,7 @@ class Settings:
         divergence: of soft targets.
         beta: weight of the teacher in ``jensen_shannon``, of the first distribution in the mixture of skewed ones.
         temperature: what logits are divided by.
-        scale_t2: whether soft targets are multiplied by the temperature's square.
+        scale_t2: whether soft targets are multiplied by the temperature's square, the total variation by the temperature.
         chunk_size: tokens whose logits exist at one time.
         size: how many tokens of two padded vocabularies are compared; None: all.
         layers: number of a student's layer -> of a teacher's.
@@ -74,7 +74,7 @@ class Settings:
     @property
     def factor(self) -> float:
         """What soft targets are multiplied by."""
-        return self.temperature**2 if self.scale_t2 else 1.0
+        return maths.temperature_factor(self.divergence, self.temperature) if self.scale_t2 else 1.0
 
 
 def soft_tokens(

@@ -71,12 +71,13 @@ def deep() -> nn.Sequential:
         return nn.Sequential(nn.Linear(FEATURES, 8), nn.Sequential(*blocks), nn.Linear(8, CLASSES))
 
 
-def own_on_ranks(folder: str, devices: int) -> dict[str, Any]:
+def own_on_ranks(folder: str, devices: int, strategy: str = "auto") -> dict[str, Any]:
     """Trained weights of a module of your own after three steps, four rows a step in all; how the teacher is held."""
     torch.set_num_threads(1)
     options: dict[str, Any] = {"max_steps": 3, "limit_val_batches": 0, "use_distributed_sampler": False}
     if devices > 1:
-        options |= {"devices": devices, "strategy": FSDP2Strategy(save_distributed_checkpoint=False)}
+        given = FSDP2Strategy(save_distributed_checkpoint=False) if strategy == "fsdp2" else strategy
+        options |= {"devices": devices, "strategy": given}
     own = slice(torch.distributed.get_rank() if devices > 1 else 0, None, devices)
     net, technique = PlainNet(), Distillation(teacher_module=deep, temperature=2.0)
     found: list[bool] = []

@@ -14,7 +14,9 @@ from lightning_ft import AGEM, DPO, GRPO, Distillation, LoRA, OnPolicyDistillati
 from lightning_ft.engine.own_student import logits_of
 from lightning_ft.engine.rewards import Reward
 from lightning_ft.engine.student import check_student
+from lightning_ft.engine.teacher import fingerprint_of
 from lightning_ft.functional import distillation as maths
+from lightning_ft.nn.packed import packed_layers
 from tests.callbacks.distillation_jobs import on_ranks, own_on_ranks
 from tests.contract import Case, checks_for
 from tests.contract.subjects import PlainNet, Steps, chat_job, fit, rows, state, trainer
@@ -199,7 +201,7 @@ def dense(module, teacher, batch, divergence, temperature, beta):
         else:
             a, b = (logq, logp) if divergence == "forward_kl" else (logp, logq)
             found.append((a.exp() * (a - b)).sum(-1))
-    return float(torch.cat(found).mean()) * temperature**2
+    return float(torch.cat(found).mean()) * (temperature if divergence == "total_variation" else temperature**2)
 
 
 @pytest.mark.parametrize("divergence", maths.DIVERGENCES)
@@ -214,6 +216,7 @@ def test_language_models_in_chunks_equal_all_logits_at_once(divergence, chat, la
         found.append(steps.gradients[0])
     expected = dense(module, teacher, watch.batches[0], divergence, 1.5, 0.2)
     assert watch.logged[0]["train/distillation/soft_targets"] == pytest.approx(expected, rel=1e-4)
+    assert watch.logged[0]["train/distillation/t2"] == (1.5 if divergence == "total_variation" else 2.25)
     for name, gradient in found[0].items():
         torch.testing.assert_close(gradient, found[1][name], rtol=1e-4, atol=1e-6)
 
@@ -322,13 +325,28 @@ def test_resumed_is_unbroken_and_another_teacher_is_refused(chat, larger, tmp_pa
         )
 
 
+def test_a_teacher_is_known_in_any_dtype_by_each_of_its_numbers(larger):
+    model = hf.AutoModelForCausalLM.from_pretrained(larger)
+    known = fingerprint_of(model)
+    assert fingerprint_of(copy.deepcopy(model).to(torch.bfloat16)) == known
+    with torch.no_grad():
+        model.lm_head.weight[3, 5] *= 1.01
+    assert fingerprint_of(model) != known
+
+
 def test_a_teacher_in_four_bits(chat, larger, tmp_path):
     pytest.importorskip("bitsandbytes")
-    logged = []
+    logged, packed = [], []
+
+    class Look(pl.Callback):
+        def on_train_start(self, trainer, pl_module):
+            packed.append(set(packed_layers(technique._lesson._teacher.observer.view.model)))
+
     for quantize in (None, "nf4"):
         technique = Distillation(str(larger), quantize=quantize, dtype="float32")
-        _, watch, _ = chat_run(chat, tmp_path, technique, LoRA(2), max_steps=1)
+        _, watch, _ = chat_run(chat, tmp_path, technique, LoRA(2), Look(), max_steps=1)
         logged.append(watch.logged[0]["train/distillation/soft_targets"])
+    assert not packed[0] and len(packed[1]) == 4 * 7  # every linear layer of its four blocks
     assert logged[0] != logged[1] and logged[1] == pytest.approx(logged[0], rel=0.5)
 
 
@@ -493,6 +511,39 @@ def test_a_window_of_two_halves_is_one_batch(task, bases, tmp_path):
         torch.testing.assert_close(value, ends[1][name], rtol=1e-4, atol=1e-5)
 
 
+def test_windows_of_padded_rows_are_one_batch(bases, tmp_path):
+    """Maps and value relations too, rows of uneven length, the last window of 14 rows incomplete."""
+    ends, terms = [], {"hidden": 0.3, "attention": 1.0, "values": 1.0, "soft_targets": 0.5}
+    for size, accumulate in ((4, 1), (2, 2), (1, 4)):
+        module, rows_ = job(
+            bases / "bert",
+            tmp_path,
+            "sequence_classification",
+            model={"optimizer": torch.optim.SGD, "lr": 0.1, "attention": "eager"},
+            n=14,
+            shuffle=False,
+            packing=False,
+            batch_size=size,
+        )
+        technique, watch = Distillation(str(bases / "classes"), layers="uniform", dtype="float32", **terms), Watch()
+        run = trainer(
+            tmp_path,
+            technique,
+            watch,
+            max_epochs=1,
+            max_steps=-1,
+            accumulate_grad_batches=accumulate,
+            limit_val_batches=0,
+        )
+        run.fit(module, rows_)
+        assert run.global_step == 4 and sum(len(batch.rows) for batch in watch.batches[-accumulate // 2 :]) == 2
+        assert all(watch.logged[-1][f"train/distillation/{term}"] > 1e-6 for term in terms)
+        ends.append(state(module))
+    for end in ends[1:]:
+        for name, value in ends[0].items():
+            torch.testing.assert_close(end[name], value, rtol=1e-5, atol=1e-6)
+
+
 def test_projections_are_a_group_of_their_own(chat, larger, tmp_path):
     """At the rate of all others, too."""
     technique = Distillation(str(larger), hidden=0.5, dtype="float32")
@@ -560,12 +611,14 @@ def test_two_ranks_learn_what_one_does(case, chat, larger, tmp_path, two_ranks):
 # -- a user's own module ------------------------------------------------------------------------------------------------
 
 
-def test_two_ranks_hold_halves_of_the_teacher_of_your_own_module(tmp_path, two_ranks):
+@pytest.mark.parametrize("strategy", ["ddp", "fsdp2"])
+def test_two_ranks_teach_your_own_module_what_one_does(strategy, tmp_path, two_ranks):
+    """Each holds the whole teacher, under FSDP2 half of it."""
     one = own_on_ranks(str(tmp_path / "one"), 1)
     for rank in two_ranks.run(
-        "tests.callbacks.distillation_jobs:own_on_ranks", folder=str(tmp_path / "two"), devices=2
+        "tests.callbacks.distillation_jobs:own_on_ranks", folder=str(tmp_path / "two"), devices=2, strategy=strategy
     ):
-        assert rank["divided"] == [True] * 3 and one["divided"] == [False] * 3
+        assert rank["divided"] == [strategy == "fsdp2"] * 3 and one["divided"] == [False] * 3
         for name, value in one["weights"].items():
             torch.testing.assert_close(rank["weights"][name], value, rtol=1e-4, atol=1e-6, msg=name)
 
@@ -598,6 +651,44 @@ def test_a_module_of_your_own_by_hand(tmp_path):
         optimizer.step()
     for name, value in state(hand).items():
         torch.testing.assert_close(state(net)[name], value, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("columns", [1, 3])
+@pytest.mark.parametrize("outputs", [None, "one", "several", "numbers"])
+def test_what_columns_of_a_module_of_your_own_are(outputs, columns, tmp_path):
+    """The first step's term against the definitions in float64."""
+
+    class Columns(PlainNet):
+        def training_step(self, batch, batch_idx):
+            return self.net(batch[0])[:, :1].sum() * 0.0
+
+    def of(seed):
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            return torch.nn.Linear(4, columns)
+
+    net, watch = Columns(), Watch()
+    net.net = of(1)
+    technique = Distillation(teacher_module=lambda: of(2), outputs=outputs, temperature=3.0, dtype="float32")
+    if (outputs, columns) == ("one", 1):
+        with pytest.raises(Refusal, match="outputs is one, and the part that is compared gives one column"):
+            fit(tmp_path, net, technique)
+        return
+    fit(tmp_path, net, technique, watch, max_steps=1)
+    x = rows()[0][:4].double()
+    z, t = of(1).double()(x), of(2).double()(x)
+    kind = outputs or ("numbers" if columns == 1 else "one")
+    if kind == "numbers":
+        expected = (z - t).square().sum(-1)
+    elif kind == "several":
+        p, q = (z / 3).sigmoid(), (t / 3).sigmoid()
+        expected = 9 * (q * (q / p).log() + (1 - q) * ((1 - q) / (1 - p)).log()).mean(-1)
+    else:
+        p, q = (z / 3).softmax(-1), (t / 3).softmax(-1)
+        expected = 9 * (q * (q / p).log()).sum(-1)
+    found = watch.logged[0]
+    assert found["train/distillation/soft_targets"] == pytest.approx(float(expected.mean().detach()), rel=1e-5)
+    assert found["train/distillation/t2"] == (1.0 if kind == "numbers" else 9.0)
 
 
 @pytest.mark.parametrize("technique", [lambda: Replay(8, rows=2), lambda: AGEM(8, rows=2)], ids=["replay", "agem"])
@@ -698,7 +789,7 @@ def test_a_teacher_of_your_own_computes_in_its_own_dtype(precision, dtype, tmp_p
 
 
 def test_arguments_that_would_say_nothing_are_refused(chat, larger, tmp_path):
-    for given, said in (({"student": "model"}, "student"), ({"mask": "mask"}, "mask")):
+    for given, said in (({"student": "model"}, "student"), ({"mask": "mask"}, "mask"), ({"outputs": "one"}, "outputs")):
         with pytest.raises(Refusal, match=f"Distillation.{said} is for modules of your own"):
             chat_run(chat, tmp_path, Distillation(str(larger), hidden=1.0, **given))
     with pytest.raises(Refusal, match="quantize packs a teacher that is loaded, and self is the model"):
@@ -743,9 +834,50 @@ def test_what_cannot_be_compared_is_refused(chat, larger, bases, tmp_path):
     with pytest.raises(Refusal, match=r"teacher's classes .* are not the student's"):
         module, data = job(bases / "bert", tmp_path, "multi_label")
         trainer(tmp_path, Distillation(str(bases / "classes")), max_steps=1).fit(module, data)
-    with pytest.raises(Refusal, match="has no trained head|has no head"):
-        module, data = job(bases / "bert", tmp_path, "regression")
-        trainer(tmp_path, Distillation(str(bases / "bert")), max_steps=1).fit(module, data)
+    with pytest.raises(
+        Refusal, match=r"^Distillation.teacher names the checkpoint .*last.ckpt, which is not there; train"
+    ):
+        run(Distillation(str(tmp_path / "runs/teacher/checkpoints/last.ckpt")))
+
+
+@pytest.mark.parametrize("task", ["sequence_classification", "token_classification", "regression"])
+def test_a_teacher_without_a_head_is_refused_before_anything_is_loaded(task, bases, tmp_path, monkeypatch):
+    monkeypatch.setattr(
+        "lightning_ft.engine.module.load_for_task", lambda *a, **k: pytest.fail("the student is loaded")
+    )
+    for labels in (None, ["high", "low", "middle"]):
+        module, data = job(bases / "bert", tmp_path, task, model={} if task == "regression" else {"labels": labels})
+        with pytest.raises(Refusal, match=f"^The teacher .*bert has no trained head for {task}, .*; train it first"):
+            trainer(tmp_path, Distillation(str(bases / "bert")), max_steps=1).fit(module, data)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        ({"teacher": "llama"}, "different vocabularies"),
+        ({"teacher": "larger", "hidden": 1.0, "layers": {9: 1}}, "layers maps 9 to 1, but the student has 2 blocks"),
+        ({"teacher": "larger", "hidden": 1.0, "layers": {1: 9}}, "layers maps 1 to 9, .* and the teacher 4"),
+        ({"teacher": "self", "hidden": 1.0, "layers": {1: 3}}, "layers maps 1 to 3"),
+        ({"targets": "nowhere"}, "nowhere holds no teacher's targets"),
+    ],
+)
+def test_what_files_alone_show_is_refused_before_anything_is_loaded(
+    arguments, said, chat, larger, bases, tmp_path, monkeypatch
+):
+    monkeypatch.setattr(
+        "lightning_ft.engine.module.load_for_task", lambda *a, **k: pytest.fail("the student is loaded")
+    )
+    places = {"llama": str(bases / "llama"), "larger": str(larger)}
+    given = {**arguments, "teacher": places.get(arguments.get("teacher"), "self")}
+    with pytest.raises(Refusal, match=said):
+        chat_run(chat, tmp_path, Distillation(**given))
+
+
+def test_layers_of_an_encoder_decoder_are_its_decoder_s(bases, tmp_path):
+    module, data = job(bases / "t5", tmp_path, "seq2seq_lm")
+    with pytest.raises(Refusal, match="layers maps 1 to 4, but the student has 2 blocks and the teacher 3"):
+        technique = Distillation(str(bases / "t5-teacher"), hidden=1.0, layers={1: 4})
+        trainer(tmp_path, technique, max_steps=1).fit(module, data)
 
 
 def test_modules_that_imitate_nothing_say_what_they_do():

@@ -150,7 +150,9 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> Callable[[Path], tuple[str
         rows_at = "data.source" if "source" in given_data(path).get("init_args", {}) else "data"
         taught = (f"--distillation.teacher={teacher_of(base, task)}",) if has_teacher(path) else ()
         if path.stem == "gkd":
-            taught = (f"--model.teacher={base}",)
+            if not (teacher := base.with_name("teacher-prompts")).exists():
+                write_model(teacher, initializer_range=0.1)
+            taught = (f"--model.teacher={teacher}",)
         return (
             f"--model.base={base}",
             f"--{rows_at}.path={data}",

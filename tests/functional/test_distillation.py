@@ -6,7 +6,9 @@ import pytest
 import torch
 
 from lightning_ft.functional import distillation as d
+from lightning_ft.functional import token_scores
 from lightning_ft.functional.errors import Refusal
+from lightning_ft.functional.token_scores import distribution
 from tests.tolerances import TOL
 
 torch.manual_seed(0)
@@ -44,7 +46,8 @@ def by_loops(student, teacher, kind, t, beta, scale):
         else:
             m = [beta * b + (1 - beta) * a for a, b in zip(p, q, strict=True)]
             value = (beta * kl(q, m) + (1 - beta) * kl(p, m)) / (beta * (1 - beta))
-        found.append(value * (t * t if scale else 1))
+        factor = t if kind == "total_variation" else t * t
+        found.append(value * (factor if scale else 1))
     return torch.tensor(found, dtype=torch.float64)
 
 
@@ -98,6 +101,18 @@ def test_hot_temperatures_approach_half_the_variance():
     )
 
 
+@pytest.mark.parametrize("kind", d.DIVERGENCES)
+def test_temperatures_change_neither_value_nor_gradient_much(kind):
+    """From T = 8 to 64 both have come near their limits."""
+    teacher, found = logits(5, 9, seed=1), []
+    for t in (8.0, 64.0):
+        student = logits(5, 9).requires_grad_()
+        value = d.soft_targets(student, teacher, kind, temperature=t, beta=0.3).sum()
+        (slope,) = torch.autograd.grad(value, student)
+        found.append(torch.stack([value.detach(), slope.norm()]))
+    torch.testing.assert_close(found[0], found[1], rtol=0.3, atol=0)
+
+
 def test_ends_of_jensen_shannon_meet_the_kls():
     student, teacher = logits(6, 8), logits(6, 8, seed=1)
     for beta, kind in ((1e-8, "forward_kl"), (0.0, "forward_kl"), (1 - 1e-8, "reverse_kl"), (1.0, "reverse_kl")):
@@ -107,6 +122,39 @@ def test_ends_of_jensen_shannon_meet_the_kls():
     both = [d.soft_targets(a, b, "jensen_shannon") for a, b in ((student, teacher), (teacher, student))]
     torch.testing.assert_close(*both)  # symmetric in the middle
     assert (both[0] / 4 <= math.log(2)).all()  # without the factor it is bounded by ln 2
+
+
+@pytest.mark.parametrize("beta", [1e-8, 1e-6, 1e-5, 1e-3, 0.5, 1 - 1e-3, 1 - 1e-5, 1 - 1e-6, 1 - 1e-8])
+def test_jensen_shannon_in_float32_is_right_near_its_ends(beta):
+    """Value and gradient, of both implementations, against the definition in float64, 17 digits of which bear these betas.
+
+    Rows of usual logits, of two models that almost agree, and of two that have little in common.
+    """
+    student = torch.cat([logits(4, 50), logits(4, 50, seed=1), logits(4, 50, scale=20.0)])
+    teacher = torch.cat(
+        [logits(4, 50, seed=2), logits(4, 50, seed=1) + 1e-2 * logits(4, 50), logits(4, 50, seed=4, scale=20.0)]
+    )
+
+    def exact(z):
+        p, q = z.softmax(-1), teacher.softmax(-1)
+        m = beta * q + (1 - beta) * p
+        both = beta * (q * (q / m).log()).sum(-1) + (1 - beta) * (p * (p / m).log()).sum(-1)
+        return both / (beta * (1 - beta))
+
+    z = student.clone().requires_grad_()
+    expected = exact(z)
+    (slope,) = torch.autograd.grad(expected.sum(), z)
+    factor, tolerance = d.in_chunks("jensen_shannon", beta)[1], TOL[torch.float32]
+
+    narrow = student.float().requires_grad_()
+    value = d.soft_targets(narrow, teacher.float(), "jensen_shannon", beta=beta)
+    (found,) = torch.autograd.grad(value.sum(), narrow)
+    p, q = (distribution(x.detach().float()) for x in (student, teacher))
+    closed, gradient = token_scores.jensen_shannon(p, q, beta)
+    for one, other in ((value, found), (closed * factor, gradient * factor)):
+        assert (one > 0).all()
+        torch.testing.assert_close(one.double(), expected, rtol=tolerance, atol=tolerance)
+        torch.testing.assert_close(other.double(), slope, rtol=tolerance, atol=tolerance)
 
 
 def test_skewed_kls_and_total_variation_are_bounded():

@@ -6,8 +6,10 @@ import json
 from pathlib import Path
 from typing import Any
 
+import lightning.pytorch as pl
 import torch
 import transformers as hf
+from torch.distributed.tensor import DTensor
 
 from benchmarks.random_model import write_model
 from lightning_ft import LoRA, OnPolicyDistillation, PromptData
@@ -52,6 +54,26 @@ def play(
     return module, watch, made
 
 
+class Held(pl.Callback):
+    """Which of the teacher's tensors lie on this rank in part, as the first step begins and after the last."""
+
+    def __init__(self) -> None:
+        self.divided: list[set[str]] = []
+        self.blocks: set[str] = set()
+
+    def on_train_start(self, trainer: Any, pl_module: Any) -> None:
+        self.look(pl_module)
+
+    def on_train_end(self, trainer: Any, pl_module: Any) -> None:
+        self.look(pl_module)
+
+    def look(self, module: Any) -> None:
+        """Notes their names, and those of all tensors in blocks."""
+        named = dict(module._teacher.observer.view.model.named_parameters())
+        self.blocks = {name for name in named if ".layers." in name}
+        self.divided.append({name for name, p in named.items() if isinstance(p, DTensor)})
+
+
 def on_ranks(
     job: str, folder: str, devices: int, strategy: str, full: bool, rounds: int = 4, **model: Any
 ) -> dict[str, Any]:
@@ -64,10 +86,13 @@ def on_ranks(
     data = {"batch_size": 6 // devices, "prompts": 5, "draw_batch": 2, "val_path": str(Path(job) / "prompts.jsonl")}
     options["limit_val_batches"] = None
     parts = [] if full else [LoRA(r=4)]
-    module, watch, made = play(Path(job), Path(folder), *parts, data=data, options=options, **model)
+    held = Held()
+    module, watch, made = play(Path(job), Path(folder), *parts, held, data=data, options=options, **model)
     return {
         "answers": [[list(answer.ids) for answer in round.answers] for round in watch.rounds],
         "writers": [module.writer(number) for number in range(rounds)],
         "metrics": {name: float(value) for name, value in made.callback_metrics.items()},
         "weights": weights(module),
+        "divided": held.divided,
+        "blocks": held.blocks,
     }

@@ -2,6 +2,7 @@
 
 import json
 import math
+import shutil
 
 import lightning.pytorch as pl
 import pytest
@@ -66,15 +67,24 @@ def by_hand(job, round, divergence, beta, temperature):
 )
 def test_the_first_step_costs_what_the_formula_says(job, tmp_path, divergence, share, sequence_kd):
     model = {"share": share, "sequence_kd": sequence_kd, "divergence": divergence, "beta": 0.3, "loss_temperature": 1.7}
-    _, watch, _ = play(job, tmp_path, options={"max_epochs": 1}, lr=1e-12, **model)
+    _, watch, run = play(job, tmp_path, options={"max_epochs": 1}, lr=1e-12, **model)
+    assert float(run.callback_metrics["train/t2"]) == pytest.approx(1.7**2)
     expected = by_hand(job, watch.rounds[0], divergence, 0.3, 1.7)
     assert watch.losses[0] == pytest.approx(expected, rel=1e-4) and expected > 0.1
 
 
-def test_the_same_model_teaches_nothing(job, tmp_path):
-    _, watch, _ = play(job, tmp_path, teacher=str(job / "model"), share=1.0, options={"max_epochs": 1})
-    assert abs(watch.losses[0]) < 1e-5
-    assert max(float(g.abs().max()) for g in watch.gradients[0].values()) < 1e-4
+@pytest.mark.parametrize(("parts", "dtype"), [([], "float32"), ([LoRA(r=4)], "bfloat16")], ids=["all of it", "LoRA"])
+def test_the_student_itself_is_no_teacher(job, tmp_path, parts, dtype):
+    """Also under another name and in another dtype; an adapter that has learned makes it another student."""
+    shutil.copytree(job / "model", tmp_path / "copy")
+    given = {"teacher": str(tmp_path / "copy"), "teacher_dtype": dtype, "share": 1.0, "options": {"max_epochs": 1}}
+    with pytest.raises(Refusal, match="has the weights of the student"):
+        play(job, tmp_path, *parts, **given)
+    if parts:
+        run = play(job, tmp_path, LoRA(r=4), share=1.0)[2]
+        run.save_checkpoint(tmp_path / "learned.ckpt")
+        _, watch, _ = play(job, tmp_path, LoRA(init_from=str(tmp_path / "learned.ckpt")), **given)
+        assert watch.losses[0] > 1e-4
 
 
 def test_training_brings_the_student_to_the_teacher_on_its_own_answers(job, tmp_path):
@@ -216,8 +226,9 @@ def test_two_ranks(job, tmp_path, two_ranks, strategy, full):
     found = two_ranks.run(
         "tests.modules.gkd:on_ranks", folder=str(tmp_path / "two"), devices=2, strategy=strategy, **asked
     )
-    assert len(set(one["writers"])) == 2
+    assert len(set(one["writers"])) == 2 and one["divided"] == [set()] * 2
     for rank in found:
+        assert rank["blocks"] and rank["divided"] == [rank["blocks"] if strategy == "fsdp2" else set()] * 2
         assert rank["writers"] == one["writers"] and rank["answers"] == one["answers"]
         assert rank["metrics"].keys() == one["metrics"].keys()
         for name, value in one["metrics"].items():
@@ -262,8 +273,14 @@ def test_resumed_is_unbroken_and_another_teacher_is_refused(job, tmp_path):
     for step in (3, 4):  # within a round, and between two
         resumed = run(tmp_path / f"resumed-{step}", ckpt_path=str(tmp_path / f"step={step}.ckpt"))
         assert all(torch.equal(value, resumed[name]) for name, value in whole.items()), step
+    other = hf.AutoModelForCausalLM.from_pretrained(job / "teacher")
+    with torch.no_grad():
+        other.lm_head.weight.mul_(1.1)
+    other.save_pretrained(tmp_path / "changed")
+    hf.AutoTokenizer.from_pretrained(job / "model").save_pretrained(tmp_path / "changed")
     with pytest.raises(Refusal, match="The run was begun with another teacher"):
-        run(tmp_path / "other", ckpt_path=str(tmp_path / "step=3.ckpt"), teacher=str(job / "model"))
+        run(tmp_path / "other", ckpt_path=str(tmp_path / "step=3.ckpt"), teacher=str(tmp_path / "changed"))
+    run(tmp_path / "bf16", ckpt_path=str(tmp_path / "step=3.ckpt"), teacher_dtype="bfloat16")  # as another device may
 
 
 def test_a_prefix_learns_on_its_own_answers(job, tmp_path):
@@ -294,7 +311,7 @@ def test_validation_alone_asks_the_teacher_and_prediction_does_not(job, tmp_path
     assert len(trainer(tmp_path).predict(module, data)) > 0
 
 
-def test_what_cannot_be_is_refused(job, tmp_path):
+def test_what_cannot_be_is_refused(job, tmp_path, monkeypatch):
     def run(**model):
         data = model.pop("data", None)
         play(job, tmp_path, data=data, options={"max_epochs": 1}, **model)
@@ -303,7 +320,7 @@ def test_what_cannot_be_is_refused(job, tmp_path):
         gkd(job, tmp_path, teacher="self")
     with pytest.raises(Refusal, match="have no column answer"):
         run(answer_column="answer")
-    with pytest.raises(Refusal, match="There is no folder"):
+    with pytest.raises(Refusal, match="^OnPolicyDistillation.teacher: There is no folder"):
         run(teacher=str(tmp_path / "nowhere" / "a b"))
     with pytest.raises(Refusal, match="share must be"):
         gkd(job, tmp_path, share=1.5)
@@ -311,7 +328,8 @@ def test_what_cannot_be_is_refused(job, tmp_path):
     other.add_tokens(["<new>"])
     hf.AutoModelForCausalLM.from_pretrained(job / "teacher").save_pretrained(tmp_path / "foreign")
     other.save_pretrained(tmp_path / "foreign")
-    with pytest.raises(Refusal, match="different vocabularies"):
+    with monkeypatch.context() as patch, pytest.raises(Refusal, match="different vocabularies"):
+        patch.setattr("lightning_ft.engine.module.load_for_task", lambda *a, **k: pytest.fail("the student is loaded"))
         run(teacher=str(tmp_path / "foreign"))
     lines = [{"prompt": f"tell {n}", "completion": ""} for n in range(8)]
     (tmp_path / "empty.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))

@@ -8,7 +8,7 @@ from sklearn import metrics as sk
 from torch.nn import functional as F
 
 import lightning_ft
-from lightning_ft import SFT, Freeze, LoRA, Refusal
+from lightning_ft import SFT, Freeze, LoRA, Refusal, SFTData
 from tests.contract.subjects import Steps, trainer
 from tests.modules.tasks import fit, fit_on_ranks, job, rows_of, write_base
 from tests.tolerances import TOL
@@ -207,6 +207,16 @@ def test_the_data_must_be_for_the_task(bases, tmp_path):
     module = SFT(str(bases["bert"]), task="regression")
     with pytest.raises(Refusal, match="set the module's task to sequence_classification"):
         fit(module, rows, tmp_path, max_steps=1)
+
+
+@pytest.mark.parametrize(("task", "fitting"), [("seq2seq_lm", "Seq2SeqData"), ("regression", "ClassificationData")])
+def test_rows_to_imitate_are_for_a_decoder_alone(bases, tmp_path, task, fitting):
+    """Before the base is loaded."""
+    module, path = SFT(str(bases["t5"]), task=task), tmp_path / "rows.jsonl"
+    path.write_text('{"prompt": "hello", "completion": " world"}\n' * 8)
+    with pytest.raises(Refusal, match=f"SFT.task is {task}, but SFTData is for causal_lm: take {fitting}"):
+        fit(module, SFTData(str(path), packing=False, cache_dir=str(tmp_path / "cache")), tmp_path, max_steps=1)
+    assert module.model is None
 
 
 def test_a_classifier_writes_no_text(bases, tmp_path):
