@@ -21,6 +21,7 @@ from lightning_ft.functional.inner_loop import Order, Weights, by_autograd, by_t
 from lightning_ft.nn.double_backward import (
     check_graph,
     check_net,
+    compiled,
     explained,
     no_checkpointing,
     twice_differentiable,
@@ -56,6 +57,11 @@ class AdaptingModule(EpisodeModule):
 
     def _prepare(self) -> None:
         """Finds the weights of the inner loop, once everything is injected, and refuses nets that cannot have one."""
+        super()._prepare()
+        if (
+            self._compiler_ctx is not None
+        ):  # Lightning has taken the module out, and left its forward and steps compiled
+            raise compiled(type(self).__name__, "the whole module")
         check_net(self.model, order=self.order if self.implicit is None else 2, owner=type(self).__name__)
         parameters = dict(self.named_parameters())
         self._tied = len(parameters) != len(list(self.named_parameters(remove_duplicate=False)))
