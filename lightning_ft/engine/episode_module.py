@@ -19,6 +19,7 @@ from lightning_ft.engine.module import DtypePolicy, FineTuningModule, OptimizerF
 from lightning_ft.engine.optimizer import Schedule
 from lightning_ft.engine.scoring import row_logits, scored_hidden
 from lightning_ft.engine.terms import Term
+from lightning_ft.engine.without_chance import nothing_dropped, refuse_chance
 from lightning_ft.functional.errors import Refusal
 from lightning_ft.functional.inner_loop import with_gradients
 from lightning_ft.models.quantize import Mode
@@ -41,6 +42,7 @@ class EpisodeModule(FineTuningModule):
     learns_from_episodes = True
     no_likelihood: str | None = None
     way: int | None
+    _tried = False
 
     def __init__(
         self,
@@ -131,7 +133,8 @@ class EpisodeModule(FineTuningModule):
             super().configure_model()
         else:
             self.model.train()
-        if self.evaluation is None:
+        # `lightning_ft.load` knows no data, and later ones may have numbers where these have classes.
+        if self.evaluation is None or self.evaluation.names != self._measured():
             self.evaluation = EpisodeMeans(self._measured())
 
     def _check_rows(self) -> None:
@@ -176,6 +179,7 @@ class EpisodeModule(FineTuningModule):
 
     def _prepare(self) -> None:
         """What is to be found and checked once everything is injected; again in each run, which may inject more."""
+        self._tried = False
 
     def resolved_lr(self) -> float:
         """``lr``; else that of what is trained, or `NET_LR` for a net."""
@@ -200,8 +204,18 @@ class EpisodeModule(FineTuningModule):
             return row_logits(self.view, inputs)
         if self.base is not None:
             raise Refusal(f"{self.base} reads texts, and these episodes are tensors; give a net instead.")
-        outputs: Tensor = self.model(inputs)
+        with nothing_dropped(self.model):
+            outputs: Tensor = self.model(inputs)
         return outputs
+
+    def on_train_batch_start(self, batch: MetaBatch, batch_idx: int) -> None:
+        """Tries, once a run, whether anything is drawn at random in a pass."""
+        self._try_twice(batch)
+
+    def _try_twice(self, batch: MetaBatch) -> None:
+        if not self._tried and batch.counts["task"]:
+            refuse_chance(self, batch.episodes()[0].support.inputs)
+            self._tried = True
 
     def accumulated(
         self, batch: MetaBatch, task: Callable[[Episode], tuple[Tensor, Sequence[Tensor | None], Tensor]]
@@ -266,6 +280,7 @@ class EpisodeModule(FineTuningModule):
     def _evaluate(self, batch: MetaBatch) -> None:
         if not batch.counts["task"]:
             return
+        self._try_twice(batch)
         # Lightning validates under inference mode, whose tensors can never take part in a gradient: those of the batch are copied.
         with torch.inference_mode(False), torch.enable_grad():
             found = self._measure(batch.apply(torch.clone))

@@ -83,11 +83,12 @@ class MAML(AdaptingModule):
         width of the 95 % interval over episodes.
 
     Differs from:
-        Finn et al., 2017: dropout is off; batch norms with running statistics are refused, since all tasks would share them.
+        Finn et al., 2017: dropout is off, and a net runs in evaluation mode but for its norms; batch norms with running
+        statistics are refused, since all tasks would share them.
 
     Raises:
-        Refusal: for arguments out of bounds here; when the run begins for FSDP2, fp16, dropout, torch.compile, activation
-            checkpointing, or an ``inner`` that names nothing.
+        Refusal: for arguments out of bounds here; when the run begins for FSDP2, fp16, a technique's dropout, a net that draws at
+            random in every mode, torch.compile, activation checkpointing, or an ``inner`` that names nothing.
 
     Example:
         >>> MAML(net=torch.nn.Linear(1, 1), order=1, inner_lr=0.01).order

@@ -103,6 +103,11 @@ def test_a_checkpoint_is_loaded_with_its_rates_and_classes(texts, tmp_path):
         lightning_ft.load(tmp_path / "net/last.ckpt")
     loaded = lightning_ft.load(tmp_path / "net/last.ckpt", module=module(net=mlp(7)))
     assert not differing(dict(net.state_dict()), dict(loaded.state_dict()))
+    # Loading knows no data, so that classes were expected; these have numbers.
+    alone, again = (
+        trainer(tmp_path, limit_val_batches=None).validate(one, sines(), verbose=False)[0] for one in (net, loaded)
+    )
+    assert again == pytest.approx(alone) and "val/step_0/loss" in again and "val/accuracy" not in again
 
 
 def test_over_a_packed_base(texts, tmp_path):
