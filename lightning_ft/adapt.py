@@ -79,7 +79,11 @@ def adapt(
             max_length=max_length,
             cache_dir=cache_dir,
         )
-        data.check_files("fit")
+        if data.folders:
+            raise Refusal(
+                f"{support} holds images or tensors, and a base reads texts; give a file of texts and labels."
+            )
+        data.check_tables("fit")
     meta: AdaptingModule = load(path, base=base)  # what can be told without the base is refused above
     if meta.base is None:
         raise Refusal(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any, Literal
 
@@ -13,6 +13,7 @@ from lightning_ft.data.class_texts import ClassTexts
 from lightning_ft.data.episode_draw import TEST, TRAIN, VAL, check_pools, draw_episode
 from lightning_ft.data.named_files import Split
 from lightning_ft.data.task_functions import DrawnTasks
+from lightning_ft.data.text_folders import holds_texts
 from lightning_ft.data.text_tasks import TextTasks
 from lightning_ft.engine.episodes import Episode
 from lightning_ft.functional.dotted import named_function
@@ -39,6 +40,7 @@ class EpisodeSource(ClassTexts):
         self._made: dict[Split, Callable[[int, np.ndarray], tuple[Episode, ...] | Episode]] = {}
         self._tasks: dict[Split, DrawnTasks] = {}
         self._shared: dict[Split, int] = {}
+        self._folders: bool | None = None
         self.pools: dict[Split, dict[str, np.ndarray]] = {}
 
     @property
@@ -48,8 +50,11 @@ class EpisodeSource(ClassTexts):
 
     @property
     def folders(self) -> bool:
-        """Whether ``path`` is a folder of classes."""
-        return isinstance(self.path, str) and Path(self.path).expanduser().is_dir()
+        """Whether ``path`` is a folder of classes of images or tensors; one of texts is read as a table."""
+        if self._folders is None:
+            folder = Path(self.path).expanduser() if isinstance(self.path, str) else None
+            self._folders = folder is not None and folder.is_dir() and not holds_texts(folder)
+        return self._folders
 
     def _has(self, split: Split) -> bool:
         if split == "train" or self.tasks is not None:
@@ -114,6 +119,21 @@ class EpisodeSource(ClassTexts):
         given = {split: path for split, path in (("val", self.val_path), ("test", self.test_path)) if path is not None}
         return files_of_splits(str(self.path), given, self.val_classes, self.test_classes, seed=self._seed)
 
+    def check_classes(self, splits: Iterable[Split]) -> None:
+        """Refuses too few classes or rows for an episode, as far as labels or files say it: before a text is tokenised."""
+        if self.tasks is not None:
+            return
+        dealt = self.classes_of()
+        files = self._class_files() if self.folders else {}
+        for split in splits:
+            if not self._has(split):
+                continue
+            counts = (
+                {name: len(found) for name, found in files[split].items()} if files else self._counted(self._of(split))
+            )
+            pools = {name: np.arange(counts[name]) for name in sorted(dealt[split])}
+            self._checked(pools, split, "rows")
+
     def _prepare_folders(self, split: Split) -> None:
         items, pools = pools_of_files(self._class_files()[split])
         self.pools[split] = self._checked(pools, split)
@@ -130,7 +150,9 @@ class EpisodeSource(ClassTexts):
             self.episode(rows, draw) for draw in self._draws(split, epoch, numbers)
         )
 
-    def _checked(self, pools: Mapping[str, np.ndarray], split: Split) -> dict[str, np.ndarray]:
+    def _checked(
+        self, pools: Mapping[str, np.ndarray], split: Split, counted: str = "different rows"
+    ) -> dict[str, np.ndarray]:
         return check_pools(
             pools,
             split,
@@ -138,6 +160,7 @@ class EpisodeSource(ClassTexts):
             rows=self.shot + self.query,
             drop=self.small_classes == "drop",
             owner="EpisodeData",
+            counted=counted,
         )
 
     def _draws(self, split: Split, epoch: int, numbers: np.ndarray) -> list[Any]:
