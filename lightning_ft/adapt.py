@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from inspect import signature
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,7 @@ from lightning_ft.data.text_tasks import answer_rows
 from lightning_ft.engine.adapting import AdaptingModule
 from lightning_ft.engine.attachment import Attachment
 from lightning_ft.engine.checkpoints import kept_keys
-from lightning_ft.engine.loading import of_kind, read_recipe
+from lightning_ft.engine.loading import of_kind, read_checkpoint, read_recipe
 from lightning_ft.engine.scoring import row_logits
 from lightning_ft.functional.errors import Refusal
 from lightning_ft.load import load
@@ -36,7 +37,7 @@ def adapt(
     base: str | None = None,
     text_column: str | None = None,
     label_column: str | None = None,
-    max_length: int | None = 128,
+    max_length: int | None = None,
     cache_dir: str | None = None,
 ) -> SFT:
     """A model of a new task: the start of a `MAML` or `Reptile` checkpoint after its inner steps on your examples.
@@ -49,7 +50,7 @@ def adapt(
         base: another place of the same base model.
         text_column: where the text is; None: ``text``. For classes only.
         label_column: where the class is; None: ``label``. For classes only.
-        max_length: most tokens of a text; longer ones are cut, and refused where answers are learned.
+        max_length: most tokens of a text; longer ones are cut, and refused where answers are learned. None: as in training.
         cache_dir: where tokenised rows are kept, as in `EpisodeData`.
 
     Returns:
@@ -64,6 +65,7 @@ def adapt(
         module = lightning_ft.adapt("runs/maml_lora_text/checkpoints/last.ckpt", "my_20_examples.jsonl")
     """
     recipe = adapting_recipe(path)
+    max_length = length_of(path) if max_length is None else max_length
     data = None
     if recipe["init_args"].get("task") == "causal_lm":
         if text_column is not None or label_column is not None:
@@ -85,10 +87,6 @@ def adapt(
             )
         data.check_tables("fit")
     meta: AdaptingModule = load(path, base=base)  # what can be told without the base is refused above
-    if meta.base is None:
-        raise Refusal(
-            "adapt makes a classifier of texts; of a net's checkpoint call load(..., module=...) and module.adapt_."
-        )
     if data is None:
         meta.adapt_(answer_rows(str(support), meta.tokenizer, max_length=max_length), steps=steps)
         return _plain(meta, None)
@@ -100,16 +98,29 @@ def adapt(
 
 
 def adapting_recipe(path: str | Path) -> dict[str, Any]:
-    """``class_path`` and ``init_args`` of the module of a checkpoint, which has an inner loop.
+    """``class_path`` and ``init_args`` of the module of a checkpoint, which has an inner loop over a base.
 
     Raises:
-        Refusal: it has none, or there is no such checkpoint.
+        Refusal: it has none, it has a net, or there is no such checkpoint.
     """
     recipe = read_recipe(Path(path).expanduser())
     if not of_kind(recipe, AdaptingModule):
         name = recipe.get("class_path", "a LightningModule of your own").rpartition(".")[2]
         raise Refusal(f"{path} was written by {name}, which has no inner loop; give a checkpoint of MAML or Reptile.")
+    if recipe["init_args"].get("base") is None:
+        name = recipe["class_path"].rpartition(".")[2]
+        raise Refusal(
+            f"{path} was learned by a net, and adapt makes a model of texts; in Python call module = lightning_ft.load(path, "
+            f"module={name}(net=...)) and module.adapt_((x, y))."
+        )
     return recipe
+
+
+def length_of(path: str | Path) -> int | None:
+    """Most tokens of a text in the run that wrote a checkpoint; where it does not say, `EpisodeData`'s own default."""
+    data = read_checkpoint(Path(path).expanduser(), mapped=True).get(EpisodeData.__qualname__, {})
+    default: int | None = signature(EpisodeData).parameters["max_length"].default
+    return data.get("max_length", default)  # type: ignore[no-any-return]
 
 
 def _plain(meta: AdaptingModule, labels: list[str] | None) -> SFT:

@@ -14,6 +14,7 @@ from lightning_ft.engine.attachment import Attachment
 from lightning_ft.engine.batch import Batch
 from lightning_ft.engine.episode_module import EpisodeModule
 from lightning_ft.engine.episodes import Episode, MetaBatch, Rows
+from lightning_ft.engine.fewer_classes import cut_classes_
 from lightning_ft.engine.freezing import parameters_named
 from lightning_ft.functional.episode_losses import mean_loss
 from lightning_ft.functional.errors import Refusal
@@ -262,31 +263,31 @@ class AdaptingModule(EpisodeModule):
 
     # -- use ----------------------------------------------------------------------------------------------------------
 
-    def adapt(self, support: Rows, *, steps: int | None = None) -> Weights:
+    def adapt(self, support: Rows | tuple[Tensor, Tensor], *, steps: int | None = None) -> Weights:
         """The weights that this module takes on for a task, by name; the module itself stays as it is.
 
         Args:
-            support: the rows to adapt on.
+            support: the rows to adapt on; of a net simply its inputs and their targets, ``(x, y)``.
             steps: of the inner loop; None: as many as in training.
 
         Returns:
             name -> adapted weight, without a graph; `adapt_` writes them in.
         """
+        rows = support if isinstance(support, Rows) else Rows(*support)
         theta = self.start_without_graph()
         with torch.inference_mode(False), torch.enable_grad():
             *_, weights = self.adapted(
-                support.apply(torch.clone), steps=self.steps if steps is None else steps, order=1, theta=theta
+                rows.apply(torch.clone), steps=self.steps if steps is None else steps, order=1, theta=theta
             )
         return {name: weight.detach() for name, weight in weights.items()}
 
     @torch.no_grad()
-    def adapt_(self, support: Rows, *, steps: int | None = None) -> None:
+    def adapt_(self, support: Rows | tuple[Tensor, Tensor], *, steps: int | None = None) -> None:
         """Adapts the module itself."""
         parameters = dict(self.named_parameters())
         for name, weight in self.adapt(support, steps=steps).items():
             parameters[name].copy_(weight)
 
-    @torch.no_grad()
     def keep_classes_(self, count: int) -> None:
         """Leaves the first outputs of a base's head, for a task with fewer classes than the episodes had.
 
@@ -302,21 +303,11 @@ class AdaptingModule(EpisodeModule):
                 f"The support rows have {count} classes, and {type(self).__name__} has learned to tell {outputs} apart; learn from "
                 f"episodes of at least as many (data.way {count})."
             )
-        if count == outputs:
-            return
-        layer = self.view.output_layer()[1]
-        cut = {id(p): nn.Parameter(p[:count].clone(), requires_grad=p.requires_grad) for p in layer.parameters()}
-        # Rates of a number each are cut with it; those of a step each stay, though they may be as many.
-        rates: Any = self.inner_rates if getattr(self, "rates", "fixed") == "per_parameter" else {}
-        for name, parameter in self.named_parameters():
-            key = name.replace(".", "/")
-            if id(parameter) in cut and key in rates:
-                rates[key] = nn.Parameter(rates[key].view(parameter.shape)[:count].reshape(-1).clone())
-        for name, parameter in list(layer.named_parameters()):
-            setattr(layer, name, cut[id(parameter)])
-        layer.out_features = count
-        self.model.config.num_labels = count
-        self.way = count
+        if count < outputs:
+            rates: Any = self.inner_rates if getattr(self, "rates", "fixed") == "per_parameter" else {}
+            cut_classes_(self, self.view.output_layer()[1], count, rates)
+            self.model.config.num_labels = count
+            self.way = count
 
     def trained(self) -> list[nn.Parameter]:
         """What the outer loop trains."""
