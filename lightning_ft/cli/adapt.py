@@ -15,7 +15,7 @@ from lightning_ft.functional.errors import Refusal
 
 
 def adapt_command(argv: list[str]) -> None:
-    """Adapts a checkpoint of MAML or Reptile to a file of examples, and writes the classifier or the language model.
+    """Adapts a checkpoint of MAML or Reptile to a file of examples, and writes the adapted model.
 
     Raises:
         Refusal: no such checkpoint or file, a folder that holds something, too many classes.
@@ -25,7 +25,10 @@ def adapt_command(argv: list[str]) -> None:
         "--ckpt_path", type=str | None, default=None, help="A checkpoint of MAML or Reptile over a base."
     )
     flags.add_argument(
-        "--support", type=str | None, default=None, help="Your examples: text and label, or prompt and completion."
+        "--support",
+        type=str | None,
+        default=None,
+        help="Your examples: text and label (a class or a number), or prompt and completion.",
     )
     flags.add_argument("--output", type=str | None, default=None, help="The folder to write; new, or empty.")
     flags.add_argument("--predict", type=str | None, default=None, help="A file with texts to classify afterwards.")
@@ -52,9 +55,15 @@ def adapt_command(argv: list[str]) -> None:
     from lightning_ft.adapt import adapt, adapting_recipe, classify, length_of, save
     from lightning_ft.data.sources import open_source
 
-    writes = adapting_recipe(path)["init_args"].get("task") == "causal_lm"
+    task = adapting_recipe(path)["init_args"].get("task")
+    writes = task == "causal_lm"
     if writes and config.predict:
         raise Refusal("--predict classifies texts, and this checkpoint learned to write; leave it out, and generate.")
+    if task == "regression" and config.predict:
+        raise Refusal(
+            "--predict classifies texts, and this checkpoint learned numbers; leave it out, and load in Python what adapt writes "
+            "(lightning_ft.load)."
+        )
     texts = open_source(config.predict, any_columns=True).column(config.text_column or "text") if config.predict else []
     if not all(isinstance(text, str) and text for text in texts):
         raise Refusal(f"--predict {config.predict}: each row needs a text ({config.text_column or 'text'}).")
@@ -71,7 +80,8 @@ def adapt_command(argv: list[str]) -> None:
     )
     seconds = time.perf_counter() - begin
     saved = save(module, output)
-    what = "a language model" if writes else f"a classifier of {', '.join(module.view.labels)}"
+    what = {"causal_lm": "a language model", "regression": "a regression"}.get(task or "")
+    what = what or f"a classifier of {', '.join(module.view.labels)}"
     print(f"{saved}: {what}, adapted in {seconds:.1f} s, loading included.")
     if writes:
         print(f"lightning-ft generate --ckpt_path {saved} --prompt TEXT writes with it.")

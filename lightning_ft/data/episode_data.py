@@ -42,7 +42,8 @@ class EpisodeData(EpisodeSource):
             ``(rng, count, **tasks_args)`` gives support x and y, query x and y of ``count`` tasks, arrays with a first axis of
             tasks, drawn from the `numpy.random.Generator` alone. For a language model (``task: causal_lm``) a list of ``count``
             dictionaries with ``support`` and ``query``, lists of rows with the columns of `SFTData`, such as
-            ``lightning_ft.data.reasoning_tasks.reasoning_tasks``; query rows that stand in the support are left out.
+            ``lightning_ft.data.reasoning_tasks.reasoning_tasks``; for numbers of texts (``task: regression``) rows of ``text`` and
+            ``label``. Query rows that stand in the support are left out.
         tasks_args: arguments of that function.
         eval_tasks_args: those that differ in validation and test.
         way: classes of an episode.

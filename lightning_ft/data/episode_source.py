@@ -12,9 +12,10 @@ from lightning_ft.data.class_folders import FileReader, files_of_splits, pools_o
 from lightning_ft.data.class_texts import ClassTexts
 from lightning_ft.data.episode_draw import TEST, TRAIN, VAL, check_pools, draw_episode
 from lightning_ft.data.named_files import Split
+from lightning_ft.data.number_tasks import NumberRows
 from lightning_ft.data.task_functions import DrawnTasks
 from lightning_ft.data.text_folders import holds_texts
-from lightning_ft.data.text_tasks import TextTasks
+from lightning_ft.data.text_tasks import AnswerRows, TextTasks
 from lightning_ft.engine.episodes import Episode
 from lightning_ft.functional.dotted import named_function
 
@@ -67,9 +68,12 @@ class EpisodeSource(ClassTexts):
         return self.tasks is None or self._drawn("train").has_classes
 
     @property
-    def writes(self) -> bool:
-        """Whether targets are answers that a language model is to write."""
-        return self.tasks is not None and self._drawn("train").of_texts
+    def asks_for(self) -> Literal["classes", "answers", "numbers"]:
+        """What texts are learned for; of arrays, which no base reads, likewise ``classes``."""
+        drawn = self._drawn("train") if self.tasks is not None else None
+        if drawn is None or not drawn.of_texts:
+            return "classes"
+        return "numbers" if drawn.of_numbers else "answers"
 
     def _get_made(self, split: Split) -> Callable[[int, np.ndarray], tuple[Episode, ...] | Episode]:
         self._prepare_split(split)
@@ -81,10 +85,9 @@ class EpisodeSource(ClassTexts):
         if self.tasks is not None:
             drawn = self._drawn(split)
             if drawn.of_texts:
-                texts = TextTasks(
-                    drawn, self.resolve_tokenizer(), max_length=self.max_length, truncation=self.truncation
-                )
-                self._made[split] = texts.episodes
+                kind = NumberRows if drawn.of_numbers else AnswerRows
+                rows = kind(self.resolve_tokenizer(), max_length=self.max_length, truncation=self.truncation)
+                self._made[split] = TextTasks(drawn, rows).episodes
             else:
                 self._made[split] = drawn.episodes
         elif self.folders:

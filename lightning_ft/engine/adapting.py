@@ -228,7 +228,9 @@ class AdaptingModule(EpisodeModule):
         """Whether the outer loss is one of classes, told by its name, the base, or the data's targets."""
         if self.outer_loss != "auto":
             return self.outer_loss == "cross_entropy"
-        return self.base is not None or bool(getattr(self.datamodule, "has_classes", True))
+        if self.base is not None:
+            return self.task != "regression"
+        return bool(getattr(self.datamodule, "has_classes", True))
 
     def _measure(self, batch: MetaBatch) -> Tensor:
         if self.maps_tasks(batch):

@@ -28,7 +28,13 @@ NET_LR = 1e-3
 """Rate of a net that is trained from nothing: Adam's own default, and that of Finn et al., 2017, for the sinusoids."""
 
 
-EpisodeTask = Literal["sequence_classification", "causal_lm"]
+EpisodeTask = Literal["sequence_classification", "causal_lm", "regression"]
+ASKS: dict[str, tuple[str, str]] = {
+    "sequence_classification": ("classes", "tell classes apart"),
+    "causal_lm": ("answers", "write answers"),
+    "regression": ("numbers", "estimate numbers"),
+}
+"""Task of a base -> what the episodes' rows ask for, as the data say it; in words."""
 
 
 class EpisodeModule(FineTuningModule):
@@ -91,10 +97,12 @@ class EpisodeModule(FineTuningModule):
             )
         if self.base is not None and self.model is not None:
             raise Refusal(f"{name} takes base or net, not both; leave one of them out.")
-        if self.writes and self.base is None:
-            raise Refusal(f"{name}.task causal_lm is for a base that writes text; leave it out for a net.")
+        if self.task != "sequence_classification" and self.base is None:
+            raise Refusal(f"{name}.task {self.task} is for a base, which reads texts; leave it out for a net.")
         if self.writes and (self.way is not None or self.head_lr is not None):
             raise Refusal(f"{name}.way and head_lr belong to classes, and the task is causal_lm; leave them out.")
+        if self.task == "regression" and self.way is not None:
+            raise Refusal(f"{name}.way belongs to classes, and the task is regression; leave it out.")
         if self.quantize is not None and self.base is None:
             raise Refusal(f"{name}.quantize packs a base that is loaded; pack your net before you give it (quantize_).")
 
@@ -102,6 +110,11 @@ class EpisodeModule(FineTuningModule):
     def writes(self) -> bool:
         """Whether answers are texts, scored token by token, not classes or numbers."""
         return self.task == "causal_lm"
+
+    @property
+    def asks_for(self) -> str:
+        """What the rows of a base's episodes are learned for."""
+        return ASKS[self.task][0]
 
     @property
     def net(self) -> nn.Module | None:
@@ -112,7 +125,7 @@ class EpisodeModule(FineTuningModule):
     def resolved_arguments(self) -> dict[str, Any]:
         """With the number of classes, which was the data's to say."""
         arguments = arguments_of(self)
-        if self.base is not None and self.model is not None and "way" in arguments and not self.writes:
+        if self.base is not None and self.model is not None and "way" in arguments and self.asks_for == "classes":
             arguments["way"] = self.way or getattr(self.datamodule, "way", None) or self._outputs()
         return arguments
 
@@ -138,20 +151,22 @@ class EpisodeModule(FineTuningModule):
             self.evaluation = EpisodeMeans(self._measured())
 
     def _check_rows(self) -> None:
-        """Refuses rows that are no episodes, and episodes of classes for a task that writes, and the other way round."""
-        theirs, name = getattr(self.datamodule, "writes", None), type(self).__name__
+        """Refuses rows that are no episodes, and episodes whose texts ask for something else than the task learns."""
+        theirs, name = getattr(self.datamodule, "asks_for", None), type(self).__name__
         given = type(self.datamodule)
         if theirs is None and given.__module__.startswith("lightning_ft."):
             raise Refusal(f"{name} learns from episodes, and {given.__name__} gives rows; use EpisodeData.")
-        if self.base is not None and theirs is not None and theirs != self.writes:
+        if self.base is not None and theirs is not None and theirs != self.asks_for:
+            ours = next(words for asked, words in ASKS.values() if asked == self.asks_for)
+            task = next(task for task, (asked, _) in ASKS.items() if asked == theirs)
             raise Refusal(
-                f"{name} learns to {'write answers' if self.writes else 'tell classes apart'}, and the episodes have "
-                f"{'answers to write; set model.task to causal_lm' if theirs else 'none to write; leave model.task out'}."
+                f"{name} learns to {ours}, and the episodes have {theirs}; "
+                f"{'leave model.task out' if theirs == 'classes' else f'set model.task to {task}'}."
             )
 
     def _classes(self) -> tuple[list[str] | None, bool]:
         """As many as an episode has, without names: each episode deals them anew."""
-        if self.writes:
+        if self.asks_for != "classes":
             return None, False
         way = self.way or getattr(self.datamodule, "way", None)
         theirs = getattr(self.datamodule, "way", None)

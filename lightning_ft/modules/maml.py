@@ -35,7 +35,8 @@ class MAML(AdaptingModule):
             a new head of as many classes as an episode has. None: see ``net``.
         net: any torch module instead, for tensors and images.
         task: what a base predicts: ``sequence_classification``, the class of a text; ``causal_lm``, the tokens of an answer, each
-            counting the same, from episodes of prompts and answers.
+            counting the same, from episodes of prompts and answers; ``regression``, a number of a text by its squared error, from
+            episodes of ``text`` and ``label`` that a function makes.
         way: classes of an episode; None: as the data have. Of a base that classifies only.
         order: 2 differentiates through the inner steps (MAML); 1 takes the inner gradients for constants (FOMAML), at less than
             half the time and memory, and much less exact after several steps.
