@@ -302,7 +302,9 @@ def keep_factors_in_fp32(strategy: Strategy, on_leave: Callable[[Callable[[], No
         converted = original(module)
         for parameter, data in kept:
             parameter.data = data
-        if ours and isinstance(model := getattr(inner, "model", None), nn.Module):
+        # Under FSDP2 layers have been given their classes when it sharded them.
+        sharded = isinstance(strategy, ModelParallelStrategy)
+        if ours and not sharded and isinstance(model := getattr(inner, "model", None), nn.Module):
             cast_beside(model, precision._desired_input_dtype)
         return converted
 

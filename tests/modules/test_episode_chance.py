@@ -17,7 +17,7 @@ class Dropping(nn.Module):
 
     def __init__(self, always=False):
         super().__init__()
-        self.inner, self.always, self.rate = mlp(), always, 0.5
+        self.inner, self.always, self.rate = mlp(), always, 0.05 if always else 0.5
 
     def forward(self, x):
         h = self.inner[1](self.inner[0](x))
