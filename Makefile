@@ -56,10 +56,10 @@ matrix: install  ## every part with every task and placement (cells are begun fo
 bench: install fetch  ## measure against peers (run nothing else meanwhile)
 	$(BIN)/python -m benchmarks.sft
 
-reproduce-meta: install fetch  ## meta-learning of sine waves, its speed; with DATA=FOLDER also of texts (goes on where it stopped)
+reproduce-meta: install fetch  ## meta-learning of sine waves, its speed; with DATA=FOLDER also of texts, whose label stands elsewhere by META_FLAGS="--label_column category" (goes on where it stopped)
 	$(BIN)/python -m benchmarks.meta_sinusoid
 	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.meta_sinusoid --speed
-	$(if $(DATA),$(BIN)/python -m benchmarks.meta_text --data $(DATA) $(META_FLAGS),@echo "Of texts: make reproduce-meta DATA=FOLDER, a folder of CSV files with text and label (META_FLAGS: other columns).")
+	$(if $(DATA),$(BIN)/python -m benchmarks.meta_text --data $(DATA) $(META_FLAGS),@echo "Of texts: make reproduce-meta DATA=FOLDER, a folder of CSV files with text and label (of other columns with META_FLAGS='--label_column category').")
 
 reproduce-supervised: install fetch  ## full training against few parameters, on one encoder (an hour; goes on where it stopped)
 	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.supervised

@@ -3,23 +3,25 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from inspect import signature
 from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
-import numpy as np
 import torch
 
-from lightning_ft.data.collate_labelled import LabelledSegment, collate_labelled
+from lightning_ft.data.collate_labelled import collate_labelled
 from lightning_ft.data.episode_data import EpisodeData
 from lightning_ft.data.frames import Frame
+from lightning_ft.data.labels import columns_of
+from lightning_ft.data.number_tasks import NumberRows, text_segment
 from lightning_ft.data.prefixes import plain_ids
 from lightning_ft.data.sources import open_source
 from lightning_ft.data.text_tasks import answer_rows
 from lightning_ft.engine.adapting import AdaptingModule
 from lightning_ft.engine.attachment import Attachment
 from lightning_ft.engine.checkpoints import kept_keys
-from lightning_ft.engine.loading import of_kind, read_recipe
+from lightning_ft.engine.loading import of_kind, read_checkpoint, read_recipe
 from lightning_ft.engine.scoring import row_logits
 from lightning_ft.functional.errors import Refusal
 from lightning_ft.load import load
@@ -36,25 +38,26 @@ def adapt(
     base: str | None = None,
     text_column: str | None = None,
     label_column: str | None = None,
-    max_length: int | None = 128,
+    max_length: int | None = None,
     cache_dir: str | None = None,
 ) -> SFT:
     """A model of a new task: the start of a `MAML` or `Reptile` checkpoint after its inner steps on your examples.
 
     Args:
         path: a checkpoint of a fit of `MAML` or `Reptile` over a base.
-        support: your examples: JSON lines, CSV ... with ``text`` and ``label``, and no more classes than the episodes had; of a
-            language model (``task: causal_lm``) with the columns of `SFTData`, such as ``prompt`` and ``completion``.
+        support: your examples: JSON lines, CSV ... with ``text`` and ``label``, which has no more classes than the episodes had,
+            or a number (``task: regression``); of a language model (``task: causal_lm``) with the columns of `SFTData`, such as
+            ``prompt`` and ``completion``.
         steps: of the inner loop; None: as many as in training.
         base: another place of the same base model.
-        text_column: where the text is; None: ``text``. For classes only.
-        label_column: where the class is; None: ``label``. For classes only.
-        max_length: most tokens of a text; longer ones are cut, and refused where answers are learned.
+        text_column: where the text is; None: ``text``. For classes and numbers.
+        label_column: where the class is; None: ``label``. For classes and numbers.
+        max_length: most tokens of a text; longer ones are cut, and refused where answers are learned. None: as in training.
         cache_dir: where tokenised rows are kept, as in `EpisodeData`.
 
     Returns:
-        An `SFT` of the task sequence_classification with your classes as its labels, or of causal_lm, in eval mode: to predict,
-        generate, save (`save`), merge, export, or train on.
+        An `SFT` of the task sequence_classification with your classes as its labels, of regression or of causal_lm, in eval mode:
+        to predict, generate, save (`save`), merge, export, or train on.
 
     Raises:
         Refusal: another kind of checkpoint, a net without a base, too many classes, or unfit examples.
@@ -64,55 +67,73 @@ def adapt(
         module = lightning_ft.adapt("runs/maml_lora_text/checkpoints/last.ckpt", "my_20_examples.jsonl")
     """
     recipe = adapting_recipe(path)
-    data = None
-    if recipe["init_args"].get("task") == "causal_lm":
-        if text_column is not None or label_column is not None:
-            raise Refusal(
-                "text_column and label_column are of examples with classes, and this checkpoint learned to write; leave them out."
-            )
-        open_source(str(support))
-    else:
-        data = EpisodeData(
-            str(support),
-            text_column=text_column,
-            label_column=label_column,
-            max_length=max_length,
-            cache_dir=cache_dir,
-        )
-        data.check_files("fit")
-    meta: AdaptingModule = load(path, base=base)  # what can be told without the base is refused above
-    if meta.base is None:
+    max_length = length_of(path) if max_length is None else max_length
+    task = recipe["init_args"].get("task", "sequence_classification")
+    if task == "causal_lm" and (text_column is not None or label_column is not None):
         raise Refusal(
-            "adapt makes a classifier of texts; of a net's checkpoint call load(..., module=...) and module.adapt_."
+            "text_column and label_column are of examples with classes, and this checkpoint learned to write; leave them out."
         )
-    if data is None:
-        meta.adapt_(answer_rows(str(support), meta.tokenizer, max_length=max_length), steps=steps)
-        return _plain(meta, None)
-    data.use_tokenizer(meta.tokenizer)
-    rows, labels = data.everything()
-    meta.keep_classes_(len(labels))
+    # What can be told without the base is refused before it is loaded.
+    data = EpisodeData(
+        str(support), text_column=text_column, label_column=label_column, max_length=max_length, cache_dir=cache_dir
+    )
+    source = columns = None
+    if task == "causal_lm":
+        open_source(str(support))
+    elif task == "regression":
+        source = open_source(str(support), any_columns=True)
+        columns = columns_of(source, task, text_column, None, label_column, labelled=True)
+    elif data.folders:
+        raise Refusal(f"{support} holds images or tensors, and a base reads texts; give a file of texts and labels.")
+    else:
+        data.check_tables("fit")
+    meta: AdaptingModule = load(path, base=base)
+    labels = None
+    if task == "causal_lm":
+        rows = answer_rows(str(support), meta.tokenizer, max_length=max_length)
+    elif source is not None and columns is not None:
+        options: dict[str, Any] = {"max_length": max_length, "truncation": "keep_start"}
+        reader = NumberRows(meta.tokenizer, text=columns.text, label=columns.label, **options)
+        rows = reader.side(list(source.rows()), str(support))
+    else:
+        data.use_tokenizer(meta.tokenizer)
+        rows, labels = data.everything()
+        meta.keep_classes_(len(labels))
     meta.adapt_(rows, steps=steps)
     return _plain(meta, labels)
 
 
 def adapting_recipe(path: str | Path) -> dict[str, Any]:
-    """``class_path`` and ``init_args`` of the module of a checkpoint, which has an inner loop.
+    """``class_path`` and ``init_args`` of the module of a checkpoint, which has an inner loop over a base.
 
     Raises:
-        Refusal: it has none, or there is no such checkpoint.
+        Refusal: it has none, it has a net, or there is no such checkpoint.
     """
     recipe = read_recipe(Path(path).expanduser())
     if not of_kind(recipe, AdaptingModule):
         name = recipe.get("class_path", "a LightningModule of your own").rpartition(".")[2]
         raise Refusal(f"{path} was written by {name}, which has no inner loop; give a checkpoint of MAML or Reptile.")
+    if recipe["init_args"].get("base") is None:
+        name = recipe["class_path"].rpartition(".")[2]
+        raise Refusal(
+            f"{path} was learned by a net, and adapt makes a model of texts; in Python call module = lightning_ft.load(path, "
+            f"module={name}(net=...)) and module.adapt_((x, y))."
+        )
     return recipe
+
+
+def length_of(path: str | Path) -> int | None:
+    """Most tokens of a text in the run that wrote a checkpoint; where it does not say, `EpisodeData`'s own default."""
+    data = read_checkpoint(Path(path).expanduser(), mapped=True).get(EpisodeData.__qualname__, {})
+    default: int | None = signature(EpisodeData).parameters["max_length"].default
+    return data.get("max_length", default)  # type: ignore[no-any-return]
 
 
 def _plain(meta: AdaptingModule, labels: list[str] | None) -> SFT:
     """The same model under the module of ordinary fine-tuning, weights copied."""
     found = SFT(
         meta.base,
-        task="causal_lm" if meta.writes else "sequence_classification",
+        task=meta.task,
         labels=labels,
         base_dtype=meta.base_dtype,
         attention=meta.attention,
@@ -164,24 +185,10 @@ def classify(
     """
     frame, labels = Frame.of(module.tokenizer, pair=False), module.view.labels
     room = min(max_length or _longest(module), _longest(module)) - frame.size
-    none = np.empty(0, dtype=np.int64)
     for begin in range(0, len(texts), batch_size):
         chosen = texts[begin : begin + batch_size]
         ids = plain_ids(module.tokenizer, chosen)
-        segments = []
-        for at, text in enumerate(chosen):
-            own = np.array(ids[text][:room], dtype=np.int64)
-            segments.append(
-                LabelledSegment(
-                    ids=frame.ids(own, none),
-                    spans=none.reshape(0, 2),
-                    row=begin + at,
-                    types=frame.types_of(len(own), 0),
-                    at=none,
-                    classes=none,
-                    target=None,
-                )
-            )
+        segments = [text_segment(frame, ids[text], room, row=begin + at) for at, text in enumerate(chosen)]
         # Padded on the right, whatever side the tokenizer pads: the last token of a row is what a decoder classifies by.
         for line in row_logits(module.view, collate_labelled(segments, packed=False)).softmax(-1):
             number = int(line.argmax())

@@ -9,11 +9,11 @@ import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
 
 import lightning_ft
-from lightning_ft import MAML, SFT, LoRA, PrefixTuning, ProtoNet, Refusal
+from lightning_ft import IA3, MAML, SFT, LoRA, PrefixTuning, ProtoNet, Refusal
 from lightning_ft.adapt import classify, save
 from lightning_ft.engine.attachment import Attachment
 from tests.cli.conftest import call
-from tests.modules.episodes import fit, module, sines, words, write_words
+from tests.modules.episodes import fit, mlp, module, sines, words, write_words
 from tests.modules.tasks import write_base
 
 
@@ -104,17 +104,108 @@ def test_rates_follow_a_head_that_is_cut(job, tmp_path, rates):
     assert len(lightning_ft.adapt(tmp_path / "last.ckpt", job / "2.jsonl", cache_dir=str(job / "c")).view.labels) == 2
 
 
-def test_what_is_refused(job):
-    with pytest.raises(Refusal, match="have 4 classes, and MAML has learned to tell 3 apart"):
-        lightning_ft.adapt(job / "lora/last.ckpt", job / "4.jsonl", cache_dir=str(job / "cache"))
-    with pytest.raises(Refusal, match=r"module=MAML\(net"):
-        lightning_ft.adapt(job / "net/last.ckpt", job / "2.jsonl")
-
-
 @pytest.fixture
 def no_base(monkeypatch):
     """A base model that is asked for is an error."""
     monkeypatch.setattr(sys.modules["lightning_ft.adapt"], "load", lambda *_, **__: pytest.fail("the base was loaded"))
+
+
+ON_THE_HEAD = {
+    "lora": lambda: LoRA(r=3, target=["classifier"]),  # as many as classes
+    "dora": lambda: LoRA(r=2, target=["classifier"], dora=True),
+    "pissa": lambda: LoRA(r=2, target=["classifier"], init="pissa"),
+    "ia3": lambda: IA3(target=["classifier"]),
+    "ia3 of the input": lambda: IA3(target=["classifier"], feedforward=["classifier"]),
+}
+
+
+@pytest.mark.parametrize("part", ON_THE_HEAD)
+def test_adapters_on_a_head_that_is_cut(job, tmp_path, part):
+    """They say for two of three classes what they said for all, with their rates."""
+    made = MAML(str(job / "bert"), inner="adapter", rates="per_parameter", inner_lr=0.5, lr=0.05, eval_steps=[])
+    saver = ModelCheckpoint(tmp_path, save_last=True, every_n_train_steps=1)
+    fit(
+        tmp_path,
+        made,
+        words(job / "words.csv", job),
+        ON_THE_HEAD[part](),
+        saver,
+        max_steps=2,
+        enable_checkpointing=True,
+    )
+    meta = lightning_ft.load(tmp_path / "last.ckpt")
+    meta.adapt_(made_rows(job, meta.tokenizer))
+    said = dict(meta.tokenizer(["hello world", "no no"], return_tensors="pt"))
+    with torch.no_grad():
+        before = meta.model(**said).logits
+        meta.keep_classes_(2)
+        torch.testing.assert_close(meta.model(**said).logits, before[:, :2])
+    for name in meta.inner_names:
+        assert meta.inner_rates[name.replace(".", "/")].numel() == dict(meta.named_parameters())[name].numel()
+    found = lightning_ft.adapt(tmp_path / "last.ckpt", job / "2.jsonl", steps=0, cache_dir=str(job / "c"))
+    again = lightning_ft.load(tmp_path / "last.ckpt")
+    with torch.no_grad():
+        torch.testing.assert_close(found.model(**said).logits, again.model(**said).logits[:, :2])
+
+
+def made_rows(job, tokenizer):
+    data = words(job / "words.csv", job, episodes=1, batch_size=1)
+    data.use_tokenizer(tokenizer)
+    (batch,) = data.train_dataloader()
+    return batch.episodes()[0].support
+
+
+@pytest.mark.parametrize("length", [8, None])
+def test_texts_are_cut_as_in_training(job, tmp_path, length, monkeypatch, capsys):
+    made = MAML(str(job / "bert"), inner="head", inner_lr=0.5, lr=0.05, eval_steps=[])
+    saver = ModelCheckpoint(tmp_path, save_last=True, every_n_train_steps=1)
+    data = words(job / "words.csv", job, max_length=length)
+    fit(tmp_path, made, data, saver, max_steps=1, enable_checkpointing=True)
+    widths = []
+    original = MAML.adapt_
+    monkeypatch.setattr(
+        MAML, "adapt_", lambda self, rows, **o: widths.append(rows.inputs.ids.shape[1]) or original(self, rows, **o)
+    )
+    path = tmp_path / "last.ckpt"
+    lightning_ft.adapt(path, job / "2.jsonl", cache_dir=str(job / "c"))
+    lightning_ft.adapt(path, job / "2.jsonl", max_length=7, cache_dir=str(job / "c"))
+    assert widths == [length or 9, 7]
+    monkeypatch.setenv("LIGHTNING_FT_CACHE", str(tmp_path / "cache"))
+    asked = []
+    module_ = sys.modules["lightning_ft.adapt"]
+    monkeypatch.setattr(
+        module_, "classify", lambda _, texts, max_length: asked.append(max_length) or [("yes", 1.0)] * len(texts)
+    )
+    given = ["--ckpt_path", str(path), "--support", str(job / "2.jsonl"), "--output", str(tmp_path / "out")]
+    call(capsys, "adapt", *given, "--predict", str(job / "2.jsonl"))
+    assert asked == [length] and widths[2] == (length or 9)
+
+
+def test_a_net_adapts_to_plain_tensors():
+    """``(x, y)`` are the rows of an episode, and the loop is that of plain steps."""
+    made, x = module(), torch.linspace(-1, 1, 5)[:, None]
+    Attachment.of(made).rebuild([], seed=0)
+    weights = made.adapt((x, x.sin()))
+    net = mlp()
+    for _ in range(2):
+        slopes = torch.autograd.grad(((net(x) - x.sin()) ** 2).mean(), list(net.parameters()))
+        with torch.no_grad():
+            for p, slope in zip(net.parameters(), slopes, strict=True):
+                p.sub_(0.1 * slope)
+    for name, p in net.named_parameters():
+        torch.testing.assert_close(weights[f"model.{name}"], p.detach())
+    made.adapt_((x, x.sin()))
+    assert all(torch.equal(p.detach(), weights[name]) for name, p in made.named_parameters())
+
+
+def test_what_is_refused(job):
+    with pytest.raises(Refusal, match="have 4 classes, and MAML has learned to tell 3 apart"):
+        lightning_ft.adapt(job / "lora/last.ckpt", job / "4.jsonl", cache_dir=str(job / "cache"))
+
+
+def test_a_net_is_told_of_the_way_by_hand(job, no_base):
+    with pytest.raises(Refusal, match=r"last.ckpt was learned by a net.*module=MAML\(net.*module.adapt_\(\(x, y\)\)"):
+        lightning_ft.adapt(job / "net/last.ckpt", job / "2.jsonl")
 
 
 def test_what_is_refused_before_the_base_is_loaded(job, tmp_path, capsys, no_base):

@@ -15,7 +15,7 @@ from lightning_ft.functional.errors import Refusal
 
 
 def adapt_command(argv: list[str]) -> None:
-    """Adapts a checkpoint of MAML or Reptile to a file of examples, and writes the classifier or the language model.
+    """Adapts a checkpoint of MAML or Reptile to a file of examples, and writes the adapted model.
 
     Raises:
         Refusal: no such checkpoint or file, a folder that holds something, too many classes.
@@ -25,7 +25,10 @@ def adapt_command(argv: list[str]) -> None:
         "--ckpt_path", type=str | None, default=None, help="A checkpoint of MAML or Reptile over a base."
     )
     flags.add_argument(
-        "--support", type=str | None, default=None, help="Your examples: text and label, or prompt and completion."
+        "--support",
+        type=str | None,
+        default=None,
+        help="Your examples: text and label (a class or a number), or prompt and completion.",
     )
     flags.add_argument("--output", type=str | None, default=None, help="The folder to write; new, or empty.")
     flags.add_argument("--predict", type=str | None, default=None, help="A file with texts to classify afterwards.")
@@ -40,8 +43,8 @@ def adapt_command(argv: list[str]) -> None:
     flags.add_argument(
         "--max_length",
         type=Annotated[int, Ge(2)] | None,
-        default=128,
-        help="Most tokens of an example; longer texts are cut, longer answers refused. null: any length.",
+        default=None,
+        help="Most tokens of an example; longer texts are cut, longer answers refused. null: as in training.",
     )
     config = flags.parse_args(argv)
     required(config, "ckpt_path", "support", "output")
@@ -49,15 +52,22 @@ def adapt_command(argv: list[str]) -> None:
     if output.is_file() or (output.is_dir() and any(output.iterdir())):
         raise Refusal(f"--output {output} already holds something, and nothing is overwritten; give a new folder.")
     checkpoint_argument.check(path, resume=False, ours=True)
-    from lightning_ft.adapt import adapt, adapting_recipe, classify, save
+    from lightning_ft.adapt import adapt, adapting_recipe, classify, length_of, save
     from lightning_ft.data.sources import open_source
 
-    writes = adapting_recipe(path)["init_args"].get("task") == "causal_lm"
+    task = adapting_recipe(path)["init_args"].get("task")
+    writes = task == "causal_lm"
     if writes and config.predict:
         raise Refusal("--predict classifies texts, and this checkpoint learned to write; leave it out, and generate.")
+    if task == "regression" and config.predict:
+        raise Refusal(
+            "--predict classifies texts, and this checkpoint learned numbers; leave it out, and load in Python what adapt writes "
+            "(lightning_ft.load)."
+        )
     texts = open_source(config.predict, any_columns=True).column(config.text_column or "text") if config.predict else []
     if not all(isinstance(text, str) and text for text in texts):
         raise Refusal(f"--predict {config.predict}: each row needs a text ({config.text_column or 'text'}).")
+    max_length = length_of(path) if config.max_length is None else config.max_length
     begin = time.perf_counter()
     module = adapt(
         path,
@@ -66,16 +76,17 @@ def adapt_command(argv: list[str]) -> None:
         base=config.get("model.base"),
         text_column=config.text_column,
         label_column=config.label_column,
-        max_length=config.max_length,
+        max_length=max_length,
     )
     seconds = time.perf_counter() - begin
     saved = save(module, output)
-    what = "a language model" if writes else f"a classifier of {', '.join(module.view.labels)}"
+    what = {"causal_lm": "a language model", "regression": "a regression"}.get(task or "")
+    what = what or f"a classifier of {', '.join(module.view.labels)}"
     print(f"{saved}: {what}, adapted in {seconds:.1f} s, loading included.")
     if writes:
         print(f"lightning-ft generate --ckpt_path {saved} --prompt TEXT writes with it.")
     elif texts:
-        said = classify(module, texts, max_length=config.max_length)
+        said = classify(module, texts, max_length=max_length)
         lines = [
             json.dumps({"text": text, "label": label, "probability": round(probability, 4)}, ensure_ascii=False)
             for text, (label, probability) in zip(texts, said, strict=True)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections import OrderedDict
+from collections import Counter, OrderedDict
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -10,7 +10,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from lightning_ft.data.episode_draw import Draw, refuse_shared, split_classes
+from lightning_ft.data.episode_draw import Draw, refuse_shared, split_classes, without_twins
+from lightning_ft.data.sources import digest_of
 from lightning_ft.engine.episodes import Episode, Rows
 from lightning_ft.functional.errors import Refusal
 
@@ -18,24 +19,32 @@ IMAGES = (".png", ".jpg", ".jpeg", ".bmp", ".webp", ".gif", ".ppm")
 TENSORS = (".npy", ".pt")
 
 
-def classes_in(folder: Path) -> dict[str, list[Path]]:
-    """Class -> its files, sorted; hidden files and others are passed over.
-
-    Raises:
-        Refusal: no folder holds a file that can be read.
-    """
+def class_files(folder: Path, suffixes: Sequence[str]) -> dict[str, list[Path]]:
+    """Class -> its files of these kinds, sorted; hidden files and others are passed over, and classes that have none."""
     found: dict[str, list[Path]] = {}
     for child in sorted(folder.iterdir()):
         if child.is_dir() and not child.name.startswith("."):
-            inside = (p for p in child.rglob("*") if p.suffix.lower() in (*IMAGES, *TENSORS))
+            inside = (p for p in child.rglob("*") if p.suffix.lower() in suffixes)
             # "._1.png" is what macOS keeps beside 1.png, and no image.
             files = sorted(p for p in inside if not any(part.startswith(".") for part in p.relative_to(child).parts))
             if files:
                 found[child.name] = files
+    return found
+
+
+def classes_in(
+    folder: Path, suffixes: Sequence[str] = (*IMAGES, *TENSORS), said: str = "images or tensors"
+) -> dict[str, list[Path]]:
+    """The same of a folder that is to have classes.
+
+    Raises:
+        Refusal: fewer than two folders in it hold a file that can be read.
+    """
+    found = class_files(folder, suffixes)
     if len(found) < 2:
         raise Refusal(
-            f"{folder} holds {len(found)} folders with images or tensors, and each class needs one ({folder}/CLASS/FILE, of "
-            f"{', '.join((*IMAGES, *TENSORS))})."
+            f"{folder} holds {len(found)} folders with {said}, and each class needs one ({folder}/CLASS/FILE, of "
+            f"{', '.join(suffixes)})."
         )
     return found
 
@@ -68,10 +77,18 @@ def files_of_splits(
 
 
 def pools_of_files(classes: Mapping[str, list[Path]]) -> tuple[list[Path], dict[str, np.ndarray]]:
-    """All files one after the other; class -> the numbers of its own."""
+    """All files one after the other; class -> the numbers of its own, without twins (see `without_twins`)."""
     items = [file for files in classes.values() for file in files]
     ends = np.cumsum([0, *(len(files) for files in classes.values())])
-    return items, {name: np.arange(begin, end) for name, begin, end in zip(classes, ends[:-1], ends[1:], strict=True)}
+    pools = {name: np.arange(begin, end) for name, begin, end in zip(classes, ends[:-1], ends[1:], strict=True)}
+    return items, without_twins(pools, contents_of(items))[0]
+
+
+def contents_of(files: Sequence[Path]) -> list[tuple[int, str]]:
+    """What tells files apart: their size, and where several have it the hash of their bytes; others are not read."""
+    sizes = [file.stat().st_size for file in files]
+    times = Counter(sizes)
+    return [(size, digest_of(file) if times[size] > 1 else "") for file, size in zip(files, sizes, strict=True)]
 
 
 class FileReader:
@@ -153,4 +170,13 @@ class FileReader:
         return pixels[None] if self.channels == 1 else np.ascontiguousarray(pixels.transpose(2, 0, 1))
 
 
-__all__ = ["FileReader", "classes_in", "files_of_splits", "pools_of_files"]
+__all__ = [
+    "IMAGES",
+    "TENSORS",
+    "FileReader",
+    "class_files",
+    "classes_in",
+    "contents_of",
+    "files_of_splits",
+    "pools_of_files",
+]

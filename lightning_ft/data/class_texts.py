@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 from datasets import Dataset
 
 from lightning_ft.data.collate_labelled import LabelledSegment, collate_labelled
-from lightning_ft.data.episode_draw import Draw, refuse_known, refuse_shared, split_classes
+from lightning_ft.data.episode_draw import Draw, refuse_known, refuse_shared, split_classes, without_twins
 from lightning_ft.data.frames import Frame
 from lightning_ft.data.labelled_rows import LabelledRows, select_labelled, tokenise_labelled
 from lightning_ft.data.labels import Asked, Columns, answers_of, asked_of, columns_of
@@ -20,6 +20,7 @@ from lightning_ft.data.named_files import Split
 from lightning_ft.data.planned import PlannedData
 from lightning_ft.data.preview import Piece, pieces_between
 from lightning_ft.data.sources import Source, open_source
+from lightning_ft.data.text_folders import open_texts
 from lightning_ft.data.token_rows import TokenRows
 from lightning_ft.engine.episodes import Episode, Rows
 from lightning_ft.functional.errors import Refusal
@@ -63,7 +64,7 @@ class ClassTexts(PlannedData):
 
     def texts_of(self, split: Split) -> tuple[Any, list[str]]:
         """The rows of a split, and the names of its classes."""
-        of: Split = split if self._own(split) else "train"
+        of = self._of(split)
         chosen = sorted(self.classes_of()[split])
         asked = self._asks()
         numbers = np.array([asked.names.index(name) for name in chosen])
@@ -84,7 +85,10 @@ class ClassTexts(PlannedData):
         rows, chosen = self.texts_of(split)
         names = self._asks().names
         classes = np.concatenate([part.classes() for part in parts_of(rows)])
-        pools, shared = without_twins(rows, {name: np.flatnonzero(classes == names.index(name)) for name in chosen})
+        places = {name: np.flatnonzero(classes == names.index(name)) for name in chosen}
+        # Alike to the model are texts whose tokens are, once they were cut.
+        tokens = (segment.ids.tobytes() for segment in rows.segments(np.arange(len(rows))))
+        pools, shared = without_twins(places, list(tokens))
         return rows, pools, shared
 
     def episode(self, rows: Any, draw: Draw) -> Episode:
@@ -93,9 +97,14 @@ class ClassTexts(PlannedData):
             self.side(rows, draw.support, draw.support_labels), self.side(rows, draw.query, draw.query_labels)
         )
 
+    def check_tables(self, stage: str | None = None) -> None:
+        """Reads the tables that a stage needs and refuses what is wrong with them, however few their classes and rows are."""
+        super().check_files(stage)
+        self._asks()
+
     def everything(self) -> tuple[Rows, list[str]]:
         """All rows of ``path`` as one support set, and the names of its classes in the order of their labels."""
-        self.check_files("fit")
+        self.check_tables("fit")
         files = self._files("train")
         if len(files) > 1:
             raise Refusal("A support set is one file; put its rows together.")
@@ -137,13 +146,22 @@ class ClassTexts(PlannedData):
         """Whether a split has files of its own."""
         return split != "train" and getattr(self, f"{split}_path") is not None
 
+    def _of(self, split: Split) -> Split:
+        """Whose files a split's rows stand in."""
+        return split if self._own(split) else "train"
+
     def _names_in(self, split: Split) -> set[str]:
         """Classes that occur in the files of a split."""
+        return set(self._counted(split))
+
+    def _counted(self, split: Split) -> Counter[str]:
+        """How many rows of each class there are in the files of a split, alike or not."""
         asked = self._asks()
-        found: set[str] = set()
+        found: Counter[str] = Counter()
         for file in self._files(split):
             answers = answers_of(self._source(file), self._columns(file).label, asked)
-            found |= {asked.names[number] for number in np.unique(answers.values).tolist()}
+            numbers, counts = np.unique(answers.values, return_counts=True)
+            found.update({asked.names[n]: int(count) for n, count in zip(numbers, counts, strict=True)})
         return found
 
     def _paths(self, stage: str | None) -> list[str]:
@@ -164,7 +182,7 @@ class ClassTexts(PlannedData):
             raise Refusal(f"{source.where(row)}: {answers.problems[row]}")
 
     def _open(self, path: str) -> Source:
-        return open_source(path, any_columns=True)
+        return open_texts(path) if Path(path).expanduser().is_dir() else open_source(path, any_columns=True)
 
     def _columns(self, path: str) -> Columns:
         source = self._source(path)
@@ -201,7 +219,7 @@ class ClassTexts(PlannedData):
         )
 
     def _places(self, split: Split) -> Any:
-        return super()._places(split if self._own(split) else "train")
+        return super()._places(self._of(split))
 
     def _pieces(self, segment: Any) -> list[Piece]:
         assert isinstance(segment, LabelledSegment) and segment.target is not None
@@ -209,37 +227,9 @@ class ClassTexts(PlannedData):
         return [*pieces_between(segment.ids, segment.at, self.resolve_tokenizer()), Piece(f" {shown}", True, 0)]
 
 
-def without_twins(rows: Any, pools: Mapping[str, np.ndarray]) -> tuple[dict[str, np.ndarray], int]:
-    """The rows of each class by which it is known, so that no text stands in support and query of an episode.
-
-    Of texts that are alike to the model (after they were cut) the first of its class stays, and none where several classes have it.
-
-    Args:
-        rows: of a split.
-        pools: class -> places of its rows.
-
-    Returns:
-        class -> places that stay; how many rows were left out because another class has their text.
-    """
-    found: dict[str, dict[bytes, int]] = {}
-    counts: Counter[bytes] = Counter()
-    for name, places in pools.items():
-        found[name] = {}
-        for place, segment in zip(places.tolist(), rows.segments(places), strict=True):
-            ids = segment.ids.tobytes()
-            found[name].setdefault(ids, place)
-            counts[ids] += 1
-    classes = Counter(ids for firsts in found.values() for ids in firsts)
-    kept = {
-        name: np.array([place for ids, place in firsts.items() if classes[ids] == 1], dtype=np.int64)
-        for name, firsts in found.items()
-    }
-    return kept, sum(count for ids, count in counts.items() if classes[ids] > 1)
-
-
 def parts_of(rows: Any) -> list[LabelledRows]:
     """The rows of each file."""
     return list(rows.parts) if hasattr(rows, "parts") else [rows]
 
 
-__all__ = ["ClassTexts", "without_twins"]
+__all__ = ["ClassTexts"]

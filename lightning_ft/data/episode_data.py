@@ -16,21 +16,24 @@ from lightning_ft.data.token_rows import BadRows, Report, Truncation
 from lightning_ft.engine.arguments import check_arguments
 from lightning_ft.functional.errors import Refusal
 
-_STAGES = {"fit": ("train", "val"), "validate": ("val",), "test": ("test",), "predict": ("test",)}
+_MEASURED: dict[str, tuple[Split, ...]] = {"validate": ("val",), "test": ("test",), "predict": ("test",)}
+_STAGES: dict[str, tuple[Split, ...]] = {"fit": ("train", "val"), **_MEASURED}
 
 
 class EpisodeData(EpisodeSource):
     """Small tasks, each of a few classes with a few examples: support rows to adapt on, query rows to be measured on.
 
-    Rows come from a table of ``text`` and ``label``, or from a folder with a folder of images (or tensors) for each class; or
+    Rows come from a table of ``text`` and ``label``, or from a folder with a folder of images, tensors or texts for each class; or
     whole tasks from a function. Classes of training, validation and test are disjoint, so that what is measured is learning of
-    new classes. Support and query share no row, and of texts no two rows alike: a text that several classes have is left out, and
-    counted in the report. Episode i of an epoch depends on the seed alone,
+    new classes. Support and query share no row and no two that are alike (texts to the model, files in their bytes): what several
+    classes have is left out, and of texts counted in the report. Tasks of a function are as it gives them: `sinusoids` with
+    ``grid`` has the support among the query points, as in Nichol et al., 2018. Episode i of an epoch depends on the seed alone,
     whatever the batch size, accumulation or number of ranks; those of validation and test are the same in each epoch.
 
     Args:
         path: labelled texts (JSON lines, a JSON list, CSV, TSV, Parquet, ``starter:vader/train``, a Hugging Face data set), or a
-            folder with one folder for each class, of images or tensors (.npy, .pt). None: see ``tasks``.
+            folder with one folder for each class, of images, of tensors (.npy, .pt) or of texts (.txt, one a file). None: see
+            ``tasks``.
         val_path: the same with the classes to validate on; None: see ``val_classes``.
         test_path: the same with the classes to test on.
         val_classes: of ``path``, how many (chosen by the seed) or which classes are kept for validation.
@@ -39,7 +42,8 @@ class EpisodeData(EpisodeSource):
             ``(rng, count, **tasks_args)`` gives support x and y, query x and y of ``count`` tasks, arrays with a first axis of
             tasks, drawn from the `numpy.random.Generator` alone. For a language model (``task: causal_lm``) a list of ``count``
             dictionaries with ``support`` and ``query``, lists of rows with the columns of `SFTData`, such as
-            ``lightning_ft.data.reasoning_tasks.reasoning_tasks``; query rows that stand in the support are left out.
+            ``lightning_ft.data.reasoning_tasks.reasoning_tasks``; for numbers of texts (``task: regression``) rows of ``text`` and
+            ``label``. Query rows that stand in the support are left out.
         tasks_args: arguments of that function.
         eval_tasks_args: those that differ in validation and test.
         way: classes of an episode.
@@ -186,11 +190,19 @@ class EpisodeData(EpisodeSource):
         """Reads what the stage needs, and refuses what is wrong with it; needs neither model nor tokenizer."""
         if self.tasks is not None:
             self._function()
-        elif self.folders:
-            self._class_files()
-        else:
-            super().check_files(stage)
-            self._asks()
+            return
+        for split in _MEASURED.get(stage or "", ()):
+            if not self._has(split):
+                raise self._nothing(split)
+        if not self.folders:
+            self.check_tables(stage)
+        self.check_classes(_STAGES.get(stage or "", ("train", "val", "test")))
+
+    def prepare_data(self) -> None:
+        """Tokenises into the cache what there are enough classes for."""
+        fn = self.trainer.state.fn if self.trainer is not None else None
+        self.check_files(fn.value if fn is not None else None)
+        super().prepare_data()
 
     def setup(self, stage: str | None = None) -> None:
         """Finds the classes of each split of this stage."""
@@ -198,7 +210,7 @@ class EpisodeData(EpisodeSource):
             self._clock = type(self._clock)()
             self._refuse_overlap()
         for split in _STAGES.get(stage or "", ("train", "val", "test")):
-            self._prepare_split(split)  # type: ignore[arg-type]
+            self._prepare_split(split)
 
     def train_dataloader(self) -> EpisodeLoader:  # type: ignore[override]
         """Meta-batches of new episodes in each epoch."""
@@ -217,8 +229,11 @@ class EpisodeData(EpisodeSource):
     def test_dataloader(self) -> EpisodeLoader:  # type: ignore[override]
         """The test's episodes."""
         if not self._has("test"):
-            raise Refusal("EpisodeData has no classes for test: set EpisodeData.test_path or test_classes.")
+            raise self._nothing("test")
         return self._eval("test", self.test_episodes)
+
+    def _nothing(self, split: Split) -> Refusal:
+        return Refusal(f"EpisodeData has no classes for {split}: set EpisodeData.{split}_path or {split}_classes.")
 
     def predict_dataloader(self) -> EpisodeLoader:  # type: ignore[override]
         """As for test."""

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections import Counter
+from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -154,8 +155,41 @@ def refuse_known(
             )
 
 
+def without_twins(pools: Mapping[str, np.ndarray], contents: Sequence[Hashable]) -> tuple[dict[str, np.ndarray], int]:
+    """The rows of each class by which it is known, so that nothing stands in support and in query of an episode.
+
+    Of rows that are alike the first of its class stays, and none where several classes have it.
+
+    Args:
+        pools: class -> row numbers.
+        contents: of each row; those that are alike have equal ones.
+
+    Returns:
+        class -> row numbers that stay; how many rows were left out because another class has their like.
+    """
+    firsts: dict[str, dict[Hashable, int]] = {}
+    for name, numbers in pools.items():
+        firsts[name] = {}
+        for number in numbers.tolist():
+            firsts[name].setdefault(contents[number], number)
+    classes = Counter(content for found in firsts.values() for content in found)
+    kept = {
+        name: np.array([number for content, number in found.items() if classes[content] == 1], dtype=np.int64)
+        for name, found in firsts.items()
+    }
+    shared = sum(classes[contents[number]] > 1 for numbers in pools.values() for number in numbers.tolist())
+    return kept, shared
+
+
 def check_pools(
-    pools: Mapping[str, np.ndarray], split: str, *, way: int, rows: int, drop: bool, owner: str
+    pools: Mapping[str, np.ndarray],
+    split: str,
+    *,
+    way: int,
+    rows: int,
+    drop: bool,
+    owner: str,
+    counted: str = "different rows",
 ) -> dict[str, np.ndarray]:
     """The classes that have enough rows for an episode.
 
@@ -166,6 +200,7 @@ def check_pools(
         rows: of each class, support and query together.
         drop: leave smaller classes out instead of refusing them.
         owner: for the sentence.
+        counted: what the rows are, likewise.
 
     Raises:
         Refusal: a class that is too small, or too few classes.
@@ -173,7 +208,7 @@ def check_pools(
     small = sorted((len(found), name) for name, found in pools.items() if len(found) < rows)
     if small and not drop:
         raise Refusal(
-            f"{owner}: the class {small[0][1]!r} ({split}) has {small[0][0]} different rows, and an episode takes shot + query = "
+            f"{owner}: the class {small[0][1]!r} ({split}) has {small[0][0]} {counted}, and an episode takes shot + query = "
             f"{rows} of each class, as do not {len(small)} classes in all; lower query or shot, or set small_classes to drop."
         )
     left = {name: found for name, found in pools.items() if len(found) >= rows}
@@ -195,4 +230,5 @@ __all__ = [
     "refuse_known",
     "refuse_shared",
     "split_classes",
+    "without_twins",
 ]

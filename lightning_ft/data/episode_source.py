@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any, Literal
 
@@ -12,8 +12,10 @@ from lightning_ft.data.class_folders import FileReader, files_of_splits, pools_o
 from lightning_ft.data.class_texts import ClassTexts
 from lightning_ft.data.episode_draw import TEST, TRAIN, VAL, check_pools, draw_episode
 from lightning_ft.data.named_files import Split
+from lightning_ft.data.number_tasks import NumberRows
 from lightning_ft.data.task_functions import DrawnTasks
-from lightning_ft.data.text_tasks import TextTasks
+from lightning_ft.data.text_folders import holds_texts
+from lightning_ft.data.text_tasks import AnswerRows, TextTasks
 from lightning_ft.engine.episodes import Episode
 from lightning_ft.functional.dotted import named_function
 
@@ -39,6 +41,7 @@ class EpisodeSource(ClassTexts):
         self._made: dict[Split, Callable[[int, np.ndarray], tuple[Episode, ...] | Episode]] = {}
         self._tasks: dict[Split, DrawnTasks] = {}
         self._shared: dict[Split, int] = {}
+        self._folders: bool | None = None
         self.pools: dict[Split, dict[str, np.ndarray]] = {}
 
     @property
@@ -48,8 +51,11 @@ class EpisodeSource(ClassTexts):
 
     @property
     def folders(self) -> bool:
-        """Whether ``path`` is a folder of classes."""
-        return isinstance(self.path, str) and Path(self.path).expanduser().is_dir()
+        """Whether ``path`` is a folder of classes of images or tensors; one of texts is read as a table."""
+        if self._folders is None:
+            folder = Path(self.path).expanduser() if isinstance(self.path, str) else None
+            self._folders = folder is not None and folder.is_dir() and not holds_texts(folder)
+        return self._folders
 
     def _has(self, split: Split) -> bool:
         if split == "train" or self.tasks is not None:
@@ -62,9 +68,12 @@ class EpisodeSource(ClassTexts):
         return self.tasks is None or self._drawn("train").has_classes
 
     @property
-    def writes(self) -> bool:
-        """Whether targets are answers that a language model is to write."""
-        return self.tasks is not None and self._drawn("train").of_texts
+    def asks_for(self) -> Literal["classes", "answers", "numbers"]:
+        """What texts are learned for; of arrays, which no base reads, likewise ``classes``."""
+        drawn = self._drawn("train") if self.tasks is not None else None
+        if drawn is None or not drawn.of_texts:
+            return "classes"
+        return "numbers" if drawn.of_numbers else "answers"
 
     def _get_made(self, split: Split) -> Callable[[int, np.ndarray], tuple[Episode, ...] | Episode]:
         self._prepare_split(split)
@@ -76,10 +85,9 @@ class EpisodeSource(ClassTexts):
         if self.tasks is not None:
             drawn = self._drawn(split)
             if drawn.of_texts:
-                texts = TextTasks(
-                    drawn, self.resolve_tokenizer(), max_length=self.max_length, truncation=self.truncation
-                )
-                self._made[split] = texts.episodes
+                kind = NumberRows if drawn.of_numbers else AnswerRows
+                rows = kind(self.resolve_tokenizer(), max_length=self.max_length, truncation=self.truncation)
+                self._made[split] = TextTasks(drawn, rows).episodes
             else:
                 self._made[split] = drawn.episodes
         elif self.folders:
@@ -114,6 +122,21 @@ class EpisodeSource(ClassTexts):
         given = {split: path for split, path in (("val", self.val_path), ("test", self.test_path)) if path is not None}
         return files_of_splits(str(self.path), given, self.val_classes, self.test_classes, seed=self._seed)
 
+    def check_classes(self, splits: Iterable[Split]) -> None:
+        """Refuses too few classes or rows for an episode, as far as labels or files say it: before a text is tokenised."""
+        if self.tasks is not None:
+            return
+        dealt = self.classes_of()
+        files = self._class_files() if self.folders else {}
+        for split in splits:
+            if not self._has(split):
+                continue
+            counts = (
+                {name: len(found) for name, found in files[split].items()} if files else self._counted(self._of(split))
+            )
+            pools = {name: np.arange(counts[name]) for name in sorted(dealt[split])}
+            self._checked(pools, split, "rows")
+
     def _prepare_folders(self, split: Split) -> None:
         items, pools = pools_of_files(self._class_files()[split])
         self.pools[split] = self._checked(pools, split)
@@ -130,7 +153,9 @@ class EpisodeSource(ClassTexts):
             self.episode(rows, draw) for draw in self._draws(split, epoch, numbers)
         )
 
-    def _checked(self, pools: Mapping[str, np.ndarray], split: Split) -> dict[str, np.ndarray]:
+    def _checked(
+        self, pools: Mapping[str, np.ndarray], split: Split, counted: str = "different rows"
+    ) -> dict[str, np.ndarray]:
         return check_pools(
             pools,
             split,
@@ -138,6 +163,7 @@ class EpisodeSource(ClassTexts):
             rows=self.shot + self.query,
             drop=self.small_classes == "drop",
             owner="EpisodeData",
+            counted=counted,
         )
 
     def _draws(self, split: Split, epoch: int, numbers: np.ndarray) -> list[Any]:

@@ -226,7 +226,7 @@ def answers_of(source: Source, label: str, asked: Asked, *, labelled: bool = Tru
 
 def _numbers(value: Any, asked: Asked) -> list[float] | list[int]:
     if asked.task == "regression":
-        return [_real(value)]
+        return [real_number(value)]
     if asked.task == "sequence_classification" and not asked.multi_label:
         return [asked.number(value)]
     if not isinstance(value, list):
@@ -244,7 +244,12 @@ def _numbers(value: Any, asked: Asked) -> list[float] | list[int]:
     return sorted(numbers)
 
 
-def _real(value: Any) -> float:
+def real_number(value: Any) -> float:
+    """The number that a label is.
+
+    Raises:
+        ValueError: it is none; the message is a sentence that says neither file nor line.
+    """
     if isinstance(value, str):
         try:
             value = float(value)

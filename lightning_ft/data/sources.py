@@ -240,7 +240,7 @@ def _json(path: str, file: Path) -> Source:
             raise Refusal(f"{path} is a binary file (zero at byte {zero}), or not UTF-8; rows are JSON lines in UTF-8.")
         handle.seek(len(_BOM) if head.startswith(_BOM) else 0)
         if head.removeprefix(_BOM).lstrip()[:1] == b"[":
-            lines, places, digest = *read_list(path, handle.read(), handle.tell()), _digest(file)
+            lines, places, digest = *read_list(path, handle.read(), handle.tell()), digest_of(file)
             return _source_of_lines(path, lines, places, digest, "row")
         lines, places, digest = _json_lines(path, handle)
     if not lines:
@@ -278,7 +278,7 @@ def _table(path: str, file: Path) -> Source:
             table = csv.read_csv(file, read_options=reading, parse_options=parsing, convert_options=convert)
     except (pa.ArrowException, UnicodeDecodeError) as error:
         raise Refusal(f"{path} cannot be read as {kind}: {_table_problem(str(error), kind)}") from error
-    return Source(path, Dataset(table), _digest(file), "row")
+    return Source(path, Dataset(table), digest_of(file), "row")
 
 
 def _refuse_alike(path: str, names: list[str]) -> None:
@@ -295,7 +295,8 @@ def _table_problem(problem: str, kind: str) -> str:
     return f"{first}."
 
 
-def _digest(file: Path) -> str:
+def digest_of(file: Path) -> str:
+    """The SHA-256 of a file's bytes, in hexadecimal."""
     with open(file, "rb") as handle:
         digest = hashlib.sha256()
         while block := handle.read(1 << 20):

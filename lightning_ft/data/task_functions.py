@@ -61,14 +61,23 @@ class DrawnTasks:
 
     @cached_property
     def of_texts(self) -> bool:
-        """Whether the function gives rows of prompts and answers, not arrays."""
+        """Whether the function gives rows of texts, not arrays."""
         made = self._raw(0, 0)
         return isinstance(made, list) and bool(made) and isinstance(made[0], Mapping)
 
     @cached_property
+    def of_numbers(self) -> bool:
+        """Whether these rows are texts with a number each, ``text`` and ``label``."""
+        rows = self._raw(0, 0)[0].get("support") if self.of_texts else None
+        first = rows[0] if isinstance(rows, list) and rows else None
+        return isinstance(first, Mapping) and {"text", "label"} <= first.keys()
+
+    @cached_property
     def has_classes(self) -> bool:
         """Whether targets are classes (tokens are)."""
-        return self.of_texts or not self._block(0, 0)[1].is_floating_point()
+        if self.of_texts:
+            return not self.of_numbers
+        return not self._block(0, 0)[1].is_floating_point()
 
     def _called(self, epoch: int, block: int) -> Any:
         rng = np.random.Generator(np.random.PCG64(np.random.SeedSequence([*self.key, epoch, block])))

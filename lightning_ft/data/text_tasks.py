@@ -1,4 +1,4 @@
-"""Tasks of prompts and answers, made by a function: what a language model adapts on, and is measured on."""
+"""Tasks of texts, made by a function; of prompts and answers: what a language model adapts on, and is measured on."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ import numpy as np
 
 from lightning_ft.data.chat import require_template
 from lightning_ft.data.collate import Segment, collate, targets_of
+from lightning_ft.data.number_tasks import NumberRows
 from lightning_ft.data.rows import kind_of, wrong_columns
 from lightning_ft.data.sources import open_source
 from lightning_ft.data.spans import Rendered, render_rows
@@ -31,6 +32,10 @@ class AnswerRows:
 
     def __init__(self, tokenizer: Any, *, max_length: int | None, truncation: Truncation) -> None:
         self.tokenizer, self.max_length, self.truncation = tokenizer, max_length, truncation
+
+    def question(self, row: Row) -> Any:
+        """What of a row may not stand in support and query: all of it."""
+        return row
 
     def side(self, rows: Sequence[Row], where: str) -> Rows:
         """Rows as one padded batch, whose targets are its scored tokens.
@@ -79,19 +84,16 @@ class AnswerRows:
         return segment
 
 
-class TextTasks(AnswerRows):
+class TextTasks:
     """The tasks of a split, tokenised.
 
     Args:
-        drawn: gives each task as ``{"support": rows, "query": rows}``, rows with the columns of `SFTData`.
-        tokenizer: as for `AnswerRows`.
-        max_length: likewise.
-        truncation: likewise.
+        drawn: gives each task as ``{"support": rows, "query": rows}``.
+        rows: what makes a side of an episode of them.
     """
 
-    def __init__(self, drawn: DrawnTasks, tokenizer: Any, *, max_length: int | None, truncation: Truncation) -> None:
-        super().__init__(tokenizer, max_length=max_length, truncation=truncation)
-        self.drawn = drawn
+    def __init__(self, drawn: DrawnTasks, rows: AnswerRows | NumberRows) -> None:
+        self.drawn, self.rows = drawn, rows
 
     def episodes(self, epoch: int, numbers: np.ndarray) -> tuple[Episode, ...]:
         """These episodes of an epoch, one after the other."""
@@ -103,9 +105,10 @@ class TextTasks(AnswerRows):
             raise Refusal(f"{where} must be a dictionary with support and query, lists of rows; it is {task!r:.80}.")
         support = list(task["support"])
         # What the model was adapted on says nothing about what it has learned to do.
-        query = [row for row in task["query"] if row not in support]
+        known = [self.rows.question(row) for row in support]
+        query = [row for row in task["query"] if self.rows.question(row) not in known]
         return Episode(
-            *(self.side(rows, f"{where}, {side}") for side, rows in (("support", support), ("query", query)))
+            *(self.rows.side(rows, f"{where}, {side}") for side, rows in (("support", support), ("query", query)))
         )
 
 

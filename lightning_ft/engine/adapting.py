@@ -14,6 +14,7 @@ from lightning_ft.engine.attachment import Attachment
 from lightning_ft.engine.batch import Batch
 from lightning_ft.engine.episode_module import EpisodeModule
 from lightning_ft.engine.episodes import Episode, MetaBatch, Rows
+from lightning_ft.engine.fewer_classes import cut_classes_
 from lightning_ft.engine.freezing import parameters_named
 from lightning_ft.functional.episode_losses import mean_loss
 from lightning_ft.functional.errors import Refusal
@@ -21,6 +22,7 @@ from lightning_ft.functional.inner_loop import Order, Weights, by_autograd, by_t
 from lightning_ft.nn.double_backward import (
     check_graph,
     check_net,
+    compiled,
     explained,
     no_checkpointing,
     twice_differentiable,
@@ -56,6 +58,11 @@ class AdaptingModule(EpisodeModule):
 
     def _prepare(self) -> None:
         """Finds the weights of the inner loop, once everything is injected, and refuses nets that cannot have one."""
+        super()._prepare()
+        if (
+            self._compiler_ctx is not None
+        ):  # Lightning has taken the module out, and left its forward and steps compiled
+            raise compiled(type(self).__name__, "the whole module")
         check_net(self.model, order=self.order if self.implicit is None else 2, owner=type(self).__name__)
         parameters = dict(self.named_parameters())
         self._tied = len(parameters) != len(list(self.named_parameters(remove_duplicate=False)))
@@ -221,7 +228,9 @@ class AdaptingModule(EpisodeModule):
         """Whether the outer loss is one of classes, told by its name, the base, or the data's targets."""
         if self.outer_loss != "auto":
             return self.outer_loss == "cross_entropy"
-        return self.base is not None or bool(getattr(self.datamodule, "has_classes", True))
+        if self.base is not None:
+            return self.task != "regression"
+        return bool(getattr(self.datamodule, "has_classes", True))
 
     def _measure(self, batch: MetaBatch) -> Tensor:
         if self.maps_tasks(batch):
@@ -256,31 +265,31 @@ class AdaptingModule(EpisodeModule):
 
     # -- use ----------------------------------------------------------------------------------------------------------
 
-    def adapt(self, support: Rows, *, steps: int | None = None) -> Weights:
+    def adapt(self, support: Rows | tuple[Tensor, Tensor], *, steps: int | None = None) -> Weights:
         """The weights that this module takes on for a task, by name; the module itself stays as it is.
 
         Args:
-            support: the rows to adapt on.
+            support: the rows to adapt on; of a net simply its inputs and their targets, ``(x, y)``.
             steps: of the inner loop; None: as many as in training.
 
         Returns:
             name -> adapted weight, without a graph; `adapt_` writes them in.
         """
+        rows = support if isinstance(support, Rows) else Rows(*support)
         theta = self.start_without_graph()
         with torch.inference_mode(False), torch.enable_grad():
             *_, weights = self.adapted(
-                support.apply(torch.clone), steps=self.steps if steps is None else steps, order=1, theta=theta
+                rows.apply(torch.clone), steps=self.steps if steps is None else steps, order=1, theta=theta
             )
         return {name: weight.detach() for name, weight in weights.items()}
 
     @torch.no_grad()
-    def adapt_(self, support: Rows, *, steps: int | None = None) -> None:
+    def adapt_(self, support: Rows | tuple[Tensor, Tensor], *, steps: int | None = None) -> None:
         """Adapts the module itself."""
         parameters = dict(self.named_parameters())
         for name, weight in self.adapt(support, steps=steps).items():
             parameters[name].copy_(weight)
 
-    @torch.no_grad()
     def keep_classes_(self, count: int) -> None:
         """Leaves the first outputs of a base's head, for a task with fewer classes than the episodes had.
 
@@ -296,21 +305,11 @@ class AdaptingModule(EpisodeModule):
                 f"The support rows have {count} classes, and {type(self).__name__} has learned to tell {outputs} apart; learn from "
                 f"episodes of at least as many (data.way {count})."
             )
-        if count == outputs:
-            return
-        layer = self.view.output_layer()[1]
-        cut = {id(p): nn.Parameter(p[:count].clone(), requires_grad=p.requires_grad) for p in layer.parameters()}
-        # Rates of a number each are cut with it; those of a step each stay, though they may be as many.
-        rates: Any = self.inner_rates if getattr(self, "rates", "fixed") == "per_parameter" else {}
-        for name, parameter in self.named_parameters():
-            key = name.replace(".", "/")
-            if id(parameter) in cut and key in rates:
-                rates[key] = nn.Parameter(rates[key].view(parameter.shape)[:count].reshape(-1).clone())
-        for name, parameter in list(layer.named_parameters()):
-            setattr(layer, name, cut[id(parameter)])
-        layer.out_features = count
-        self.model.config.num_labels = count
-        self.way = count
+        if count < outputs:
+            rates: Any = self.inner_rates if getattr(self, "rates", "fixed") == "per_parameter" else {}
+            cut_classes_(self, self.view.output_layer()[1], count, rates)
+            self.model.config.num_labels = count
+            self.way = count
 
     def trained(self) -> list[nn.Parameter]:
         """What the outer loop trains."""

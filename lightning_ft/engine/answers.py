@@ -18,6 +18,10 @@ ROWS = {
 """Kind of rows, as a module's ``learns_from`` and a data module's ``rows_are`` name it -> in words, and which data have them."""
 
 
+_DROPS = ("dropout", "layerdrop", "drop_prob", "pdrop", "jitter_noise")
+"""What the names of probabilities hold that layers keep as plain numbers; and of the noise of a router of experts."""
+
+
 def other_rows(module: Any) -> Refusal:
     """The refusal of rows that a module cannot learn from."""
     what, data = ROWS[module.learns_from]
@@ -92,5 +96,5 @@ def no_dropout(module: nn.Module) -> None:
         if isinstance(part, _DropoutNd):
             part.p = 0.0
         for name, value in list(vars(part).items()):
-            if "dropout" in name and isinstance(value, float) and part is not module:
+            if isinstance(value, float) and part is not module and any(mark in name for mark in _DROPS):
                 setattr(part, name, 0.0)

@@ -20,8 +20,10 @@ from torch import Tensor, nn
 
 from lightning_ft.engine.batch import Batch
 from lightning_ft.engine.checkpoints import kept_keys
+from lightning_ft.engine.episodes import MetaBatch
 from lightning_ft.engine.traits import TERMS_APART, Cannot
 from lightning_ft.functional.errors import Refusal
+from lightning_ft.models.dtype import cast_beside
 from lightning_ft.nn.packed import has_packed_weights
 from lightning_ft.nn.registry import injected_layers
 
@@ -277,8 +279,9 @@ def keep_factors_in_fp32(strategy: Strategy, on_leave: Callable[[Callable[[], No
     """Under ``bf16-true`` Lightning casts every parameter, injected factors too; for those the cast is undone.
 
     A rate of 1e-4 on a bf16 factor changes nothing (its step is 2^-8 of the value), so training would silently stall.
-    Modules of ours keep whatever is trainable in fp32 unless ``dtype: pure_bfloat16`` asks otherwise. Nor are the numbers in a
-    batch of ours rounded: log-probabilities of an earlier policy, say, of which ratios are made.
+    Modules of ours keep whatever is trainable in fp32 unless ``dtype: pure_bfloat16`` asks otherwise, and a net that they were
+    given as it is, since its layers would meet rows of another dtype. Nor are the numbers in a batch of ours rounded:
+    log-probabilities of an earlier policy, say, of which ratios are made.
     """
     precision = strategy.precision_plugin
     if not isinstance(precision, HalfPrecision):
@@ -289,6 +292,8 @@ def keep_factors_in_fp32(strategy: Strategy, on_leave: Callable[[Callable[[], No
         inner = getattr(strategy, "lightning_module", None) or module
         kept: list[tuple[nn.Parameter, Tensor]] = []
         ours = hasattr(inner, "lightning_ft_module")
+        if ours and getattr(inner, "net", None) is not None:
+            return module
         for layer in injected_layers(module).values():
             kept += [(p, p.data) for p in layer.injected_parameters().values()]
         if ours:
@@ -297,12 +302,16 @@ def keep_factors_in_fp32(strategy: Strategy, on_leave: Callable[[Callable[[], No
         converted = original(module)
         for parameter, data in kept:
             parameter.data = data
+        # Under FSDP2 layers have been given their classes when it sharded them.
+        sharded = isinstance(strategy, ModelParallelStrategy)
+        if ours and not sharded and isinstance(model := getattr(inner, "model", None), nn.Module):
+            cast_beside(model, precision._desired_input_dtype)
         return converted
 
     convert = precision.convert_input
 
     def convert_input(data: Any) -> Any:
-        return data if isinstance(data, Batch) else convert(data)
+        return data if isinstance(data, (Batch, MetaBatch)) else convert(data)
 
     for name, wrapper in (("convert_module", convert_module), ("convert_input", convert_input)):
         object.__setattr__(precision, name, wrapper)

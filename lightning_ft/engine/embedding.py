@@ -28,6 +28,11 @@ class EmbeddingModule(EpisodeModule):
         self.task = "regression"
         self.way = None
 
+    @property
+    def asks_for(self) -> str:
+        """Classes, though the base is loaded under a head of one output."""
+        return "classes"
+
     def _classes(self) -> tuple[list[str] | None, bool]:
         return None, False
 

@@ -19,6 +19,7 @@ from lightning_ft.engine.module import DtypePolicy, FineTuningModule, OptimizerF
 from lightning_ft.engine.optimizer import Schedule
 from lightning_ft.engine.scoring import row_logits, scored_hidden
 from lightning_ft.engine.terms import Term
+from lightning_ft.engine.without_chance import nothing_dropped, refuse_chance
 from lightning_ft.functional.errors import Refusal
 from lightning_ft.functional.inner_loop import with_gradients
 from lightning_ft.models.quantize import Mode
@@ -27,7 +28,13 @@ NET_LR = 1e-3
 """Rate of a net that is trained from nothing: Adam's own default, and that of Finn et al., 2017, for the sinusoids."""
 
 
-EpisodeTask = Literal["sequence_classification", "causal_lm"]
+EpisodeTask = Literal["sequence_classification", "causal_lm", "regression"]
+ASKS: dict[str, tuple[str, str]] = {
+    "sequence_classification": ("classes", "tell classes apart"),
+    "causal_lm": ("answers", "write answers"),
+    "regression": ("numbers", "estimate numbers"),
+}
+"""Task of a base -> what the episodes' rows ask for, as the data say it; in words."""
 
 
 class EpisodeModule(FineTuningModule):
@@ -41,6 +48,7 @@ class EpisodeModule(FineTuningModule):
     learns_from_episodes = True
     no_likelihood: str | None = None
     way: int | None
+    _tried = False
 
     def __init__(
         self,
@@ -89,10 +97,12 @@ class EpisodeModule(FineTuningModule):
             )
         if self.base is not None and self.model is not None:
             raise Refusal(f"{name} takes base or net, not both; leave one of them out.")
-        if self.writes and self.base is None:
-            raise Refusal(f"{name}.task causal_lm is for a base that writes text; leave it out for a net.")
+        if self.task != "sequence_classification" and self.base is None:
+            raise Refusal(f"{name}.task {self.task} is for a base, which reads texts; leave it out for a net.")
         if self.writes and (self.way is not None or self.head_lr is not None):
             raise Refusal(f"{name}.way and head_lr belong to classes, and the task is causal_lm; leave them out.")
+        if self.task == "regression" and self.way is not None:
+            raise Refusal(f"{name}.way belongs to classes, and the task is regression; leave it out.")
         if self.quantize is not None and self.base is None:
             raise Refusal(f"{name}.quantize packs a base that is loaded; pack your net before you give it (quantize_).")
 
@@ -100,6 +110,11 @@ class EpisodeModule(FineTuningModule):
     def writes(self) -> bool:
         """Whether answers are texts, scored token by token, not classes or numbers."""
         return self.task == "causal_lm"
+
+    @property
+    def asks_for(self) -> str:
+        """What the rows of a base's episodes are learned for."""
+        return ASKS[self.task][0]
 
     @property
     def net(self) -> nn.Module | None:
@@ -110,7 +125,7 @@ class EpisodeModule(FineTuningModule):
     def resolved_arguments(self) -> dict[str, Any]:
         """With the number of classes, which was the data's to say."""
         arguments = arguments_of(self)
-        if self.base is not None and self.model is not None and "way" in arguments and not self.writes:
+        if self.base is not None and self.model is not None and "way" in arguments and self.asks_for == "classes":
             arguments["way"] = self.way or getattr(self.datamodule, "way", None) or self._outputs()
         return arguments
 
@@ -131,24 +146,27 @@ class EpisodeModule(FineTuningModule):
             super().configure_model()
         else:
             self.model.train()
-        if self.evaluation is None:
+        # `lightning_ft.load` knows no data, and later ones may have numbers where these have classes.
+        if self.evaluation is None or self.evaluation.names != self._measured():
             self.evaluation = EpisodeMeans(self._measured())
 
     def _check_rows(self) -> None:
-        """Refuses rows that are no episodes, and episodes of classes for a task that writes, and the other way round."""
-        theirs, name = getattr(self.datamodule, "writes", None), type(self).__name__
+        """Refuses rows that are no episodes, and episodes whose texts ask for something else than the task learns."""
+        theirs, name = getattr(self.datamodule, "asks_for", None), type(self).__name__
         given = type(self.datamodule)
         if theirs is None and given.__module__.startswith("lightning_ft."):
             raise Refusal(f"{name} learns from episodes, and {given.__name__} gives rows; use EpisodeData.")
-        if self.base is not None and theirs is not None and theirs != self.writes:
+        if self.base is not None and theirs is not None and theirs != self.asks_for:
+            ours = next(words for asked, words in ASKS.values() if asked == self.asks_for)
+            task = next(task for task, (asked, _) in ASKS.items() if asked == theirs)
             raise Refusal(
-                f"{name} learns to {'write answers' if self.writes else 'tell classes apart'}, and the episodes have "
-                f"{'answers to write; set model.task to causal_lm' if theirs else 'none to write; leave model.task out'}."
+                f"{name} learns to {ours}, and the episodes have {theirs}; "
+                f"{'leave model.task out' if theirs == 'classes' else f'set model.task to {task}'}."
             )
 
     def _classes(self) -> tuple[list[str] | None, bool]:
         """As many as an episode has, without names: each episode deals them anew."""
-        if self.writes:
+        if self.asks_for != "classes":
             return None, False
         way = self.way or getattr(self.datamodule, "way", None)
         theirs = getattr(self.datamodule, "way", None)
@@ -176,6 +194,7 @@ class EpisodeModule(FineTuningModule):
 
     def _prepare(self) -> None:
         """What is to be found and checked once everything is injected; again in each run, which may inject more."""
+        self._tried = False
 
     def resolved_lr(self) -> float:
         """``lr``; else that of what is trained, or `NET_LR` for a net."""
@@ -200,8 +219,18 @@ class EpisodeModule(FineTuningModule):
             return row_logits(self.view, inputs)
         if self.base is not None:
             raise Refusal(f"{self.base} reads texts, and these episodes are tensors; give a net instead.")
-        outputs: Tensor = self.model(inputs)
+        with nothing_dropped(self.model):
+            outputs: Tensor = self.model(inputs)
         return outputs
+
+    def on_train_batch_start(self, batch: MetaBatch, batch_idx: int) -> None:
+        """Tries, once a run, whether anything is drawn at random in a pass."""
+        self._try_twice(batch)
+
+    def _try_twice(self, batch: MetaBatch) -> None:
+        if not self._tried and batch.counts["task"]:
+            refuse_chance(self, batch.episodes()[0].support.inputs)
+            self._tried = True
 
     def accumulated(
         self, batch: MetaBatch, task: Callable[[Episode], tuple[Tensor, Sequence[Tensor | None], Tensor]]
@@ -266,6 +295,7 @@ class EpisodeModule(FineTuningModule):
     def _evaluate(self, batch: MetaBatch) -> None:
         if not batch.counts["task"]:
             return
+        self._try_twice(batch)
         # Lightning validates under inference mode, whose tensors can never take part in a gradient: those of the batch are copied.
         with torch.inference_mode(False), torch.enable_grad():
             found = self._measure(batch.apply(torch.clone))

@@ -13,8 +13,10 @@ from lightning_ft.engine.batch import Batch
 
 Move = Callable[[Tensor], Tensor]
 
+# Not frozen, as `Batch`: Lightning writes into a copy what a precision such as 64-true converts.
 
-@dataclass(frozen=True)
+
+@dataclass
 class Rows:
     """One side of an episode.
 
@@ -32,7 +34,7 @@ class Rows:
         return Rows(inputs, move(self.targets))
 
 
-@dataclass(frozen=True)
+@dataclass
 class Episode:
     """One task; support and query share no row.
 
@@ -49,7 +51,7 @@ class Episode:
         return Episode(self.support.apply(move), self.query.apply(move))
 
 
-@dataclass(frozen=True)
+@dataclass
 class MetaBatch:
     """The episodes of one micro-batch.
 

@@ -93,6 +93,21 @@ def apply_dtype_policy(
             remove_cast(module)
 
 
+def cast_beside(model: nn.Module, dtype: torch.dtype) -> None:
+    """Have layers read their own float32 parameters in the dtype that the rest of a model was cast to; where there is a rest.
+
+    Args:
+        model: its frozen weights in ``dtype``, what trains in float32.
+        dtype: half of some kind.
+    """
+    if all(p.dtype != dtype for p in model.parameters()):
+        return
+    for module in model.modules():
+        own = module.parameters(recurse=False)
+        if not getattr(module, "casts_itself", False) and any(p.dtype == torch.float32 for p in own):
+            cast_in_forward(module, dtype)
+
+
 def wanted_dtype(p: nn.Parameter) -> torch.dtype:
     """The dtype that a parameter has, or will have once it is settled."""
     dtype: torch.dtype = getattr(p, _WANTED, p.dtype)

@@ -35,7 +35,8 @@ class MAML(AdaptingModule):
             a new head of as many classes as an episode has. None: see ``net``.
         net: any torch module instead, for tensors and images.
         task: what a base predicts: ``sequence_classification``, the class of a text; ``causal_lm``, the tokens of an answer, each
-            counting the same, from episodes of prompts and answers.
+            counting the same, from episodes of prompts and answers; ``regression``, a number of a text by its squared error, from
+            episodes of ``text`` and ``label`` that a function makes.
         way: classes of an episode; None: as the data have. Of a base that classifies only.
         order: 2 differentiates through the inner steps (MAML); 1 takes the inner gradients for constants (FOMAML), at less than
             half the time and memory, and much less exact after several steps.
@@ -83,11 +84,12 @@ class MAML(AdaptingModule):
         width of the 95 % interval over episodes.
 
     Differs from:
-        Finn et al., 2017: dropout is off; batch norms with running statistics are refused, since all tasks would share them.
+        Finn et al., 2017: dropout is off, and a net runs in evaluation mode but for its norms; batch norms with running
+        statistics are refused, since all tasks would share them.
 
     Raises:
-        Refusal: for arguments out of bounds here; when the run begins for FSDP2, fp16, dropout, torch.compile, activation
-            checkpointing, or an ``inner`` that names nothing.
+        Refusal: for arguments out of bounds here; when the run begins for FSDP2, fp16, a technique's dropout, a net that draws at
+            random in every mode, torch.compile, activation checkpointing, or an ``inner`` that names nothing.
 
     Example:
         >>> MAML(net=torch.nn.Linear(1, 1), order=1, inner_lr=0.01).order

@@ -45,7 +45,8 @@ class ProtoNet(EmbeddingModule):
         interval over episodes.
 
     Raises:
-        Refusal: for arguments out of bounds here; when the run begins for FSDP2, fp16, dropout, or targets that are no classes.
+        Refusal: for arguments out of bounds here; when the run begins for FSDP2, fp16, a technique's dropout, a net that draws
+            at random in every mode, or targets that are no classes.
 
     Example:
         >>> ProtoNet(net=torch.nn.Linear(4, 8)).distance

@@ -34,7 +34,8 @@ class Reptile(AdaptingModule):
         base: the model to start from, for texts, with a new head of as many classes as an episode has. None: see ``net``.
         net: any torch module instead, for tensors and images.
         task: what a base predicts: ``sequence_classification``, the class of a text; ``causal_lm``, the tokens of an answer, each
-            counting the same, from episodes of prompts and answers.
+            counting the same, from episodes of prompts and answers; ``regression``, a number of a text by its squared error, from
+            episodes of ``text`` and ``label`` that a function makes.
         way: classes of an episode; None: as the data have. Of a base that classifies only.
         steps: inner steps k in training; 5 to 10 in the paper.
         inner_lr: rate of the inner steps.

@@ -39,10 +39,7 @@ def check_net(net: nn.Module, *, order: int, owner: str) -> None:
     for name, part in net.named_modules():
         said = name or type(part).__name__
         if isinstance(part, torch._dynamo.eval_frame.OptimizedModule) or part._compiled_call_impl is not None:
-            raise Refusal(
-                f"{owner} cannot work with torch.compile ({said}), because compiled code has no second derivative and keeps the "
-                "weights that it was compiled with; give it the net as it is."
-            )
+            raise compiled(owner, said)
         if getattr(part, "gradient_checkpointing", False) is True:
             raise Refusal(
                 f"{owner} cannot work with activation checkpointing ({said}), because what is recomputed in backward would "
@@ -64,6 +61,14 @@ def check_net(net: nn.Module, *, order: int, owner: str) -> None:
             )
 
 
+def compiled(owner: str, what: str) -> Refusal:
+    """The refusal of what `torch.compile` has made."""
+    return Refusal(
+        f"{owner} cannot work with torch.compile ({what}), because compiled code has no second derivative and keeps the weights "
+        "that it was compiled with; give it as it is."
+    )
+
+
 def no_checkpointing(owner: str) -> AbstractContextManager[None]:
     """Inside, a forward that would recompute activations later raises; `explained` turns that into a refusal."""
     return torch.autograd.graph.disable_saved_tensors_hooks(f"{owner}: {_HOOKS}")
@@ -74,6 +79,9 @@ def explained(error: RuntimeError, owner: str) -> BaseException:
     text = str(error)
     if _HOOKS in text:
         return Refusal(_CHECKPOINTED.format(owner=owner))
+    # Of a function in the net's forward; which of the two it says depends on what it saves for its backward pass.
+    if "does not currently support double backward" in text or "donated buffers" in text:
+        return compiled(owner, "a function in the net's forward")
     # "derivative for aten::x_backward is not implemented", or "the derivative for 'x_backward' is not implemented."
     if "derivative for " in text and "is not implemented" in text:
         return Refusal(
@@ -134,4 +142,12 @@ def has_second_derivative(layer: PackedLayer, rows: int = 3) -> bool:
     return bool((ours - truth).norm() <= 0.02 * truth.norm())
 
 
-__all__ = ["check_graph", "check_net", "explained", "has_second_derivative", "no_checkpointing", "twice_differentiable"]
+__all__ = [
+    "check_graph",
+    "check_net",
+    "compiled",
+    "explained",
+    "has_second_derivative",
+    "no_checkpointing",
+    "twice_differentiable",
+]

@@ -102,6 +102,10 @@ class IA3Layer(InjectedLayer):
         self.training = base.training
         self.reset_parameters()
 
+    def of_outputs(self) -> tuple[str, ...]:
+        """Return the vector, unless it scales the input."""
+        return () if self.feedforward else ("ia3_scale",)
+
     @torch.no_grad()
     def reset_parameters(self) -> None:
         """Set the vector to ones."""

@@ -139,6 +139,10 @@ class LoRALayer(InjectedLayer, ABC):
             self.lora_A.copy_(drawn.uniform_(-bound, bound, generator=generator))
         self.lora_B.zero_()
 
+    def of_outputs(self) -> tuple[str, ...]:
+        """Return ``B``, its start and the magnitude, as far as there are any."""
+        return tuple(n for n in ("lora_B", "lora_B0", "lora_magnitude") if getattr(self, n) is not None)
+
     def merge_into(self, weight: Tensor) -> Tensor:
         """Return ``W0 + s B A``, for DoRA with each output's weight rescaled to its magnitude; of the change, `strength`."""
         merged = weight + self.delta().to(weight.dtype)

@@ -83,6 +83,10 @@ class InjectedLayer(nn.Module):
         """Return this layer's own parameters by their name in the layer, without those of the wrapped module."""
         return {name: p for name, p in self.named_parameters() if not name.startswith(f"{_BASE}.")}
 
+    def of_outputs(self) -> tuple[str, ...] | None:
+        """Return which own parameters have a first dimension that counts the wrapped module's outputs; None if nobody has said."""
+        return None
+
     def merge_into(self, weight: Tensor) -> Tensor:
         """Return the weight that does alone what the wrapped module with ``weight`` and this layer do together.
 

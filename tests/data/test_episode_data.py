@@ -205,7 +205,7 @@ def test_folders_of_their_own_share_no_class(tmp_path):
         for name in names:
             (tmp_path / folder / name).mkdir(parents=True)
             for n in range(2):
-                np.save(tmp_path / folder / name / f"{n}.npy", np.zeros(2))
+                np.save(tmp_path / folder / name / f"{n}.npy", np.array([ord(name), n]))
     made = EpisodeData(str(tmp_path / "a"), val_path=str(tmp_path / "b"), way=2, shot=1, query=1)
     made.setup("fit")
     assert (set(made.pools["train"]), set(made.pools["val"])) == (set("xyz"), set("uvw"))
@@ -248,10 +248,12 @@ def test_folders_that_are_refused(tmp_path):
     (tmp_path / "second").mkdir()
     np.save(tmp_path / "second/a.npy", np.zeros(3))
     made = EpisodeData(str(tmp_path), way=2, shot=1, query=1)
+    with pytest.raises(Refusal, match="has 1 rows"):
+        made.check_files("fit")
     with pytest.raises(Refusal, match="has 1 different rows"):
         made.setup("fit")
     for name, size in (("only", 2), ("second", 3)):
-        np.save(tmp_path / name / "b.npy", np.zeros(size))
+        np.save(tmp_path / name / "b.npy", np.ones(size))
     made = EpisodeData(str(tmp_path), way=2, shot=1, query=1)
     made.setup("fit")
     with pytest.raises(Refusal, match="all must be alike"):
@@ -330,7 +332,7 @@ def test_a_pickled_array_is_not_opened(tmp_path):
     for k in range(2):
         (tmp_path / f"c{k}").mkdir()
         for n in range(2):
-            np.save(tmp_path / f"c{k}/{n}.npy", np.array([{"a": 1}], dtype=object), allow_pickle=True)
+            np.save(tmp_path / f"c{k}/{n}.npy", np.array([{"a": (k, n)}], dtype=object), allow_pickle=True)
     made = EpisodeData(str(tmp_path), way=2, shot=1, query=1)
     with pytest.raises(Refusal, match="cannot be read"):
         list(made.train_dataloader())

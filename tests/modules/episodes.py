@@ -67,11 +67,14 @@ def words(path: Path, folder: Path, **options: Any) -> EpisodeData:
     return EpisodeData(str(path), **given)
 
 
-def on_ranks(folder: str, kind: str, devices: int, model: dict[str, Any], episodes: int = 8) -> Any:
-    """(metrics, trained weights) of three steps of eight tasks on one rank or on each of two."""
+def on_ranks(
+    folder: str, kind: str, devices: int, model: dict[str, Any], episodes: int = 8, a_step: int = 8, accumulate: int = 1
+) -> Any:
+    """(metrics, trained weights) of three steps of ``a_step`` tasks on one rank or on each of two."""
     torch.set_num_threads(1)
-    data = sines(batch_size=8 // devices, val_batch_size=2, episodes=episodes)
+    data = sines(batch_size=a_step // devices // accumulate, val_batch_size=2, episodes=episodes)
     ranks: dict[str, Any] = {"devices": devices, "strategy": "ddp"} if devices > 1 else {}
+    ranks["accumulate_grad_batches"] = accumulate
     made = module(kind, **model)
     _, runner = fit(Path(folder), made, data, max_steps=3, limit_val_batches=None, **ranks)
     measured = {name: float(value) for name, value in runner.callback_metrics.items()}

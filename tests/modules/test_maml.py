@@ -164,6 +164,19 @@ def test_two_ranks(tmp_path, two_ranks, model):
             torch.testing.assert_close(found[name], value, rtol=1e-4, atol=1e-6, msg=name)
 
 
+@pytest.mark.parametrize("kind", ["MAML", "Reptile"])
+def test_a_rank_without_a_task(tmp_path, two_ranks, kind):
+    """Five tasks, four a step, one a micro-batch and rank: of the last window the second rank has nothing."""
+    asked = {"kind": kind, "model": {}, "episodes": 5, "a_step": 4, "accumulate": 2}
+    one, left = on_ranks(str(tmp_path / "one"), devices=1, **asked)
+    start = {f"model.{name}": p.detach() for name, p in mlp().named_parameters()}
+    assert all(float((value - start[name]).abs().max()) > 1e-4 for name, value in left.items())
+    for measured, found in two_ranks.run("tests.modules.episodes:on_ranks", folder=str(tmp_path), devices=2, **asked):
+        assert measured == pytest.approx(one, rel=1e-4)
+        for name, value in left.items():
+            torch.testing.assert_close(found[name], value, rtol=1e-4, atol=1e-6, msg=name)
+
+
 @pytest.mark.parametrize("step", [2, 3])
 def test_resume_is_exact(tmp_path, step):
     """From the middle of an epoch and from its end."""

@@ -6,6 +6,7 @@ from lightning.pytorch.callbacks import Callback, ModelCheckpoint
 
 import lightning_ft
 from lightning_ft import MAML, BottleneckAdapter, Freeze, LoRA, PrefixTuning, PromptTuning, Refusal
+from lightning_ft.models.quantize import dequantize_
 from tests.contract.subjects import differing, trainer
 from tests.modules.episodes import fit, mlp, module, sines, text_on_ranks, words, write_words
 from tests.modules.tasks import write_base
@@ -43,9 +44,10 @@ def test_over_an_encoder(texts, tmp_path, part):
             start.update({n: p.detach().clone() for n, p in pl_module.named_parameters()})
 
     steps, runner = fit(tmp_path, made, words(path, folder), *callbacks(), Keep(), max_steps=2, limit_val_batches=None)
-    assert made.inner_names and all(
-        mark in name or "classifier" in name or "pooler" in name for name in made.inner_names
-    )
+    named = {name for name in made.inner_names if mark in name}
+    assert named and all("classifier" in name or "pooler" in name for name in {*made.inner_names} - named)
+    head = {name for name in made.inner_names if "classifier" in name}
+    assert bool(head) == (inner in ("head", "adapter_and_head") or part == "biases")
     trained = {name for name, p in made.named_parameters() if p.requires_grad}
     assert set(made.inner_names) <= trained and trained == set(steps.gradients[0])
     assert all(name in trained or torch.equal(p, start[name]) for name, p in made.named_parameters())
@@ -54,7 +56,10 @@ def test_over_an_encoder(texts, tmp_path, part):
     episode = next(iter(words(path, folder, tokenizer=str(base)).train_dataloader())).episodes()[0]
     before = {n: p.detach().clone() for n, p in made.named_parameters()}
     fast = made.adapt(episode.support, steps=2)
-    assert fast.keys() == set(made.inner_names) and any(not torch.equal(fast[n], before[n]) for n in fast)
+    assert fast.keys() == set(made.inner_names)
+    # Each of them moves: but for a key's bias, since a softmax over keys does not change with it.
+    moved = {n for n in fast if not torch.equal(fast[n], before[n])}
+    assert {n for n in fast if n not in moved} <= {n for n in fast if n.endswith("key.bias")} and named & moved
     assert not differing(before, {n: p.detach() for n, p in made.named_parameters()})
 
 
@@ -103,14 +108,33 @@ def test_a_checkpoint_is_loaded_with_its_rates_and_classes(texts, tmp_path):
         lightning_ft.load(tmp_path / "net/last.ckpt")
     loaded = lightning_ft.load(tmp_path / "net/last.ckpt", module=module(net=mlp(7)))
     assert not differing(dict(net.state_dict()), dict(loaded.state_dict()))
+    # Loading knows no data, so that classes were expected; these have numbers.
+    alone, again = (
+        trainer(tmp_path, limit_val_batches=None).validate(one, sines(), verbose=False)[0] for one in (net, loaded)
+    )
+    assert again == pytest.approx(alone) and "val/step_0/loss" in again and "val/accuracy" not in again
 
 
 def test_over_a_packed_base(texts, tmp_path):
+    """To order 2 the meta-gradient is that of the weights which the packed ones stand for, and not that of order 1."""
     pytest.importorskip("bitsandbytes")
     base, path, folder = texts
-    made = MAML(str(base), inner="adapter_and_head", inner_lr=0.5, lr=0.1, quantize="nf4")
+    made = MAML(str(base), inner="adapter_and_head", inner_lr=0.5, steps=2, lr=0.1, quantize="nf4")
     steps, _ = fit(tmp_path, made, words(path, folder), LoRA(r=2), max_steps=1)
-    assert steps.gradients and made.order == 2
+    (batch,) = words(path, folder, episodes=1, batch_size=1, tokenizer=str(base)).train_dataloader()
+    (episode,) = batch.episodes()
+    trained = {name: p for name, p in made.named_parameters() if p.requires_grad}
+
+    def gradients(order):
+        *_, fast = made.adapted(episode.support, steps=2, order=order)
+        loss = made.measure(made.outputs(fast, episode.query.inputs), episode.query.targets)[0]
+        return torch.cat([g.flatten() for g in torch.autograd.grad(loss, list(trained.values()))])
+
+    first, packed = gradients(1), gradients(2)
+    assert dequantize_(made.model)
+    plain = gradients(2)
+    assert steps.gradients[0].keys() == trained.keys() and any(".lora_A" in name for name in trained)
+    assert (packed - plain).norm() < 0.01 * plain.norm() < 0.1 * (packed - first).norm()
 
 
 def test_two_ranks_over_lora(texts, tmp_path, two_ranks):

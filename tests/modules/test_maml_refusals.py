@@ -5,6 +5,7 @@ import torch
 from torch import nn
 
 from lightning_ft import MAML, EpisodeData, LoRA, Refusal, SFTData
+from lightning_ft.nn.double_backward import explained
 from tests.contract.subjects import trainer
 from tests.modules.episodes import Normed, fit, mlp, module, sines, words, write_words
 from tests.modules.tasks import write_base
@@ -89,6 +90,39 @@ def test_an_operation_without_a_second_derivative(tmp_path):
     (slope,) = torch.autograd.grad(net(torch.ones(3, 1)).square().sum(), [net.layer.weight], create_graph=True)
     with pytest.raises(Refusal, match=said):
         module(net=net).backward(slope.square().sum())
+
+
+class Compiled(nn.Module):
+    """A net with a compiled function, which is met in its second derivative alone."""
+
+    def __init__(self):
+        super().__init__()
+        self.layer, self.out = nn.Linear(1, 4), nn.Linear(4, 1)
+        self.act = torch.compile(lambda h: torch.tanh(h) * h, backend="aot_eager")
+
+    def forward(self, x):
+        return self.out(self.act(self.layer(x)))
+
+
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")
+def test_compiled_code_is_refused(tmp_path):
+    for order in (1, 2):
+        with pytest.raises(Refusal, match=r"cannot work with torch.compile \(the whole module\)"):
+            fit(tmp_path, torch.compile(module(order=order), backend="eager"), sines())
+    for tasks in ("auto", "one_by_one"):
+        with pytest.raises(Refusal, match=r"torch.compile \(a function in the net's forward\)"):
+            fit(tmp_path, module(net=Compiled(), tasks=tasks), sines())
+
+
+@pytest.mark.parametrize(
+    "said",
+    [
+        "torch.compile with aot_autograd does not currently support double backward",
+        "This backward function was compiled with non-empty donated buffers which requires create_graph=False",
+    ],
+)
+def test_what_compiled_code_says_of_its_second_derivative(said):
+    assert "MAML cannot work with torch.compile" in str(explained(RuntimeError(said), "MAML"))
 
 
 def test_the_other_words_for_a_missing_derivative():

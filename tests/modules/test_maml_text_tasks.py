@@ -210,16 +210,16 @@ def test_on_the_command_line(meta, tmp_path, capsys, monkeypatch):
 
 def test_a_base_that_writes_learns_no_classes_and_the_other_way_round(base, tmp_path):
     table = write_words(tmp_path)
-    with pytest.raises(Refusal, match="have none to write; leave model.task out"):
+    with pytest.raises(Refusal, match="write answers, and the episodes have classes; leave model.task out"):
         fit(tmp_path, writer(base), words(table, tmp_path), LoRA(r=2))
     bert = write_base("bert", tmp_path / "bert")
-    with pytest.raises(Refusal, match="answers to write; set model.task to causal_lm"):
+    with pytest.raises(Refusal, match="the episodes have answers; set model.task to causal_lm"):
         fit(tmp_path, lightning_ft.MAML(str(bert), way=3), answers(), LoRA(r=2))
     with pytest.raises(Refusal, match="belong to classes"):
         writer(base, way=3)
     with pytest.raises(Refusal, match="leave it out for a net"):
         lightning_ft.MAML(net=torch.nn.Linear(1, 1), task="causal_lm")
-    with pytest.raises(Refusal, match="have none to write"):
+    with pytest.raises(Refusal, match="the episodes have classes"):
         fit(tmp_path, writer(base), sines(), LoRA(r=2))
 
 

@@ -186,6 +186,18 @@ def test_bf16_true_keeps_what_is_trained_in_fp32(chat, tmp_path):
     assert any(p.abs().max() > 0 for layer in injected_layers(module).values() for p in [layer.lora_B])
 
 
+def test_bf16_true_rounds_what_is_frozen_whatever_the_base_dtype(chat, tmp_path):
+    """Trained layers in float32 read bfloat16 activations, as under ``base_dtype: bfloat16``."""
+    losses = []
+    for dtype, precision in (("float32", "bf16-true"), ("bfloat16", "32-true")):
+        freeze, model = Freeze(["model.norm", "lm_head"]), {"base_dtype": dtype, "lr": 1e-4}
+        module, steps, _ = run(chat, tmp_path, freeze, model=model, max_steps=1, precision=precision)
+        assert {p.dtype for p in module.model.parameters() if not p.requires_grad} == {torch.bfloat16}
+        assert {p.dtype for p in module.model.parameters() if p.requires_grad} == {torch.float32}
+        losses.append(steps.losses)
+    assert losses[0] == pytest.approx(losses[1], rel=TOL[torch.bfloat16])
+
+
 @pytest.mark.parametrize(
     ("policy", "frozen", "trained"),
     [
