@@ -50,7 +50,8 @@ class GradientSurgery(Technique):
         ``train/conflict_rate``: share of the pairs of tasks in a step whose gradients form an obtuse angle; steps with one task
         log nothing.
 
-    Cost: one backward pass a task, and memory for K gradients of what is trained; cheap over LoRA, dear in full training.
+    Cost: one backward pass a task, and memory for K gradients of what is trained; cheap over LoRA, dear in full training. In
+    `MultiTask` each task's rows then go through the trunk by themselves, so that all passes together are as long as one.
 
     Differs from: the methods' own code, which steps with sums here and means there; here all are on the scale of the sum, but nash.
 

@@ -48,7 +48,7 @@ class MultiTask(TaskTrunk):
 
     Minimises ``sum_k w_k L_k`` with ``L_k`` the mean loss of task k over its rows (or scored tokens) in the accumulation window on
     all ranks, exact for any batch size, accumulation and number of ranks. A batch that holds rows of several tasks goes through
-    the trunk once. Data: `MultiTaskData`, which names the tasks and tells what each learns; `TaskSampling` decides how often each
+    the trunk once (with `GradientSurgery` or gradnorm, which need a backward pass a task, each task's rows by themselves). Data: `MultiTaskData`, which names the tasks and tells what each learns; `TaskSampling` decides how often each
     comes, `LossBalancing` and `GradientSurgery` what happens where they disagree.
 
     An adapter (`LoRA` and others) that has the name of a task is that task's own: rows of other tasks do not see it. It stands
@@ -95,7 +95,8 @@ class MultiTask(TaskTrunk):
 
     Logs:
         ``train/loss``, ``train/<task>`` and ``val/<task>/<measure>``: loss, and as for `SFT` accuracy, f1, pearson and others;
-        ``val/loss``, the mean over tasks; ``val/macro``, the mean over tasks of accuracy (of tokens: f1; of numbers: pearson).
+        ``val/loss``, the mean over tasks; ``val/macro``, the mean over tasks of accuracy (of tokens: f1; of numbers: pearson);
+        means are over the tasks that have held-out rows. ``train/TASK`` is not a number in a step that lacks the task.
 
     Raises:
         Refusal: for arguments out of bounds; when the run begins for data that are not `MultiTaskData`, for tasks that differ from
