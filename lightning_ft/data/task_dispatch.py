@@ -14,12 +14,13 @@ from typing import TYPE_CHECKING, Any
 import lightning.pytorch as pl
 import torch
 from lightning.pytorch import Callback
+from lightning.pytorch.utilities import rank_zero_info
 from lightning.pytorch.utilities.model_helpers import is_overridden
 from lightning.pytorch.utilities.signature_utils import is_param_in_hook_signature
 
 from lightning_ft.data.task_continue import go_on_from
 from lightning_ft.data.task_course import begun, epochs_to_count, refuse_unbegun, settle
-from lightning_ft.data.task_scores import Scores
+from lightning_ft.data.task_scores import Scores, said_unmeasured
 from lightning_ft.engine.tasks import Task
 from lightning_ft.engine.wrappers import replace_on
 from lightning_ft.functional.errors import Refusal
@@ -214,9 +215,12 @@ class TaskDispatch(Callback):
     # -- the hooks of tasks -----------------------------------------------------------------------------------------
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Goes on from an earlier run, and remembers how optimizer and schedule begin."""
+        """Goes on from an earlier run, says what is not measured, and remembers how optimizer and schedule begin."""
         if self.stream.continue_from is not None and trainer.ckpt_path is None:
             go_on_from(self.stream.continue_from, trainer, pl_module)
+        said = said_unmeasured(list(self.stream._parts), self.stream.names()) if trainer.enable_validation else None
+        if said is not None:
+            rank_zero_info(said)
         # Before a checkpoint that is resumed is restored.
         for optimizer in trainer.optimizers:
             groups = [{k: copy.copy(v) for k, v in group.items() if k != "params"} for group in optimizer.param_groups]

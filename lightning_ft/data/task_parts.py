@@ -320,7 +320,8 @@ def plain_loaders(data: pl.LightningDataModule, name: str) -> dict[Split, DataLo
                 f"TaskStream deals the rows of {name} itself, so that a run can be resumed within a task, and its {method} is not "
                 "one DataLoader of a map-style data set with a batch_size and without drop_last or a sampler; give it that."
             )
-        found[split] = loader
+        if len(loader.dataset) or split == "train":  # type: ignore[arg-type]
+            found[split] = loader
     if "train" not in found:
         raise Refusal(f"TaskStream found no train_dataloader in the data of {name}.")
     return found

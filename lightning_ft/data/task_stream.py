@@ -211,6 +211,7 @@ class TaskStream(MadeOfModules):
                 self.begun, self.ended, self.measured_at = 0, 0, -1
                 self.learned, self._at, self._resumed, self._known = [], None, None, {}
                 self.scores = TaskScores(self.metric, self.mode)
+                self.scores.tasks = list(self._parts)
                 if self.continue_from is not None:
                     before = stream_state(read(self.continue_from, mapped=True), self.continue_from)
                     check_labels(before["labels"], self.label_names(), self.continue_from)
