@@ -13,6 +13,8 @@ from lightning_ft.data.task_cut import joined
 from lightning_ft.data.task_parts import PlainTask, PlannedTask
 from lightning_ft.functional.errors import Refusal
 
+JOINT = "joint"
+"""Name of all tasks at once."""
 Running = Callable[[], pl.Trainer | None]
 
 
@@ -22,7 +24,8 @@ class Given:
 
     Attributes:
         parts: name of a task -> its rows, in the order of training.
-        classes: name -> numbers of the classes that it has; None where rows have none. Also of tasks that earlier runs learned.
+        classes: name -> numbers of the classes that it has; None where rows have none. Also of tasks that earlier runs learned,
+            and of all tasks at once where they are trained so.
         epochs: as the user gave them.
         steps: likewise; None where epochs count.
     """
@@ -69,9 +72,8 @@ def _joint(given: Given, epochs: dict[str, int | None], steps: dict[str, int | N
     sizes = {name: part.deal()["rows"] for name, part in given.parts.items()}
     passes = max(1, round(sum(sizes[n] * (epochs[n] or 1) for n in sizes) / sum(sizes.values())))
     total = sum(step for step in steps.values() if step is not None) if given.steps is not None else None
-    classes = tuple(sorted({number for name in given.parts for number in given.classes[name] or ()})) or None
-    rows = joined(list(given.parts.values()), running)
-    return Stage("joint", rows, 1 if total else passes, total, 0, classes, classes)
+    classes, rows = given.classes[JOINT], joined(list(given.parts.values()), running)
+    return Stage(JOINT, rows, 1 if total else passes, total, 0, classes, classes)
 
 
 def _measured(stage: Stage, running: Running) -> Stage:
@@ -80,4 +82,4 @@ def _measured(stage: Stage, running: Running) -> Stage:
     return replace(stage, batches=batches if trainer is None else limited(batches, trainer))
 
 
-__all__ = ["Given", "stages_of"]
+__all__ = ["JOINT", "Given", "stages_of"]
