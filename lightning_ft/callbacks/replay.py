@@ -9,7 +9,7 @@ from annotated_types import Ge
 from torch import Tensor
 
 from lightning_ft.data.batch_rows import Row, batch_of
-from lightning_ft.data.rehearsal import Rehearsal
+from lightning_ft.data.rehearsal import AT_ONCE, Rehearsal
 from lightning_ft.data.replay_memory import Balance, on_device, totals_of
 from lightning_ft.engine.attachment import Attachment
 from lightning_ft.engine.batch import Batch
@@ -21,8 +21,6 @@ from lightning_ft.functional.errors import Refusal
 from lightning_ft.functional.soft_targets import logit_distance_sum, top_kl
 from lightning_ft.models.admission import evaluating
 from lightning_ft.nn.head_values import head_values
-
-_EACH = 64  # rows that are asked for their logits at once, when they are kept
 
 
 class Replay(Rehearsal):
@@ -228,8 +226,8 @@ class Replay(Rehearsal):
             return
         rows = [row for row in rows if "logits" not in row and "top_logprob" not in row]
         with evaluating(module), trainer.precision_plugin.forward_context():
-            for begin in range(0, len(rows), _EACH):
-                piece = rows[begin : begin + _EACH]
+            for begin in range(0, len(rows), AT_ONCE):
+                piece = rows[begin : begin + AT_ONCE]
                 made = on_device(trainer, batch_of(piece))
                 found = outputs(module, made)
                 if found.logits is not None:

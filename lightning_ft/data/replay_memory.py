@@ -28,6 +28,7 @@ class ReplayMemory:
 
     Attributes:
         buffer: the rows.
+        reference: the name of what its pairs were compared with; None where they were not.
     """
 
     def __init__(self, size: int, balance: Balance, name: str, *, waits: bool = False) -> None:
@@ -43,6 +44,7 @@ class ReplayMemory:
         self.balance, self.name, self.size = balance, name, size
         self.buffer = ReplayBuffer(size, global_seed())
         self._offered = ReplayBuffer(size, global_seed()) if waits else self.buffer
+        self.reference: str | None = None
         self._pending: list[list[Row]] = []
         self._drawn: dict[int, tuple[int, list[Row]]] = {}
 
@@ -89,6 +91,11 @@ class ReplayMemory:
         self.buffer.load(self._offered.state())
         if complete is not None:
             complete([row for rows in self.buffer.groups.values() for row in rows])
+
+    def rows(self) -> list[Row]:
+        """All that are held, each once: in the buffer, waiting, or of a window that is not complete."""
+        buffers = [rows for buffer in (self.buffer, self._offered) for rows in buffer.groups.values()]
+        return list({id(row): row for rows in [*buffers, *self._pending] for row in rows}.values())
 
     def _group(self, trainer: pl.Trainer, row: Row) -> str:
         if self.balance == "none":
@@ -145,6 +152,7 @@ class ReplayMemory:
             "buffer": self.buffer.state(),
             **waiting,
             "seed": self.buffer.seed,
+            "reference": self.reference,
             "pending": [list(rows) for rows in self._pending],
         }
 
@@ -156,6 +164,7 @@ class ReplayMemory:
         if waits:
             self._offered = ReplayBuffer(self.size, int(state["seed"]))
             self._offered.load(offered)
+        self.reference = state.get("reference")
         self._pending = [list(rows) for rows in state["pending"]]
         self._drawn = {}
 
