@@ -49,6 +49,8 @@ class Rehearsal(Technique):
             self._memory.load(self._stored)
             self._stored = {}
         self._renew_reference(trainer, pl_module, self._memory)
+        # Of rows that came with the memory of a technique that was set otherwise; all others are complete.
+        self._complete(trainer, pl_module, [row for rows in self._memory.buffer.groups.values() for row in rows])
 
     def _renew_reference(self, trainer: pl.Trainer, module: pl.LightningModule, memory: ReplayMemory) -> None:
         """A new fit has a new start, by which pairs of the fit before are scored anew; the bare base is the same in all."""
