@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import logging
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from lightning.pytorch import Callback
 from lightning.pytorch.loggers import CSVLogger
 from torch.utils.data import DataLoader, TensorDataset
 
+from lightning_ft import AGEM, EWC, MAS, LwF, Refusal, Replay, SynapticIntelligence
 from lightning_ft.cli.report_parts.run_files import RunFiles
 from lightning_ft.cli.report_parts.task_matrix import task_matrix
 from lightning_ft.data.task_scores import MATRIX, read_matrix
@@ -92,3 +95,58 @@ def test_a_stream_of_which_nothing_is_measured_says_so(tmp_path, caplog) -> None
         trainer(tmp_path, limit_val_batches=0).fit(Layer(), some("abc"))
         trainer(tmp_path).fit(Layer(), stream())
     assert "to validate on" not in caplog.text
+
+
+class Logits(Layer):
+    """Says its logits."""
+
+    def logits(self, batch: Any) -> torch.Tensor:
+        return self.net(batch[0])
+
+
+def learned(folder: Path, *techniques: Callback, **options: Any) -> str:
+    """The file of a run that has learned three tasks."""
+    run = trainer(folder, *techniques)
+    run.fit(Logits(), stream(**options))
+    run.save_checkpoint(folder / "abc.ckpt")
+    return str(folder / "abc.ckpt")
+
+
+@pytest.mark.parametrize(
+    "technique", [EWC(1e6, labels="all"), MAS(), SynapticIntelligence(), Replay(5), AGEM(5), LwF()]
+)
+def test_a_technique_that_has_kept_nothing_of_what_was_learned_is_refused(tmp_path, technique) -> None:
+    """It would hold the model to nothing, and look as if it did."""
+    kind, file = type(technique).__name__, learned(tmp_path)
+    module = Logits()
+    with pytest.raises(
+        Refusal,
+        match=rf"has learned a, b, c, and {kind}\[.*\] has kept nothing.*the file has no technique.*learn those tasks with {kind}",
+    ):
+        trainer(tmp_path, technique).fit(module, TaskStream({"d": Points(3, 8)}, continue_from=file))
+    assert module.seen == []
+
+
+def test_a_technique_of_another_name_is_told_which_there_are(tmp_path) -> None:
+    file = learned(tmp_path, EWC(1.0, labels="all", name="old"), Replay(5))
+    with pytest.raises(Refusal, match=r"EWC\[ewc\] has kept nothing.*the file has EWC\[old\]\); give EWC the name"):
+        data = TaskStream({"d": Points(3, 8)}, continue_from=file)
+        trainer(tmp_path, EWC(1.0, labels="all")).fit(Layer(), data)
+
+
+def test_what_else_may_go_on_from_a_file(tmp_path) -> None:
+    """A technique that knows of those tasks from elsewhere, a teacher among the references, a baseline, a run without tasks."""
+    file = learned(tmp_path, EWC(1.0, labels="all", name="old"), LwF())
+    for technique, options in (
+        (EWC(1.0, labels="all", load_from=file), {}),
+        (LwF(), {}),
+        (MAS(), {"baseline": "naive"}),
+    ):
+        data = TaskStream({"d": Points(3, 8)}, continue_from=file, **options)
+        trainer(tmp_path, technique).fit(Logits(), data)
+    run = trainer(tmp_path, max_epochs=1)
+    run.fit(Layer(), Points(3, 8))
+    run.save_checkpoint(tmp_path / "plain.ckpt")
+    data = TaskStream({"d": Points(3, 8)}, continue_from=str(tmp_path / "plain.ckpt"))
+    trainer(tmp_path, technique := EWC(1.0, labels="all")).fit(Layer(), data)
+    assert technique._held.tasks == 1
