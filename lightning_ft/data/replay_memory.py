@@ -12,6 +12,7 @@ from typing import Any, Literal
 
 import lightning.pytorch as pl
 import torch.distributed as dist
+from lightning.fabric.utilities import move_data_to_device
 
 from lightning_ft.data.batch_rows import Row, batch_of, rows_of
 from lightning_ft.data.replay_buffer import ReplayBuffer, class_of, placed
@@ -181,13 +182,11 @@ def totals_of(rows: list[Row]) -> dict[str, float]:
 
 
 def on_device(trainer: pl.Trainer, batch: Any) -> Any:
-    """A batch where the module is, and as the task that is trained now wants it."""
+    """A batch of rows that were kept as a step saw them, where the module is, and as the task that is trained now wants it."""
     remask = getattr(getattr(trainer, "datamodule", None), "remask", None)
     if callable(remask):
         remask(batch)
-    return (
-        batch.to(trainer.strategy.root_device) if isinstance(batch, Batch) else trainer.strategy.batch_to_device(batch)
-    )
+    return move_data_to_device(batch, trainer.strategy.root_device)  # by no hook of the data's: they have been called
 
 
 def _micro(trainer: pl.Trainer) -> int:
