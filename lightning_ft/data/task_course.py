@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from itertools import accumulate
 
 import lightning.pytorch as pl
+from lightning.pytorch.callbacks import EarlyStopping
 
 from lightning_ft.data.task_parts import TaskPart
 from lightning_ft.functional.errors import Refusal
@@ -147,10 +148,35 @@ def refuse_unbegun(course: Course, trainer: pl.Trainer, most: int | None) -> Non
     )
 
 
+def refuse_early_stopping(trainer: pl.Trainer) -> None:
+    """Refuses what would end a stream in the middle of a task, without its end, and all tasks after it.
+
+    Raises:
+        Refusal: with the fix.
+    """
+    callbacks: list[pl.Callback] = trainer.callbacks  # type: ignore[attr-defined]
+    stops = next((c for c in callbacks if isinstance(c, EarlyStopping)), None)
+    if stops is not None and not trainer.fast_dev_run:  # type: ignore[attr-defined]
+        raise Refusal(
+            f"{type(stops).__name__} stops the whole stream where {stops.monitor} no longer gets better, and the tasks that are "
+            "left are never trained; leave it out, and say how long each task is trained by TaskStream.epochs or TaskStream.steps."
+        )
+
+
 def limited(batches: int, trainer: pl.Trainer) -> int:
     """Micro-batches of an epoch within Trainer's ``limit_train_batches``."""
     limit = trainer.limit_train_batches
     return min(batches, limit) if isinstance(limit, int) else int(batches * limit)
 
 
-__all__ = ["Course", "Stage", "begun", "epochs_to_count", "limited", "next_epoch", "refuse_unbegun", "settle"]
+__all__ = [
+    "Course",
+    "Stage",
+    "begun",
+    "epochs_to_count",
+    "limited",
+    "next_epoch",
+    "refuse_early_stopping",
+    "refuse_unbegun",
+    "settle",
+]

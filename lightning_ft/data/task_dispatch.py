@@ -21,7 +21,7 @@ from lightning.pytorch.utilities.signature_utils import is_param_in_hook_signatu
 from lightning_ft.data.batch_hooks import lend_hooks, return_hooks
 from lightning_ft.data.named_files import Split
 from lightning_ft.data.task_continue import go_on_from
-from lightning_ft.data.task_course import begun, epochs_to_count, refuse_unbegun, settle
+from lightning_ft.data.task_course import begun, epochs_to_count, refuse_early_stopping, refuse_unbegun, settle
 from lightning_ft.data.task_scores import Scores, said_unmeasured
 from lightning_ft.engine.tasks import Task
 from lightning_ft.engine.wrappers import replace_on
@@ -93,9 +93,8 @@ class TaskDispatch(Callback):
         modules = self.stream._modules()
         if len(modules) == 1:
             return next(iter(modules.values()))
-        course = self.stream.course
         if trainer.training:
-            done = begun(trainer)
+            course, done = self.stream.course, begun(trainer)
             stage = self._telling if self._telling is not None else course.stage_of_epoch[course.epoch_at(done)]
             name = course.stages[stage].name
         else:
@@ -111,6 +110,7 @@ class TaskDispatch(Callback):
         """Lets the module be measured task by task, whatever it knows of several loaders."""
         if stage == "fit":
             refuse_unbegun(self.stream.course, trainer, self._most)
+            refuse_early_stopping(trainer)
         for kind in ("validation", "test"):
             self._take_loaders_apart(trainer, pl_module, kind)
 

@@ -46,7 +46,7 @@ def stages_of(given: Given, learned: Sequence[str], running: Running, *, joint: 
         joint: whether all tasks are one stage.
 
     Raises:
-        Refusal: where nothing is left to learn.
+        Refusal: where nothing is left to learn, or a task has nothing to learn from.
     """
     names = [name for name in given.parts if name not in learned]
     if not names:
@@ -77,9 +77,21 @@ def _joint(given: Given, epochs: dict[str, int | None], steps: dict[str, int | N
 
 
 def _measured(stage: Stage, running: Running) -> Stage:
-    """With the number of its batches."""
+    """With the number of its batches.
+
+    Raises:
+        Refusal: none, which would leave the stream without a place in it.
+    """
+    if not stage.rows.deal()["rows"]:
+        raise Refusal(f"TaskStream: the task {stage.name} has no training rows; give it some, or leave it out.")
     batches, trainer = len(stage.rows.train_loader(lambda: 0, stage.steps)), running()
-    return replace(stage, batches=batches if trainer is None else limited(batches, trainer))
+    found = batches if trainer is None else limited(batches, trainer)
+    if not found and trainer is not None and trainer.limit_train_batches:
+        raise Refusal(
+            f"TaskStream: trainer.limit_train_batches {trainer.limit_train_batches} leaves nothing of the {batches} batches of the "
+            f"task {stage.name}; raise it, or give a whole number."
+        )
+    return replace(stage, batches=found)
 
 
 __all__ = ["JOINT", "Given", "stages_of"]

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from lightning.pytorch import Callback
+from lightning.pytorch.callbacks import EarlyStopping
 from lightning.pytorch.loggers import CSVLogger
 from torch.utils.data import DataLoader, TensorDataset
 
@@ -102,6 +103,36 @@ class Logits(Layer):
 
     def logits(self, batch: Any) -> torch.Tensor:
         return self.net(batch[0])
+
+
+class Rowless(Points):
+    """A task whose data set has no rows."""
+
+    def train_dataloader(self) -> Any:
+        return DataLoader(TensorDataset(torch.zeros(0, 4), torch.zeros(0, dtype=torch.long)), batch_size=4)
+
+
+def test_a_task_without_training_rows_is_refused_before_any_is_trained(tmp_path) -> None:
+    module = Layer()
+    with pytest.raises(Refusal, match="TaskStream: the task b has no training rows"):
+        trainer(tmp_path).fit(module, some("b", Rowless))
+    with pytest.raises(Refusal, match="TaskStream: the task b has no training rows"):
+        trainer(tmp_path).fit(module, some("b", Rowless, epochs=1, steps=3))
+    with pytest.raises(Refusal, match=r"limit_train_batches 0.4 leaves nothing of the 2 batches of the task b"):
+        trainer(tmp_path, limit_train_batches=0.4).fit(module, stream())
+    assert module.seen == []
+    trainer(tmp_path, limit_train_batches=0).fit(module, stream())
+
+
+def test_early_stopping_is_refused_before_any_task_is_trained(tmp_path) -> None:
+    module = Layer()
+    with pytest.raises(
+        Refusal, match=r"EarlyStopping stops the whole stream where val_acc no longer.*TaskStream.epochs"
+    ):
+        trainer(tmp_path, EarlyStopping("val_acc", mode="max")).fit(module, stream())
+    assert module.seen == []
+    trainer(tmp_path, EarlyStopping("val_acc", mode="max"), fast_dev_run=True).fit(module, stream())
+    assert len(module.seen) == 1
 
 
 def learned(folder: Path, *techniques: Callback, **options: Any) -> str:
