@@ -48,6 +48,7 @@ class Rehearsal(Technique):
         if self._stored:
             self._memory.load(self._stored)
             self._stored = {}
+        self._memory.begin(trainer)
         self._renew_reference(trainer, pl_module, self._memory)
         # Of rows that came with the memory of a technique that was set otherwise; all others are complete.
         self._complete(trainer, pl_module, [row for rows in self._memory.buffer.groups.values() for row in rows])

@@ -48,6 +48,12 @@ class ReplayMemory:
         self.reference: str | None = None
         self._pending: list[list[Row]] = []
         self._drawn: dict[int, tuple[int, list[Row]]] = {}
+        self._first_epoch = 0  # of this fit, in the Trainer's count, which goes on where it trains twice
+
+    def begin(self, trainer: pl.Trainer) -> None:
+        """Where training begins; a run that resumes has what the fit began with from its checkpoint."""
+        if trainer.ckpt_path is None:
+            self._first_epoch, self._pending, self._drawn = trainer.current_epoch, [], {}
 
     # -- what is offered -------------------------------------------------------------------------------------------------
 
@@ -55,7 +61,11 @@ class ReplayMemory:
         """A micro-batch that was trained; in the first pass over its rows, they are offered when the window is complete."""
         if _micro(trainer) == 0:
             self._pending = []
-        self._pending.append(rows_of(batch) if _first_pass(trainer) else [])
+        self._pending.append(rows_of(batch) if self._in_first_pass(trainer) else [])
+
+    def _in_first_pass(self, trainer: pl.Trainer) -> bool:
+        first = getattr(getattr(trainer, "datamodule", None), "in_first_pass", None)
+        return bool(first()) if callable(first) else trainer.current_epoch == self._first_epoch
 
     def close(self, trainer: pl.Trainer, *, complete: Callable[[list[Row]], None] | None = None) -> None:
         """At a window's end: offers its rows.
@@ -154,6 +164,7 @@ class ReplayMemory:
             **waiting,
             "seed": self.buffer.seed,
             "reference": self.reference,
+            "first_epoch": self._first_epoch,
             "pending": [list(rows) for rows in self._pending],
         }
 
@@ -165,7 +176,7 @@ class ReplayMemory:
         if waits:
             self._offered = ReplayBuffer(self.size, int(state["seed"]))
             self._offered.load(offered)
-        self.reference = state.get("reference")
+        self.reference, self._first_epoch = state.get("reference"), int(state.get("first_epoch", 0))
         self._pending = [list(rows) for rows in state["pending"]]
         self._drawn = {}
 
@@ -198,11 +209,6 @@ def _rows_of_window(trainer: pl.Trainer, batch: Any) -> int:
     if isinstance(batch, Batch) and batch.window is not None:
         return int(batch.window.get("pair", batch.window.get("row", 0.0)))
     return len(rows_of(batch)) * trainer.accumulate_grad_batches * trainer.world_size
-
-
-def _first_pass(trainer: pl.Trainer) -> bool:
-    first = getattr(getattr(trainer, "datamodule", None), "in_first_pass", None)
-    return bool(first()) if callable(first) else trainer.current_epoch == 0
 
 
 __all__ = ["Balance", "ReplayMemory", "on_device", "totals_of"]

@@ -148,6 +148,19 @@ def refuse_unbegun(course: Course, trainer: pl.Trainer, most: int | None) -> Non
     )
 
 
+def refuse_second_fit(trainer: pl.Trainer) -> None:
+    """Refuses a Trainer that has trained: its counters go on, and the stream, which lives by them, would be partly over.
+
+    Raises:
+        Refusal: with the fix.
+    """
+    if trainer.ckpt_path is None and begun(trainer):
+        raise Refusal(
+            f"This Trainer has trained before ({begun(trainer)} micro-batches), and a TaskStream tells by its counters where it "
+            "is; make a new Trainer for this fit, with the same callbacks if what they hold is to go on."
+        )
+
+
 def refuse_early_stopping(trainer: pl.Trainer) -> None:
     """Refuses what would end a stream in the middle of a task, without its end, and all tasks after it.
 
@@ -177,6 +190,7 @@ __all__ = [
     "limited",
     "next_epoch",
     "refuse_early_stopping",
+    "refuse_second_fit",
     "refuse_unbegun",
     "settle",
 ]

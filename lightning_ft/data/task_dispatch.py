@@ -21,7 +21,14 @@ from lightning.pytorch.utilities.signature_utils import is_param_in_hook_signatu
 from lightning_ft.data.batch_hooks import lend_hooks, return_hooks
 from lightning_ft.data.named_files import Split
 from lightning_ft.data.task_continue import go_on_from
-from lightning_ft.data.task_course import begun, epochs_to_count, refuse_early_stopping, refuse_unbegun, settle
+from lightning_ft.data.task_course import (
+    begun,
+    epochs_to_count,
+    refuse_early_stopping,
+    refuse_second_fit,
+    refuse_unbegun,
+    settle,
+)
 from lightning_ft.data.task_scores import Scores, said_unmeasured
 from lightning_ft.engine.tasks import Task
 from lightning_ft.engine.wrappers import replace_on
@@ -111,6 +118,7 @@ class TaskDispatch(Callback):
         if stage == "fit":
             refuse_unbegun(self.stream.course, trainer, self._most)
             refuse_early_stopping(trainer)
+            refuse_second_fit(trainer)
         for kind in ("validation", "test"):
             self._take_loaders_apart(trainer, pl_module, kind)
 

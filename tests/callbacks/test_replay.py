@@ -11,12 +11,12 @@ import torch
 from lightning.pytorch import Callback
 from torch import nn
 
-from lightning_ft import LoRA, Refusal, Replay, TaskStream
+from lightning_ft import LoRA, Refusal, Replay
 from lightning_ft.data.batch_rows import batch_of
 from lightning_ft.functional.soft_targets import logit_distance_sum, top_kl
 from tests.contract import Case, checks_for
 from tests.contract.subjects import PlainNet, chat_job, fit, rows, state, trainer
-from tests.data.streams import Hooks, Layer, Points, Saves, stream
+from tests.data.streams import Hooks, Layer, Saves, stream
 from tests.data.streams import trainer as run_of
 from tests.data.streams import weights as weights_of
 
@@ -223,41 +223,6 @@ def test_a_memory_whose_rows_waited_goes_on_by_step_and_the_other_way_round(tmp_
         other.load_state_dict(copy.deepcopy(technique.state_dict()))
         run = fit(tmp_path, PlainNet(), other, max_steps=1)
         assert float(run.callback_metrics["train/replay"]) > 0 and other._memory._offered.num_seen == 12
-
-
-@pytest.mark.parametrize("mode", ["der", "der++"])
-def test_a_memory_filled_in_er_goes_on_in_der_with_what_the_model_says_then(tmp_path, mode):
-    first = Told()
-    run = run_of(tmp_path, Replay(9))
-    run.fit(first, stream())
-    run.save_checkpoint(tmp_path / "er.ckpt")
-    technique, module, said = Replay(9, mode=mode), Told(), []
-
-    class Look(Callback):
-        def on_train_batch_start(self, run, module, batch, batch_idx):
-            said.extend(
-                [(row["plain"][0], row["logits"][0]) for row in technique._memory.buffer.groups[""]][: 9 - len(said)]
-            )
-
-    data = TaskStream({"d": Points(3, 8)}, continue_from=str(tmp_path / "er.ckpt"))
-    run = run_of(tmp_path, technique, Look())
-    run.fit(module, data)
-    assert (
-        len(said) == 9 and float(run.callback_metrics["train/replay" if mode == "der" else "train/replay/logits"]) > 0
-    )
-    for x, logits in said:
-        torch.testing.assert_close(logits, first.net(x).detach())
-
-
-def test_a_memory_of_other_numbers_of_tokens_is_refused(chat, tmp_path):
-    module, data = chat_job(chat, tmp_path, data={"batch_size": 4})
-    technique = Replay(8, mode="der", top_k=3)
-    trainer(tmp_path, technique, LoRA(2), max_steps=1).fit(module, data)
-    other = Replay(8, mode="der", top_k=2)
-    other.load_state_dict(technique.state_dict())
-    module, data = chat_job(chat, tmp_path, data={"batch_size": 4})
-    with pytest.raises(Refusal, match=r"Replay.top_k is 2, and of the rows in its memory.* the 3 most .*set top_k 3"):
-        trainer(tmp_path, other, LoRA(2), max_steps=1).fit(module, data)
 
 
 def test_what_is_kept_of_a_row_is_what_the_model_said_after_its_step_in_eval_mode(tmp_path):

@@ -124,6 +124,16 @@ def test_a_task_without_training_rows_is_refused_before_any_is_trained(tmp_path)
     trainer(tmp_path, limit_train_batches=0).fit(module, stream())
 
 
+def test_a_trainer_that_has_trained_is_refused(tmp_path) -> None:
+    """Its count of micro-batches goes on, so that the second stream would begin in its middle."""
+    run, module, hooks = trainer(tmp_path), Layer(), Hooks()
+    run.fit(module, TaskStream({"a": Points(0, 10)}))
+    run.callbacks.append(hooks)
+    with pytest.raises(Refusal, match="This Trainer has trained before .3 micro-batches.*make a new Trainer"):
+        run.fit(module, TaskStream({"b": Points(1, 10), "c": Points(2, 8)}))
+    assert hooks.calls == [] and len(module.seen) == 3
+
+
 def test_early_stopping_is_refused_before_any_task_is_trained(tmp_path) -> None:
     module = Layer()
     with pytest.raises(
