@@ -149,32 +149,6 @@ def test_classes_that_do_not_compete_are_masked(place, tmp_path, scenario):
     assert bool((logits[~batch.columns["class_mask"]] == MASKED).all())
 
 
-def test_in_joint_training_the_classes_of_each_row_s_own_task_compete(place, tmp_path):
-    """Else joint, which should be above naive, would be judged by more classes than it."""
-    seen: list[tuple[int, tuple[bool, ...]]] = []
-
-    class Look(Callback):
-        def on_train_batch_start(self, run, module, batch, batch_idx) -> None:
-            masks = map(tuple, batch.columns["class_mask"].tolist())
-            seen.extend((int(target), mask) for target, mask in zip(batch.targets, masks, strict=True))
-
-    groups = [["bad", "good"], ["fair"]]
-    stream = TaskStream(source=data(place), by="class", groups=groups, scenario="task", baseline="joint")
-    fit(place, tmp_path, stream, Look())
-    assert {target for target, _ in seen} == {0, 1, 2}
-    assert all(mask == ((False, True, False) if target == 1 else (True, False, True)) for target, mask in seen)
-    assert stream.scores.rows["joint"]["fair"]["val/accuracy"] == 1.0, "of one class there is no doubt, as in naive"
-    batch = next(iter(stream._parts["bad+good"].loader("val")))
-    assert batch.columns["class_mask"].tolist() == [[True, False, True]] * len(batch.rows)
-
-
-def test_in_joint_training_classes_of_no_task_do_not_compete(place, tmp_path):
-    rows = Rows()
-    stream = TaskStream(source=data(place), by="class", groups=["bad", "good"], scenario="class", baseline="joint")
-    fit(place, tmp_path, stream, rows)
-    assert rows.tasks == [("joint", (0, 2), (0, 2))] and set(map(tuple, rows.masks)) == {(True, False, True)}
-
-
 def test_the_head_s_rows_of_classes_not_yet_seen_are_free(place, tmp_path):
     """Trap 8: a head that grows has its full size, and what no task has used has no importance."""
     technique = EWC(1.0, labels="sample")
@@ -405,14 +379,3 @@ def test_sft_rows_of_two_files_and_a_quantised_base(chat, tmp_path):
     run.fit(module, stream)
     assert len(technique._memory.buffer) == 6 and "val/loss/two" in run.callback_metrics
     assert stream.scores.chosen() == "val/accuracy"
-
-
-def test_refusals(place, tmp_path):
-    with pytest.raises(Refusal, match="groups names the values of domain 'wine', and the training rows have 'films'"):
-        fit(place, tmp_path, TaskStream(source=data(place), by="domain", groups=["wine"]))
-    with pytest.raises(Refusal, match="there is no place, by which TaskStream.by splits"):
-        fit(place, tmp_path, TaskStream(source=data(place), by="place"))
-    with pytest.raises(Refusal, match="puts the classes 'bad' into two tasks"):
-        fit(place, tmp_path, TaskStream(source=data(place), by="class", groups=[["bad", "bad"], ["fair"]]))
-    with pytest.raises(Refusal, match="TaskStream needs to know how many rows a task has.*streams them"):
-        TaskStream([SFTData("x.jsonl", streaming=True)])
