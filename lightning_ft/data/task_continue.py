@@ -157,7 +157,7 @@ def _keeps_nothing(key: str, learned: Sequence[str], states: Mapping[str, Any], 
     fix = (
         f"give {kind} the name that it had there"
         if of_kind
-        else f"learn those tasks with {kind}, leave it out here, or begin from the weights of that run alone (init_from)"
+        else f"learn those tasks with {kind}, leave it out here, or begin from its weights alone (an adapter's init_from, or merge)"
     )
     return (
         f"TaskStream.continue_from: the run of {given} has learned {', '.join(learned)}, and {key} has kept nothing of that there, "

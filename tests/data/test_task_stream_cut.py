@@ -47,6 +47,21 @@ def test_in_joint_training_classes_of_no_task_do_not_compete(place, tmp_path):
     assert rows.tasks == [("joint", (0, 2), (0, 2))] and set(map(tuple, rows.masks)) == {(True, False, True)}
 
 
+def test_a_domain_without_rows_to_validate_on_has_an_empty_column(place, tmp_path):
+    """What a module of ours measures of each loader is told from the next one's by the tasks that have rows."""
+    rows = [json.loads(line) for line in (place / "rows.jsonl").read_text().splitlines()]
+    held_out = tmp_path / "val.jsonl"
+    held_out.write_text("".join(json.dumps(row) + "\n" for row in rows if row["domain"] != "books"))
+    source = data(place, val_fraction=0.0, val_path=str(held_out))
+    stream = TaskStream(source=source, by="domain")
+    _, run = fit(place, tmp_path, stream)
+    matrix, start = stream.scores.matrix()
+    assert stream.scores.columns() == ["films", "books", "tea"]
+    assert all(row[1] is None and None not in (row[0], row[2]) for row in [*matrix, start]) and len(matrix) == 3
+    assert matrix[-1][2] == pytest.approx(float(run.callback_metrics["val/accuracy/tea"]))
+    assert float(run.callback_metrics["continual/average"]) == pytest.approx((matrix[-1][0] + matrix[-1][2]) / 2)
+
+
 def test_refusals(place, tmp_path):
     with pytest.raises(Refusal, match="groups names the values of domain 'wine', and the training rows have 'films'"):
         fit(place, tmp_path, TaskStream(source=data(place), by="domain", groups=["wine"]))
