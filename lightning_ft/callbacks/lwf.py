@@ -90,13 +90,14 @@ class LwF(Technique):
         self.check()
 
     @property
-    def _snapshot(self) -> str:
+    def snapshot(self) -> str:
+        """The name of the reference that is its teacher."""
         return f"task end of {self.name}"
 
     def register(self, attachment: Attachment) -> None:
         """Adds the term to the loss."""
         self._attachment = attachment
-        attachment.references.copied.add(self._snapshot)  # what is nothing now will not be nothing later
+        attachment.references.copied.add(self.snapshot)  # what is nothing now will not be nothing later
         if attachment._trainer is not None and hasattr(getattr(attachment.trainer, "datamodule", None), "tells_tasks"):
             require_tasks(attachment.trainer, "LwF")
         if self.weight:
@@ -105,13 +106,13 @@ class LwF(Technique):
     def on_task_end(self, trainer: pl.Trainer, module: pl.LightningModule, task: Task) -> None:
         """The teacher of the next task."""
         if self._attachment is not None:
-            self._attachment.references.take(self._snapshot)
+            self._attachment.references.take(self.snapshot)
             self._old = list(task.seen) if task.seen is not None else None
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Without a stream the fit was the task."""
         if self._attachment is not None and not hasattr(getattr(trainer, "datamodule", None), "tells_tasks"):
-            self._attachment.references.take(self._snapshot)
+            self._attachment.references.take(self.snapshot)
             self._old = None
 
     def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
@@ -122,9 +123,9 @@ class LwF(Technique):
     def _term(self, module: pl.LightningModule, batch: Any, output: Any) -> list[Term]:
         attachment = self._attachment
         assert attachment is not None
-        if self._snapshot not in attachment.references.snapshots:
+        if self.snapshot not in attachment.references.snapshots:
             return []
-        with attachment.reference(self._snapshot), evaluating(module):
+        with attachment.reference(self.snapshot), evaluating(module):
             teacher = outputs(module, batch)
         student = outputs(module, batch)
         if student.logits is not None:
@@ -140,7 +141,7 @@ class LwF(Technique):
         hidden, view = teacher.hidden, student.head
 
         def said(rows: slice) -> Tensor:
-            with attachment.reference(self._snapshot):  # a head that is trained was another then
+            with attachment.reference(self.snapshot):  # a head that is trained was another then
                 logits: Tensor = view.logits(hidden[rows])
                 return logits
 

@@ -9,7 +9,7 @@ from annotated_types import Ge
 from torch import Tensor
 
 from lightning_ft.data.batch_rows import Row, batch_of
-from lightning_ft.data.rehearsal import Rehearsal
+from lightning_ft.data.rehearsal import AT_ONCE, Rehearsal
 from lightning_ft.data.replay_memory import Balance, on_device, totals_of
 from lightning_ft.engine.attachment import Attachment
 from lightning_ft.engine.batch import Batch
@@ -21,8 +21,6 @@ from lightning_ft.functional.errors import Refusal
 from lightning_ft.functional.soft_targets import logit_distance_sum, top_kl
 from lightning_ft.models.admission import evaluating
 from lightning_ft.nn.head_values import head_values
-
-_EACH = 64  # rows that are asked for their logits at once, when they are kept
 
 
 class Replay(Rehearsal):
@@ -57,6 +55,7 @@ class Replay(Rehearsal):
 
     Rows are offered to the memory once, in the first pass over them, however many epochs a task has (with ``TaskStream.steps`` in
     the windows that the first pass takes). Without a TaskStream a fit is a task.
+    A memory that was filled in er may go on in der: its rows are asked what the model says when the new fit begins.
     State: rows and counters, in plain tensors, in the checkpoint: all choices are derived from the seed and the counters, so a
     resumed run goes on exactly, and all ranks hold one memory.
 
@@ -226,10 +225,11 @@ class Replay(Rehearsal):
         """What the model says now, where it will be compared with; of rows that have been asked it stays."""
         if not self._distance:
             return
+        self._refuse_other_top_k(rows)
         rows = [row for row in rows if "logits" not in row and "top_logprob" not in row]
         with evaluating(module), trainer.precision_plugin.forward_context():
-            for begin in range(0, len(rows), _EACH):
-                piece = rows[begin : begin + _EACH]
+            for begin in range(0, len(rows), AT_ONCE):
+                piece = rows[begin : begin + AT_ONCE]
                 made = on_device(trainer, batch_of(piece))
                 found = outputs(module, made)
                 if found.logits is not None:
@@ -245,6 +245,16 @@ class Replay(Rehearsal):
                     row["top_logprob"] = scored["topk_logprob"][at].float().cpu()
                     row["top_index"] = scored["topk_index"][at].cpu()
                     row["rest_logprob"] = scored["rest_logprob"][at].float().cpu()
+
+    def _refuse_other_top_k(self, rows: list[Row]) -> None:
+        """Refuses rows of which other numbers of tokens are kept: they cannot stand beside one another."""
+        for row in rows:
+            kept = row["top_index"].shape[1] if "top_index" in row else self.top_k
+            if kept != self.top_k:
+                raise Refusal(
+                    f"Replay.top_k is {self.top_k}, and of the rows in its memory, which an earlier run has kept, the {kept} most "
+                    f"likely tokens are known; set top_k {kept} (--replay.top_k {kept})."
+                )
 
 
 def _data(trainer: pl.Trainer) -> Any:

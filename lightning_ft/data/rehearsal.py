@@ -7,11 +7,15 @@ from typing import Any
 
 import lightning.pytorch as pl
 
-from lightning_ft.data.batch_rows import Row, batch_of
+from lightning_ft.data.batch_rows import Row, batch_of, rows_of
 from lightning_ft.data.replay_memory import Balance, ReplayMemory, on_device, totals_of
 from lightning_ft.engine.attachment import Attachment
 from lightning_ft.engine.batch import Batch
 from lightning_ft.engine.technique import Technique
+
+AT_ONCE = 64
+"""Rows that are asked at once, when what has to be known of them is added."""
+_REFERENCE = "reference_logps"
 
 
 class Rehearsal(Technique):
@@ -44,6 +48,23 @@ class Rehearsal(Technique):
         if self._stored:
             self._memory.load(self._stored)
             self._stored = {}
+        self._memory.begin(trainer)
+        self._renew_reference(trainer, pl_module, self._memory)
+        # Of rows that came with the memory of a technique that was set otherwise; all others are complete.
+        self._complete(trainer, pl_module, [row for rows in self._memory.buffer.groups.values() for row in rows])
+
+    def _renew_reference(self, trainer: pl.Trainer, module: pl.LightningModule, memory: ReplayMemory) -> None:
+        """A new fit has a new start, by which pairs of the fit before are scored anew; the bare base is the same in all."""
+        before, memory.reference = memory.reference, getattr(module, "known_reference", None)
+        if trainer.ckpt_path is not None or before == memory.reference == "base":
+            return
+        rows = [row for row in memory.rows() if row.get("columns", {}).pop(_REFERENCE, None) is not None]
+        for begin in range(0, len(rows) if memory.reference is not None else 0, AT_ONCE):
+            piece = rows[begin : begin + AT_ONCE]
+            batch = on_device(trainer, batch_of(piece))
+            module.renew_reference(batch)  # type: ignore[operator]
+            for row, told in zip(piece, rows_of(batch), strict=True):
+                row["columns"][_REFERENCE] = told["columns"][_REFERENCE]
 
     def on_train_batch_start(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
@@ -91,4 +112,4 @@ class Rehearsal(Technique):
         self._stored = dict(state_dict)
 
 
-__all__ = ["Rehearsal"]
+__all__ = ["AT_ONCE", "Rehearsal"]

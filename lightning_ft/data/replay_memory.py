@@ -12,6 +12,7 @@ from typing import Any, Literal
 
 import lightning.pytorch as pl
 import torch.distributed as dist
+from lightning.fabric.utilities import move_data_to_device
 
 from lightning_ft.data.batch_rows import Row, batch_of, rows_of
 from lightning_ft.data.replay_buffer import ReplayBuffer, class_of, placed
@@ -28,6 +29,7 @@ class ReplayMemory:
 
     Attributes:
         buffer: the rows.
+        reference: the name of what its pairs were compared with; None where they were not.
     """
 
     def __init__(self, size: int, balance: Balance, name: str, *, waits: bool = False) -> None:
@@ -43,8 +45,15 @@ class ReplayMemory:
         self.balance, self.name, self.size = balance, name, size
         self.buffer = ReplayBuffer(size, global_seed())
         self._offered = ReplayBuffer(size, global_seed()) if waits else self.buffer
+        self.reference: str | None = None
         self._pending: list[list[Row]] = []
         self._drawn: dict[int, tuple[int, list[Row]]] = {}
+        self._first_epoch = 0  # of this fit, in the Trainer's count, which goes on where it trains twice
+
+    def begin(self, trainer: pl.Trainer) -> None:
+        """Where training begins; a run that resumes has what the fit began with from its checkpoint."""
+        if trainer.ckpt_path is None:
+            self._first_epoch, self._pending, self._drawn = trainer.current_epoch, [], {}
 
     # -- what is offered -------------------------------------------------------------------------------------------------
 
@@ -52,7 +61,11 @@ class ReplayMemory:
         """A micro-batch that was trained; in the first pass over its rows, they are offered when the window is complete."""
         if _micro(trainer) == 0:
             self._pending = []
-        self._pending.append(rows_of(batch) if _first_pass(trainer) else [])
+        self._pending.append(rows_of(batch) if self._in_first_pass(trainer) else [])
+
+    def _in_first_pass(self, trainer: pl.Trainer) -> bool:
+        first = getattr(getattr(trainer, "datamodule", None), "in_first_pass", None)
+        return bool(first()) if callable(first) else trainer.current_epoch == self._first_epoch
 
     def close(self, trainer: pl.Trainer, *, complete: Callable[[list[Row]], None] | None = None) -> None:
         """At a window's end: offers its rows.
@@ -89,6 +102,11 @@ class ReplayMemory:
         self.buffer.load(self._offered.state())
         if complete is not None:
             complete([row for rows in self.buffer.groups.values() for row in rows])
+
+    def rows(self) -> list[Row]:
+        """All that are held, each once: in the buffer, waiting, or of a window that is not complete."""
+        buffers = [rows for buffer in (self.buffer, self._offered) for rows in buffer.groups.values()]
+        return list({id(row): row for rows in [*buffers, *self._pending] for row in rows}.values())
 
     def _group(self, trainer: pl.Trainer, row: Row) -> str:
         if self.balance == "none":
@@ -145,6 +163,8 @@ class ReplayMemory:
             "buffer": self.buffer.state(),
             **waiting,
             "seed": self.buffer.seed,
+            "reference": self.reference,
+            "first_epoch": self._first_epoch,
             "pending": [list(rows) for rows in self._pending],
         }
 
@@ -156,6 +176,7 @@ class ReplayMemory:
         if waits:
             self._offered = ReplayBuffer(self.size, int(state["seed"]))
             self._offered.load(offered)
+        self.reference, self._first_epoch = state.get("reference"), int(state.get("first_epoch", 0))
         self._pending = [list(rows) for rows in state["pending"]]
         self._drawn = {}
 
@@ -172,13 +193,11 @@ def totals_of(rows: list[Row]) -> dict[str, float]:
 
 
 def on_device(trainer: pl.Trainer, batch: Any) -> Any:
-    """A batch where the module is, and as the task that is trained now wants it."""
+    """A batch of rows that were kept as a step saw them, where the module is, and as the task that is trained now wants it."""
     remask = getattr(getattr(trainer, "datamodule", None), "remask", None)
     if callable(remask):
         remask(batch)
-    return (
-        batch.to(trainer.strategy.root_device) if isinstance(batch, Batch) else trainer.strategy.batch_to_device(batch)
-    )
+    return move_data_to_device(batch, trainer.strategy.root_device)  # by no hook of the data's: they have been called
 
 
 def _micro(trainer: pl.Trainer) -> int:
@@ -190,11 +209,6 @@ def _rows_of_window(trainer: pl.Trainer, batch: Any) -> int:
     if isinstance(batch, Batch) and batch.window is not None:
         return int(batch.window.get("pair", batch.window.get("row", 0.0)))
     return len(rows_of(batch)) * trainer.accumulate_grad_batches * trainer.world_size
-
-
-def _first_pass(trainer: pl.Trainer) -> bool:
-    first = getattr(getattr(trainer, "datamodule", None), "in_first_pass", None)
-    return bool(first()) if callable(first) else trainer.current_epoch == 0
 
 
 __all__ = ["Balance", "ReplayMemory", "on_device", "totals_of"]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +22,7 @@ from lightning_ft.engine.checkpoints import (
 )
 from lightning_ft.engine.gradients import like
 from lightning_ft.engine.sharded_files import is_folder, read_meta, read_whole
+from lightning_ft.engine.tasks import baseline_of
 from lightning_ft.functional.errors import Refusal
 
 STREAM = "TaskStream"
@@ -97,11 +98,12 @@ def go_on_from(given: str, trainer: pl.Trainer, module: pl.LightningModule) -> N
     """Restores weights, snapshots and what continual techniques have kept.
 
     Raises:
-        Refusal: a file of another model.
+        Refusal: a file of another model, or of tasks of which a continual technique has kept nothing.
     """
     checkpoint = read(given)
     weights = checkpoint["state_dict"]
     attachment = Attachment.of(module)
+    now: Mapping[str, Any] = attachment.references.snapshots
     if KEY in checkpoint and attachment.installed:
         record = record_of(checkpoint)
         listed = set(record["keys"])
@@ -117,9 +119,8 @@ def go_on_from(given: str, trainer: pl.Trainer, module: pl.LightningModule) -> N
                 f"TaskStream.continue_from: {given} was trained on another base; give the one it was trained on."
             )
         kept = {name: state for name, state in record["references"].items() if name not in ("start", "base")}
-        now = attachment.references.snapshots
         attachment.references.load(kept)
-        attachment.references.snapshots = {**now, **attachment.references.snapshots}
+        now = attachment.references.snapshots = {**now, **attachment.references.snapshots}
         restore_adapters(module, record)
     elif missing := set(module.state_dict()) - set(weights):
         raise Refusal(
@@ -136,10 +137,32 @@ def go_on_from(given: str, trainer: pl.Trainer, module: pl.LightningModule) -> N
         for name, value in weights.items():
             own[name].copy_(like(value, own[name]))
     callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]
+    states, learned = checkpoint.get("callbacks", {}), stream_state(checkpoint, given)["learned"]
     for callback in callbacks:
-        state = checkpoint.get("callbacks", {}).get(callback.state_key)
-        if state and getattr(getattr(callback, "traits", None), "continual", False):
+        if not getattr(getattr(callback, "traits", None), "continual", False):
+            continue
+        if state := states.get(callback.state_key):
             callback.load_state_dict(state)
+        elif not learned or baseline_of(trainer) is not None:
+            continue
+        # What it has kept may also be a snapshot, or come from an earlier fit or another file.
+        elif not callback.state_dict() and getattr(callback, "snapshot", "") not in now:
+            raise Refusal(_keeps_nothing(callback.state_key, learned, states, given))
+
+
+def _keeps_nothing(key: str, learned: Sequence[str], states: Mapping[str, Any], given: str) -> str:
+    kind = key.split("[")[0]
+    of_kind = sorted(other for other in states if other.startswith(f"{kind}["))
+    there = of_kind or sorted(other for other in states if other.endswith("]"))
+    fix = (
+        f"give {kind} the name that it had there"
+        if of_kind
+        else f"learn those tasks with {kind}, leave it out here, or begin from its weights alone (an adapter's init_from, or merge)"
+    )
+    return (
+        f"TaskStream.continue_from: the run of {given} has learned {', '.join(learned)}, and {key} has kept nothing of that there, "
+        f"so it would protect none of it (the file has {', '.join(there) or 'no technique'}); {fix}."
+    )
 
 
 __all__ = ["STREAM", "check_labels", "classes_in", "go_on_from", "read", "stream_state"]

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from itertools import accumulate
 
 import lightning.pytorch as pl
+from lightning.pytorch.callbacks import EarlyStopping
 
 from lightning_ft.data.task_parts import TaskPart
 from lightning_ft.functional.errors import Refusal
@@ -147,10 +148,49 @@ def refuse_unbegun(course: Course, trainer: pl.Trainer, most: int | None) -> Non
     )
 
 
+def refuse_second_fit(trainer: pl.Trainer) -> None:
+    """Refuses a Trainer that has trained: its counters go on, and the stream, which lives by them, would be partly over.
+
+    Raises:
+        Refusal: with the fix.
+    """
+    if trainer.ckpt_path is None and begun(trainer):
+        raise Refusal(
+            f"This Trainer has trained before ({begun(trainer)} micro-batches), and a TaskStream tells by its counters where it "
+            "is; make a new Trainer for this fit, with the same callbacks if what they hold is to go on."
+        )
+
+
+def refuse_early_stopping(trainer: pl.Trainer) -> None:
+    """Refuses what would end a stream in the middle of a task, without its end, and all tasks after it.
+
+    Raises:
+        Refusal: with the fix.
+    """
+    callbacks: list[pl.Callback] = trainer.callbacks  # type: ignore[attr-defined]
+    stops = next((c for c in callbacks if isinstance(c, EarlyStopping)), None)
+    if stops is not None and not trainer.fast_dev_run:  # type: ignore[attr-defined]
+        raise Refusal(
+            f"{type(stops).__name__} stops the whole stream where {stops.monitor} no longer gets better, and the tasks that are "
+            "left are never trained; leave it out, and say how long each task is trained by TaskStream.epochs or TaskStream.steps."
+        )
+
+
 def limited(batches: int, trainer: pl.Trainer) -> int:
     """Micro-batches of an epoch within Trainer's ``limit_train_batches``."""
     limit = trainer.limit_train_batches
     return min(batches, limit) if isinstance(limit, int) else int(batches * limit)
 
 
-__all__ = ["Course", "Stage", "begun", "epochs_to_count", "limited", "next_epoch", "refuse_unbegun", "settle"]
+__all__ = [
+    "Course",
+    "Stage",
+    "begun",
+    "epochs_to_count",
+    "limited",
+    "next_epoch",
+    "refuse_early_stopping",
+    "refuse_second_fit",
+    "refuse_unbegun",
+    "settle",
+]

@@ -13,9 +13,19 @@ import numpy as np
 from lightning_ft.data.named_files import Split
 from lightning_ft.data.planned import PlannedData
 from lightning_ft.data.task_parts import JointTask, PlainTask, PlannedTask, joint_plain, plain_loaders
-from lightning_ft.data.task_split import Group, Groups, distinct, groups_of, plain_keys, planned_keys, planned_rows
+from lightning_ft.data.task_split import (
+    Group,
+    Groups,
+    distinct,
+    groups_of,
+    plain_keys,
+    planned_keys,
+    planned_rows,
+    refuse_unlearned,
+)
 from lightning_ft.functional.errors import Refusal
 
+_JUDGED: tuple[Split, ...] = ("val", "test")
 Running = Callable[[], pl.Trainer | None]
 """Gives the Trainer of the run; None before it."""
 
@@ -77,7 +87,12 @@ def cut_source(data: pl.LightningDataModule, by: str, given: Groups | None, trai
         raise Refusal("TaskStream.source with weighted files cannot be cut: give path as a list.")
     split: Split = "train" if "train" in data._rows else next(iter(data._rows))
     names = data.label_names() if by == "class" and hasattr(data, "label_names") else None
-    groups = _groups(distinct(planned_keys(data, split, by)), by, given, names)
+    found = {
+        name: distinct(planned_keys(data, name, by)) for name in dict.fromkeys([split, *_JUDGED]) if name in data._rows
+    }
+    if "train" in found:
+        _refuse_unlearned(by, given, found, names)
+    groups = _groups(found[split], by, given, names)
     for group, rows in zip(groups, planned_rows(data, by, groups), strict=True):
         task = PlannedTask(data, rows)
         yield Cut(group.name, task, _classes_of(task.data))
@@ -86,12 +101,22 @@ def cut_source(data: pl.LightningDataModule, by: str, given: Groups | None, trai
 def _cut_plain(data: pl.LightningDataModule, by: str, given: Groups | None, trainer: Running) -> Iterator[Cut]:
     loaders = plain_loaders(data, "source")
     keys = {split: plain_keys(loader, by) for split, loader in loaders.items()}
-    for group in _groups(distinct([keys["train"]]), by, given, None):
+    found = {split: distinct([key]) for split, key in keys.items()}
+    _refuse_unlearned(by, given, found, None)
+    for group in _groups(found["train"], by, given, None):
         rows = {split: np.flatnonzero(np.isin(key, group.values)) for split, key in keys.items()}
         rows = {split: places for split, places in rows.items() if len(places)}
         mine = {split: loader for split, loader in loaders.items() if split in rows}
         classes = tuple(sorted(int(value) for value in group.values)) if by == "class" else None
         yield Cut(group.name, PlainTask(mine, rows, trainer), classes)
+
+
+def _refuse_unlearned(by: str, given: Groups | None, found: dict[Split, list[Any]], names: list[str] | None) -> None:
+    """Where the user names what each task has, other rows are left out on purpose."""
+    if given is None or isinstance(given, int):
+        shown = {} if names is None else dict(enumerate(names))
+        judged = {split: found[split] for split in _JUDGED if split in found}
+        refuse_unlearned(by, found["train"], judged, shown)
 
 
 def _groups(found: list[Any], by: str, given: Groups | None, names: list[str] | None) -> list[Group]:

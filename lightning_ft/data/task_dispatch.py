@@ -14,12 +14,22 @@ from typing import TYPE_CHECKING, Any
 import lightning.pytorch as pl
 import torch
 from lightning.pytorch import Callback
+from lightning.pytorch.utilities import rank_zero_info
 from lightning.pytorch.utilities.model_helpers import is_overridden
 from lightning.pytorch.utilities.signature_utils import is_param_in_hook_signature
 
+from lightning_ft.data.batch_hooks import lend_hooks, return_hooks
+from lightning_ft.data.named_files import Split
 from lightning_ft.data.task_continue import go_on_from
-from lightning_ft.data.task_course import begun, epochs_to_count, refuse_unbegun, settle
-from lightning_ft.data.task_scores import Scores
+from lightning_ft.data.task_course import (
+    begun,
+    epochs_to_count,
+    refuse_early_stopping,
+    refuse_second_fit,
+    refuse_unbegun,
+    settle,
+)
+from lightning_ft.data.task_scores import Scores, said_unmeasured
 from lightning_ft.engine.tasks import Task
 from lightning_ft.engine.wrappers import replace_on
 from lightning_ft.functional.errors import Refusal
@@ -54,6 +64,7 @@ class TaskDispatch(Callback):
         self._undo: list[Callable[[], None]] = []
         self._measured: Scores = {}
         self._loader = 0
+        self._telling: int | None = None  # the stage whose hook is called now
         self._done: int | None = None  # micro-batches done, where a next one has been drawn already
         self._first: list[tuple[list[dict[str, Any]], Any]] = []
 
@@ -73,6 +84,8 @@ class TaskDispatch(Callback):
             trainer.callbacks = [c for c in trainer.callbacks if c not in (self, catch_up)]  # type: ignore[attr-defined]
 
         self._undo.append(take_out)
+        lend_hooks(self.stream, lambda loader: self._owner(trainer, loader), joint=self.stream.baseline == "joint")
+        self._undo.append(lambda: return_hooks(self.stream))
         if stage != "fit":
             return
         loop = trainer.fit_loop
@@ -82,6 +95,20 @@ class TaskDispatch(Callback):
         self._undo.append(lambda: setattr(trainer, "reload_dataloaders_every_n_epochs", every))
         self._undo.append(lambda: setattr(loop, "max_epochs", most))
 
+    def _owner(self, trainer: pl.Trainer, loader: int) -> pl.LightningDataModule:
+        """The data module whose batch is on its way, as loader number ``loader`` of those that are gone through now."""
+        modules = self.stream._modules()
+        if len(modules) == 1:
+            return next(iter(modules.values()))
+        if trainer.training:
+            course, done = self.stream.course, begun(trainer)
+            stage = self._telling if self._telling is not None else course.stage_of_epoch[course.epoch_at(done)]
+            name = course.stages[stage].name
+        else:
+            split: Split = "test" if trainer.testing else "predict" if trainer.predicting else "val"
+            name = self.stream.names(split)[loader]
+        return modules.get(name) or next(iter(modules.values()))  # joint: all of this library
+
     def allow_epochs(self, trainer: pl.Trainer) -> None:
         """Lets the Trainer go to the end of the stream, and no further."""
         trainer.fit_loop.max_epochs = epochs_to_count(self.stream.course, trainer, self._most)
@@ -90,6 +117,8 @@ class TaskDispatch(Callback):
         """Lets the module be measured task by task, whatever it knows of several loaders."""
         if stage == "fit":
             refuse_unbegun(self.stream.course, trainer, self._most)
+            refuse_early_stopping(trainer)
+            refuse_second_fit(trainer)
         for kind in ("validation", "test"):
             self._take_loaders_apart(trainer, pl_module, kind)
 
@@ -214,9 +243,12 @@ class TaskDispatch(Callback):
     # -- the hooks of tasks -----------------------------------------------------------------------------------------
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Goes on from an earlier run, and remembers how optimizer and schedule begin."""
+        """Goes on from an earlier run, says what is not measured, and remembers how optimizer and schedule begin."""
         if self.stream.continue_from is not None and trainer.ckpt_path is None:
             go_on_from(self.stream.continue_from, trainer, pl_module)
+        said = said_unmeasured(list(self.stream._parts), self.stream.names()) if trainer.enable_validation else None
+        if said is not None:
+            rank_zero_info(said)
         # Before a checkpoint that is resumed is restored.
         for optimizer in trainer.optimizers:
             groups = [{k: copy.copy(v) for k, v in group.items() if k != "params"} for group in optimizer.param_groups]
@@ -291,11 +323,13 @@ class TaskDispatch(Callback):
         task: Task = self.stream.task_at(stage)
         out = self.stream.baseline is not None
         callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]
+        self._telling = stage
         for one in [*callbacks, module]:
             sits_out = out and getattr(getattr(one, "traits", None), "continual", False)
             called = getattr(one, hook, None)
             if callable(called) and not sits_out:
                 called(trainer, module, task)
+        self._telling = None
 
     def _restart(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
         """The optimizer and schedule as the run began with them, in place."""

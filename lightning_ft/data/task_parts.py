@@ -99,12 +99,16 @@ class PlannedTask:
             classes: their number.
             competing: gives those that do when a batch is made; None: all.
         """
+        self._mark(lambda rows: None if (now := competing()) is None else class_mask(classes, now, len(rows)))
+
+    def _mark(self, mask_of: Callable[[Tensor], Tensor | None]) -> None:
+        """Adds to each batch what is said of its rows, (rows, classes) bool."""
         plain = self.data.collate
 
         def collate(segments: Sequence[Segment], **settings: Any) -> Batch:
-            batch, now = plain(segments, **settings), competing()
-            if now is not None:
-                batch.columns[CLASS_MASK] = class_mask(classes, now, len(batch.rows))
+            batch = plain(segments, **settings)
+            if (mask := mask_of(batch.rows)) is not None:
+                batch.columns[CLASS_MASK] = mask
             return batch
 
         self.data.collate = collate  # type: ignore[method-assign]
@@ -153,8 +157,24 @@ class JointTask(PlannedTask):
             raise Refusal(
                 "TaskStream.baseline joint takes each row once an epoch, and a task has weights or epoch_rows; leave them out."
             )
-        parts = [part for task in tasks for part in parts_of(task.data._rows["train"])]
-        super().__init__(first, {"train": mixed(parts)})
+        parts = [(part, number) for number, task in enumerate(tasks) for part in parts_of(task.data._rows["train"])]
+        super().__init__(first, {"train": mixed([part for part, _ in parts])})
+        self._ends = np.cumsum([part.report.rows for part, _ in parts])  # numbers of rows go on from part to part
+        self._owners = [number for _, number in parts]
+
+    def mask_each(self, classes: int, competing: Sequence[Sequence[int]]) -> None:
+        """Lets the classes of its own task compete for each row.
+
+        Args:
+            classes: their number.
+            competing: those of each task.
+        """
+        masks = torch.cat([class_mask(classes, competing[owner], 1) for owner in self._owners])  # (parts, classes)
+
+        def of_rows(rows: Tensor) -> Tensor:
+            return masks[np.searchsorted(self._ends, rows.clamp(min=0).numpy(), side="right")]  # a filler has row -1
+
+        self._mark(of_rows)
 
 
 class PlainTask:
@@ -320,7 +340,8 @@ def plain_loaders(data: pl.LightningDataModule, name: str) -> dict[Split, DataLo
                 f"TaskStream deals the rows of {name} itself, so that a run can be resumed within a task, and its {method} is not "
                 "one DataLoader of a map-style data set with a batch_size and without drop_last or a sampler; give it that."
             )
-        found[split] = loader
+        if len(loader.dataset) or split == "train":  # type: ignore[arg-type]
+            found[split] = loader
     if "train" not in found:
         raise Refusal(f"TaskStream found no train_dataloader in the data of {name}.")
     return found

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import csv
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -26,6 +26,7 @@ class TaskScores:
     """What was measured.
 
     Attributes:
+        tasks: names of all that belong to the run, also those of which nothing can be measured.
         start: before any training; empty where it was not measured.
         rows: name of a task that was trained -> the scores after it, in order.
     """
@@ -33,6 +34,7 @@ class TaskScores:
     def __init__(self, metric: str | None = None, mode: Literal["max", "min"] | None = None) -> None:
         """Args: metric: that fills the matrix; None: the first usual one that is there; mode: which way is better."""
         self.metric, self.mode = metric, mode
+        self.tasks: list[str] = []
         self.start: Scores = {}
         self.rows: dict[str, Scores] = {}
 
@@ -63,13 +65,17 @@ class TaskScores:
         return not any(word in (self.chosen() or "") for word in _LESS_IS_BETTER)
 
     def columns(self) -> list[str]:
-        """The tasks: those trained, in order, then the others."""
-        seen = dict.fromkeys(task for row in (*self.rows.values(), self.start) for task in row)
-        return [*(task for task in self.rows if task in seen), *(task for task in seen if task not in self.rows)]
+        """The tasks: those trained, in order, then the others; one without rows to validate on has an empty column."""
+        seen = (task for row in (*self.rows.values(), self.start) for task in row)
+        every = dict.fromkeys([*self.tasks, *seen])
+        return [*(task for task in self.rows if task in every), *(task for task in every if task not in self.rows)]
 
     def matrix(self) -> tuple[list[list[float | None]], list[float | None] | None]:
         """(rows after each task, row before any) over `columns`; None where a score is missing."""
-        metric, columns = self.chosen(), self.columns()
+        return self._over(self.columns())
+
+    def _over(self, columns: Sequence[str]) -> tuple[list[list[float | None]], list[float | None] | None]:
+        metric = self.chosen()
 
         def values(row: Scores) -> list[float | None]:
             return [row.get(task, {}).get(metric) if metric is not None else None for task in columns]
@@ -78,10 +84,12 @@ class TaskScores:
 
     def metrics(self, joint: bool = False) -> dict[str, float]:
         """The numbers of `lightning_ft.functional.continual_metrics`; of joint training the average over all tasks alone."""
-        rows, start = self.matrix()
         if joint:
+            rows, _ = self.matrix()
             last = [value for value in rows[-1] if value is not None] if rows else []
-            return {"average": sum(last) / len(last)} if last and len(last) == len(rows[-1]) else {}
+            return {"average": sum(last) / len(last)} if last else {}
+        # A column for each row: that of an earlier run's joint training is no task, and has nothing in it.
+        rows, start = self._over(list(self.rows))
         return continual_metrics(rows, start, higher_is_better=self.higher_is_better())
 
     def write(self, folder: Path) -> None:
@@ -104,12 +112,32 @@ class TaskScores:
 
     def state(self) -> dict[str, Any]:
         """Plain types."""
-        return {"start": _copied(self.start), "rows": {name: _copied(row) for name, row in self.rows.items()}}
+        rows = {name: _copied(row) for name, row in self.rows.items()}
+        return {"tasks": list(self.tasks), "start": _copied(self.start), "rows": rows}
 
     def load(self, state: Mapping[str, Any]) -> None:
-        """What `state` gave."""
+        """What `state` gave, whose tasks come before those of this run."""
+        self.tasks = list(dict.fromkeys([*state.get("tasks", ()), *self.tasks]))
         self.start = _copied(state["start"])
         self.rows = {name: _copied(row) for name, row in state["rows"].items()}
+
+
+def said_unmeasured(tasks: Sequence[str], measured: Sequence[str]) -> str | None:
+    """What a user is told where some tasks have no rows to validate on; None where all have.
+
+    Args:
+        tasks: of the stream.
+        measured: those that have.
+    """
+    left_out = [task for task in tasks if task not in measured]
+    if not left_out:
+        return None
+    if not measured:
+        return "TaskStream: no task has rows to validate on, so there is no matrix, and no average, transfer or forgetting."
+    return (
+        f"TaskStream: nothing is measured of {', '.join(left_out)}, for want of rows to validate on: empty in the matrix, and not "
+        "counted in average, transfer and forgetting."
+    )
 
 
 def read_matrix(file: Path) -> tuple[str, list[str], list[str], list[list[float | None]]]:
@@ -123,4 +151,4 @@ def _copied(row: Mapping[str, Mapping[str, float]]) -> Scores:
     return {task: dict(scores) for task, scores in row.items()}
 
 
-__all__ = ["MATRIX", "PICTURE", "START", "Scores", "TaskScores", "read_matrix"]
+__all__ = ["MATRIX", "PICTURE", "START", "Scores", "TaskScores", "read_matrix", "said_unmeasured"]

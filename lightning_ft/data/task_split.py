@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -93,7 +93,10 @@ def planned_keys(data: PlannedData, split: Split, by: str) -> list[np.ndarray]:
                 )
             keys.append(part.classes())
             continue
-        column = data._source(file).column(by)
+        source = data._source(file)
+        column = source.column(by)
+        if by not in source.columns and not any(value is not None for value in column):
+            raise Refusal(_no_column(by, source.name, source.columns))
         values = [column[row] for row in part.index.tolist()]
         if any(value is None for value in values):
             row = next(int(r) for r, value in zip(part.index, values, strict=True) if value is None)
@@ -125,6 +128,34 @@ def planned_rows(data: PlannedData, by: str, groups: Sequence[Group]) -> list[di
     return tasks
 
 
+def _no_column(by: str, where: str, columns: Sequence[str]) -> str:
+    there = f"it has {', '.join(columns)}" if columns else "it has no names of columns"
+    return f"TaskStream.by {by}: {where} has no such column; {there}. Name one of these, or class."
+
+
+def refuse_unlearned(
+    by: str, trained: Sequence[Any], others: Mapping[Split, Sequence[Any]], shown: dict[Any, str]
+) -> None:
+    """Refuses rows to be judged by that no task would have, because no training row is like them.
+
+    Args:
+        by: what is split by.
+        trained: the values of the training rows.
+        others: split -> the values of its rows.
+        shown: value -> how the user writes it; others as they are.
+
+    Raises:
+        Refusal: with these values.
+    """
+    for split, values in others.items():
+        extra = [shown.get(value, str(value)) for value in values if value not in set(trained)]
+        if extra:
+            raise Refusal(
+                f"TaskStream: the {split} rows have {by} {', '.join(extra)}, which no training row has, so that no task would be "
+                "judged by them; leave these rows out, or name in TaskStream.groups what is to be learned."
+            )
+
+
 def distinct(keys: Sequence[np.ndarray]) -> list[Any]:
     """The distinct values in the order in which they come."""
     return list(dict.fromkeys(value for key in keys for value in key.tolist()))
@@ -143,7 +174,9 @@ def plain_keys(loader: DataLoader[Any], by: str) -> np.ndarray:
     if by != "class":
         if by in getattr(dataset, "column_names", ()):
             return np.array([str(value) for value in dataset[by]], dtype=object)  # type: ignore[index]
-        raise Refusal(f"TaskStream.by {by}: the data set {type(dataset).__name__} has no such column.")
+        raise Refusal(
+            _no_column(by, f"the data set {type(dataset).__name__}", list(getattr(dataset, "column_names", ())))
+        )
     targets = getattr(dataset, "targets", None)
     if targets is None and isinstance(dataset, TensorDataset):
         targets = dataset.tensors[-1]
@@ -154,4 +187,4 @@ def plain_keys(loader: DataLoader[Any], by: str) -> np.ndarray:
     return np.asarray(targets)
 
 
-__all__ = ["Group", "Groups", "distinct", "groups_of", "plain_keys", "planned_keys", "planned_rows"]
+__all__ = ["Group", "Groups", "distinct", "groups_of", "plain_keys", "planned_keys", "planned_rows", "refuse_unlearned"]

@@ -13,6 +13,8 @@ from lightning_ft.data.task_cut import joined
 from lightning_ft.data.task_parts import PlainTask, PlannedTask
 from lightning_ft.functional.errors import Refusal
 
+JOINT = "joint"
+"""Name of all tasks at once."""
 Running = Callable[[], pl.Trainer | None]
 
 
@@ -22,7 +24,8 @@ class Given:
 
     Attributes:
         parts: name of a task -> its rows, in the order of training.
-        classes: name -> numbers of the classes that it has; None where rows have none. Also of tasks that earlier runs learned.
+        classes: name -> numbers of the classes that it has; None where rows have none. Also of tasks that earlier runs learned,
+            and of all tasks at once where they are trained so.
         epochs: as the user gave them.
         steps: likewise; None where epochs count.
     """
@@ -43,7 +46,7 @@ def stages_of(given: Given, learned: Sequence[str], running: Running, *, joint: 
         joint: whether all tasks are one stage.
 
     Raises:
-        Refusal: where nothing is left to learn.
+        Refusal: where nothing is left to learn, or a task has nothing to learn from.
     """
     names = [name for name in given.parts if name not in learned]
     if not names:
@@ -69,15 +72,26 @@ def _joint(given: Given, epochs: dict[str, int | None], steps: dict[str, int | N
     sizes = {name: part.deal()["rows"] for name, part in given.parts.items()}
     passes = max(1, round(sum(sizes[n] * (epochs[n] or 1) for n in sizes) / sum(sizes.values())))
     total = sum(step for step in steps.values() if step is not None) if given.steps is not None else None
-    classes = tuple(sorted({number for name in given.parts for number in given.classes[name] or ()})) or None
-    rows = joined(list(given.parts.values()), running)
-    return Stage("joint", rows, 1 if total else passes, total, 0, classes, classes)
+    classes, rows = given.classes[JOINT], joined(list(given.parts.values()), running)
+    return Stage(JOINT, rows, 1 if total else passes, total, 0, classes, classes)
 
 
 def _measured(stage: Stage, running: Running) -> Stage:
-    """With the number of its batches."""
+    """With the number of its batches.
+
+    Raises:
+        Refusal: none, which would leave the stream without a place in it.
+    """
+    if not stage.rows.deal()["rows"]:
+        raise Refusal(f"TaskStream: the task {stage.name} has no training rows; give it some, or leave it out.")
     batches, trainer = len(stage.rows.train_loader(lambda: 0, stage.steps)), running()
-    return replace(stage, batches=batches if trainer is None else limited(batches, trainer))
+    found = batches if trainer is None else limited(batches, trainer)
+    if not found and trainer is not None and trainer.limit_train_batches:
+        raise Refusal(
+            f"TaskStream: trainer.limit_train_batches {trainer.limit_train_batches} leaves nothing of the {batches} batches of the "
+            f"task {stage.name}; raise it, or give a whole number."
+        )
+    return replace(stage, batches=found)
 
 
-__all__ = ["Given", "stages_of"]
+__all__ = ["JOINT", "Given", "stages_of"]

@@ -17,10 +17,10 @@ from lightning_ft.data.task_continue import check_labels, classes_in, read, stre
 from lightning_ft.data.task_course import Course, Stage, begun, next_epoch
 from lightning_ft.data.task_cut import Cut, cut_source, cut_tasks
 from lightning_ft.data.task_dispatch import TaskDispatch
-from lightning_ft.data.task_parts import PlainTask, PlannedTask, class_mask
+from lightning_ft.data.task_parts import JointTask, PlainTask, PlannedTask, class_mask
 from lightning_ft.data.task_scores import TaskScores
 from lightning_ft.data.task_split import Groups
-from lightning_ft.data.task_stages import Given, stages_of
+from lightning_ft.data.task_stages import JOINT, Given, stages_of
 from lightning_ft.data.task_state import check_tasks, go_to, place_of
 from lightning_ft.data.token_rows import Report
 from lightning_ft.engine.arguments import describe
@@ -58,7 +58,7 @@ class TaskStream(MadeOfModules):
             schedule of the learning rate anew, as if the task were a run of its own; ``keep`` leaves both alone, with one
             schedule over all tasks.
         baseline: what continual learning is compared with, by one flag: ``naive`` trains as configured while all continual
-            techniques sit out; ``joint`` does too, and trains on the rows of all tasks at once.
+            techniques sit out; ``joint`` does too, and trains on the rows of all tasks at once, each masked as its own task's.
         continue_from: a checkpoint whose run has learned some of the tasks, or others: the weights, what continual techniques
             have kept and the matrix go on from there, with a new optimizer. Tasks of a name that was trained there
             are only measured. (``ckpt_path`` resumes the same run instead.)
@@ -204,13 +204,16 @@ class TaskStream(MadeOfModules):
             if cut.name in self._parts:
                 raise Refusal(f"TaskStream has two tasks called {cut.name!r}; name them otherwise.")
             self._parts[cut.name], self._classes[cut.name] = cut.rows, cut.classes
-        if self.scenario in ("class", "task") and self.baseline != "joint":
+        if self.baseline == "joint":
+            self._classes[JOINT] = tuple(sorted({n for found in self._classes.values() for n in found or ()})) or None
+        if self.scenario in ("class", "task"):
             self._mask()
         if self.trainer is not None:
             if stage == "fit":
                 self.begun, self.ended, self.measured_at = 0, 0, -1
                 self.learned, self._at, self._resumed, self._known = [], None, None, {}
                 self.scores = TaskScores(self.metric, self.mode)
+                self.scores.tasks = list(self._parts)
                 if self.continue_from is not None:
                     before = stream_state(read(self.continue_from, mapped=True), self.continue_from)
                     check_labels(before["labels"], self.label_names(), self.continue_from)
@@ -379,12 +382,15 @@ class TaskStream(MadeOfModules):
 
     def _stages(self) -> list[Stage]:
         """Of this fit: tasks that earlier runs have learned are left out."""
-        return stages_of(
+        stages = stages_of(
             Given(self._parts, {**self._known, **self._classes}, self.epochs, self.steps),
             self.learned,
             self._running,
             joint=self.baseline == "joint",
         )
+        if self.scenario == "task" and isinstance(rows := stages[0].rows, JointTask):
+            rows.mask_each(len(self.label_names() or ()), [self._classes[name] or () for name in self._parts])
+        return stages
 
 
 __all__ = ["TaskStream"]

@@ -13,8 +13,9 @@ The first three are those of Lopez-Paz and Ranzato (2017, equations 2 to 4); ``f
 (2018, equation 3), whose maximum leaves the last row out, so that it may be negative where a task got better;
 ``forgetting_first`` is what Avalanche calls forgetting, and the negative of the backward transfer. Of a score of which less is
 better, transfer and forgetting are taken with the other sign (and the best is the least), so that more transfer is good and
-more forgetting is bad in any case; ``average`` stays as it is. What a mean has no terms for, or a missing score (None) in
-them, is left out.
+more forgetting is bad in any case; ``average`` stays as it is. A task of which no score is known at all, having no rows to
+validate on, has no part in the means: they are over the other tasks. What a mean has no terms for, or a missing score (None) of
+those, is left out.
 """
 
 from __future__ import annotations
@@ -40,16 +41,19 @@ def continual_metrics(
         return {}
     sign = 1.0 if higher_is_better else -1.0
     last = scores[-1]
+    known_rows = [*scores, start] if start is not None else list(scores)
+    judged = [j for j in range(done) if any(row[j] is not None for row in known_rows)]
+    earlier = [j for j in judged if j < done - 1]
     at = [[None if value is None else sign * value for value in row] for row in scores]
     found = {
-        "average": [last[j] for j in range(done)],
-        "backward_transfer": [_less(at[-1][j], at[j][j]) for j in range(done - 1)],
-        "forgetting_max": [_less(_best([at[k][j] for k in range(j, done - 1)]), at[-1][j]) for j in range(done - 1)],
-        "forgetting_first": [_less(at[j][j], at[-1][j]) for j in range(done - 1)],
+        "average": [last[j] for j in judged],
+        "backward_transfer": [_less(at[-1][j], at[j][j]) for j in earlier],
+        "forgetting_max": [_less(_best([at[k][j] for k in range(j, done - 1)]), at[-1][j]) for j in earlier],
+        "forgetting_first": [_less(at[j][j], at[-1][j]) for j in earlier],
     }
     if start is not None:
         before = [None if value is None else sign * value for value in start]
-        found["forward_transfer"] = [_less(at[j - 1][j], before[j]) for j in range(1, done)]
+        found["forward_transfer"] = [_less(at[j - 1][j], before[j]) for j in judged if j > 0]
     means = {}
     for name, terms in found.items():
         known = [term for term in terms if term is not None]

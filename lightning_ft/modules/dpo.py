@@ -234,6 +234,19 @@ class DPO(PolicyModule):
             with self.trainer.precision_plugin.forward_context():
                 batch.columns["reference_logps"] = self._reference(batch).detach()
 
+    @property
+    def known_reference(self) -> str | None:
+        """Which reference `know_reference` asks; None where nothing is compared, or with one that moves."""
+        return self.reference_policy if self._compares and not self._moves else None
+
+    def renew_reference(self, batch: Batch) -> None:
+        """The same of pairs that an earlier fit has kept, where this one begins: a precomputed reference is the model as it is."""
+        if not self._precomputes:
+            self.know_reference(batch)
+            return
+        with torch.no_grad(), evaluating(self.model), self.trainer.precision_plugin.forward_context():
+            batch.columns["reference_logps"] = segment_logps(self.view, batch)[0]
+
     def _evaluate(self, batch: Batch) -> None:
         pairs = self._pairs(batch)
         terms = preference.terms(batch, pairs, self._weights, self._settings)
@@ -269,6 +282,11 @@ class DPO(PolicyModule):
             if self._trainer is not None and self._trainer.state.fn == TrainerFn.FITTING:
                 attachment.references.snapshots.pop("moving", None)  # of an earlier fit
         if self._precomputes and self._trainer is not None:
+            if getattr(self.datamodule, "continue_from", None) is not None:
+                raise Refusal(
+                    "DPO.reference_policy precomputed names the start by its weights before TaskStream.continue_from has restored "
+                    "them; compare with start (--model.reference_policy start)."
+                )
             attachment.edit("hooks", "reference digest", self._take_digest, order=99, again=True)
 
     def _take_digest(self, module: Any) -> None:

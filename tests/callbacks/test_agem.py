@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 import copy
+from typing import Any
 
 import pytest
 import torch
 from lightning.pytorch import Callback
 from torch import nn
 
-from lightning_ft import AGEM, EWC, LoRA
+from lightning_ft import AGEM, EWC, LoRA, TaskStream
 from lightning_ft.data.batch_rows import batch_of
 from lightning_ft.functional.gradient_projection import dot, project_
 from tests.contract import Case, checks_for
 from tests.contract.subjects import PlainNet, chat_job, fit, trainer
-from tests.data.streams import Hooks, Layer, Saves, stream
+from tests.data.streams import Hooks, Layer, Points, Saves, stream
 from tests.data.streams import trainer as run_of
 from tests.data.streams import weights as weights_of
 
@@ -147,3 +148,38 @@ def test_without_disagreement_nothing_changes(tmp_path):
     fit(tmp_path, plain)
     fit(tmp_path, with_it, AGEM(6))
     assert all(torch.equal(a, b) for a, b in zip(plain.parameters(), with_it.parameters(), strict=True))
+
+
+class Plain(Layer):
+    """Steps by the gradient alone, which shows what was projected."""
+
+    def configure_optimizers(self):
+        return torch.optim.SGD(self.parameters(), self.rate)
+
+
+def projected(folder: str, devices: int = 1, rows: int | None = None) -> dict[str, Any]:
+    """Three tasks of rows that divide by four, four a step over all ranks: which steps were projected, and the weights."""
+    torch.set_num_threads(1)
+    technique, module, marks = AGEM(30, rows=rows), Plain(0.5), []
+
+    class Look(Callback):
+        def on_train_batch_end(self, run, module, *_) -> None:
+            marks.append(technique._projected)
+
+    tasks = {
+        name: Points(number, n, 4 // devices) for number, (name, n) in enumerate({"a": 12, "b": 8, "c": 16}.items())
+    }
+    options = {"devices": devices, "strategy": "ddp"} if devices > 1 else {}
+    run = run_of(folder, technique, Look(), limit_val_batches=0, **options)
+    run.fit(module, TaskStream(tasks, epochs=3))
+    return {"marks": marks, "weights": weights_of(module)}
+
+
+@pytest.mark.parametrize("rows", [None, 1], ids=["as_many_as_a_step", "one_row_for_two_ranks"])
+def test_two_ranks_project_what_one_process_does_with_the_joint_batch(tmp_path, two_ranks, rows):
+    one = projected(str(tmp_path / "one"), rows=rows)
+    assert 0 < sum(one["marks"]) < len(one["marks"]) - 9, "some steps that could be projected are, and some are not"
+    for other in two_ranks.run("tests.callbacks.test_agem:projected", folder=str(tmp_path), devices=2, rows=rows):
+        assert other["marks"] == one["marks"]
+        for name, value in one["weights"].items():
+            torch.testing.assert_close(other["weights"][name], value, rtol=1e-4, atol=1e-5)

@@ -10,7 +10,7 @@ from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
 from torch import nn
 from torch.utils.data import DataLoader, IterableDataset
 
-from lightning_ft import EWC, LoRA, Refusal
+from lightning_ft import EWC, MAS, LoRA, Refusal, SynapticIntelligence
 from lightning_ft.engine.anchors import Anchors
 from lightning_ft.functional.quadratic_penalty import add_gradient_, penalty
 from tests.contract import Case, checks_for
@@ -296,23 +296,26 @@ def test_a_file_without_its_state_is_refused(tmp_path):
 # -- language models, quantised bases, several ranks ---------------------------------------------------------------------
 
 
-def two_fits(chat, folder, techniques, strategy=None, model=None, **data):
-    """Two fits of the tiny chat model with EWC: what is held to, and how far the second one went."""
+PENALTIES = {"ewc": lambda: EWC(50.0), "si": lambda: SynapticIntelligence(5.0, xi=1e-2), "mas": lambda: MAS(0.1)}
+
+
+def two_fits(chat, folder, techniques, strategy=None, model=None, kinds=("ewc",), **data):
+    """Two fits of the tiny chat model with penalties: what is held to, and how far the second one went."""
     from lightning_ft.engine.strategies import FSDP2Strategy
     from tests.engine.importances import whole
 
-    technique = EWC(50.0)
+    penalties = {kind: PENALTIES[kind]() for kind in kinds}
     options = {"max_steps": 2, "limit_val_batches": 0, "use_distributed_sampler": False}
     module, source = chat_job(Path(chat), Path(folder), model=model or {}, data=data)
     for _ in range(2):
         if strategy:
             options |= {"devices": 2, "strategy": FSDP2Strategy() if strategy == "fsdp2" else strategy}
-        trainer(Path(folder), technique, *techniques(), **options).fit(module, source)
-    held = technique._held
+        trainer(Path(folder), *penalties.values(), *techniques(), **options).fit(module, source)
+    held = {kind: technique._held for kind, technique in penalties.items()}
     return {
-        "importance": whole(held.importance),
-        "center": whole(held.center),
-        "kinds": {type(v).__name__ for v in held.importance.values()},
+        "importance": {f"{kind} {n}": v for kind, one in held.items() for n, v in whole(one.importance).items()},
+        "center": {f"{kind} {n}": v for kind, one in held.items() for n, v in whole(one.center).items()},
+        "kinds": {type(v).__name__ for one in held.values() for v in one.importance.values()},
         "after": whole({n: p for n, p in module.named_parameters() if p.requires_grad}),
     }
 
@@ -323,9 +326,12 @@ def lora():
 
 @pytest.mark.parametrize("strategy", ["ddp", "fsdp2"])
 def test_two_ranks_train_what_one_does(strategy, chat, tmp_path, two_ranks):
-    job = {"chat": str(chat), "folder": str(tmp_path), "techniques": lora}
+    """All three kinds of importances at once: sampled Fisher, path integral and sensitivity."""
+    job = {"chat": str(chat), "folder": str(tmp_path), "techniques": lora, "kinds": tuple(PENALTIES)}
     both = two_ranks.run("tests.callbacks.test_ewc:two_fits", **job, strategy=strategy, batch_size=4)
     one = two_fits(**job, batch_size=8)
+    for kind in PENALTIES:
+        assert max(float(v.max()) for n, v in one["importance"].items() if n.startswith(kind)) > 1e-3, kind
     for rank in both:
         assert rank["kinds"] == {"DTensor" if strategy == "fsdp2" else "Tensor"}
         for what in ("importance", "center", "after"):

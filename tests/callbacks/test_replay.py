@@ -332,36 +332,6 @@ def test_refusals(tmp_path):
         run_of(tmp_path, Replay(offer="task")).fit(Told(), stream(scenario="free"))
 
 
-def test_pairs_are_replayed_with_the_log_probabilities_of_their_reference(chat, tmp_path, monkeypatch):
-    """They are asked once, and the memory has what the reference says: that of the fit's start."""
-    from lightning_ft import DPO, PreferenceData
-    from lightning_ft.engine.scoring import segment_logps
-
-    pairs = [{"prompt": f"{n}?", "chosen": " yes" * (1 + n % 3), "rejected": " no"} for n in range(12)]
-    file = tmp_path / "pairs.jsonl"
-    file.write_text("".join(json.dumps(row) + "\n" for row in pairs))
-    module = DPO(str(chat / "model"), lr=0.05, base_dtype="float32", warmup_steps=0, optimizer=torch.optim.SGD)
-    data = PreferenceData(str(file), batch_size=4, shuffle=False, cache_dir=str(tmp_path / "cache"))
-    technique = Replay(6)
-    run = trainer(tmp_path, technique, LoRA(2), max_steps=3, limit_val_batches=0)
-    asked = []
-    own = DPO.at_reference
-
-    def counted(self):
-        asked.append(1)
-        return own(self)
-
-    monkeypatch.setattr(DPO, "at_reference", counted)
-    run.fit(module, data)
-    assert len(asked) == 3 and float(run.callback_metrics["train/replay"]) > 0
-    kept = technique._memory.buffer.groups[""]
-    assert len(kept) == 6 and all(len(row["segments"]) == 2 for row in kept)
-    batch = batch_of(kept, packed=True)
-    with torch.no_grad(), module.at_reference():
-        wanted, _ = segment_logps(module.view, batch)
-    torch.testing.assert_close(batch.columns["reference_logps"], wanted, rtol=1e-5, atol=1e-5)
-
-
 def test_kto_s_rows_cannot_be_kept_alone(chat, tmp_path):
     from lightning_ft import KTO, UnpairedPreferenceData
 

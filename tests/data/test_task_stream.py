@@ -8,6 +8,7 @@ import pytest
 import torch
 from lightning.pytorch import Callback
 from torch import nn
+from torch.utils.data import DataLoader, Subset
 
 from lightning_ft.data.task_stream import TaskStream
 from lightning_ft.functional.errors import Refusal
@@ -282,6 +283,20 @@ def test_one_data_set_cut_by_class(tmp_path) -> None:
         ("2+3", (2, 3), (0, 1, 2, 3), [2, 3]),
         ("4", (4,), (0, 1, 2, 3, 4), [4]),
     ]
+
+
+def test_rows_to_be_judged_by_that_belong_to_no_task_are_refused(tmp_path) -> None:
+    class Fewer(Digits):
+        def train_dataloader(self):
+            data = self.points()
+            return DataLoader(Subset(data, [n for n in range(self.rows) if n % 5 < 4]), batch_size=4)
+
+    with pytest.raises(Refusal, match="the val rows have class 4, which no training row has"):
+        trainer(tmp_path).fit(Layer(), TaskStream(source=Fewer(0, 20), by="class"))
+    with pytest.raises(
+        Refusal, match="TaskStream.by topic: the data set TensorDataset has no such column; it has no names"
+    ):
+        trainer(tmp_path).fit(Layer(), TaskStream(source=Digits(0, 20), by="topic"))
 
 
 @pytest.mark.parametrize(

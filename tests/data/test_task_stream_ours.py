@@ -379,14 +379,3 @@ def test_sft_rows_of_two_files_and_a_quantised_base(chat, tmp_path):
     run.fit(module, stream)
     assert len(technique._memory.buffer) == 6 and "val/loss/two" in run.callback_metrics
     assert stream.scores.chosen() == "val/accuracy"
-
-
-def test_refusals(place, tmp_path):
-    with pytest.raises(Refusal, match="groups names the values of domain 'wine', and the training rows have 'films'"):
-        fit(place, tmp_path, TaskStream(source=data(place), by="domain", groups=["wine"]))
-    with pytest.raises(Refusal, match="there is no place, by which TaskStream.by splits"):
-        fit(place, tmp_path, TaskStream(source=data(place), by="place"))
-    with pytest.raises(Refusal, match="puts the classes 'bad' into two tasks"):
-        fit(place, tmp_path, TaskStream(source=data(place), by="class", groups=[["bad", "bad"], ["fair"]]))
-    with pytest.raises(Refusal, match="TaskStream needs to know how many rows a task has.*streams them"):
-        TaskStream([SFTData("x.jsonl", streaming=True)])

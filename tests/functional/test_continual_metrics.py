@@ -61,6 +61,21 @@ def test_a_missing_score_leaves_only_its_own_numbers_out() -> None:
     assert continual_metrics([]) == {}
 
 
+def test_a_task_that_is_never_measured_has_no_part_in_the_means() -> None:
+    gap = [[0.9, None, 0.1], [0.6, None, 0.3], [0.7, None, 0.5]]
+    found = continual_metrics(gap, [0.1, None, 0.2])
+    assert found == pytest.approx(
+        {
+            "average": (0.7 + 0.5) / 2,
+            "backward_transfer": 0.7 - 0.9,
+            "forward_transfer": 0.3 - 0.2,
+            "forgetting_max": 0.9 - 0.7,
+            "forgetting_first": 0.9 - 0.7,
+        }
+    )
+    assert continual_metrics([[None, None], [None, None]]) == {}
+
+
 def test_the_picture_has_a_cell_for_each_score_and_the_best_is_darkest() -> None:
     picture = heat_map([[0.9, None], [0.6, 0.8]], ["one", "<two>"], ["a", "b"])
     assert picture.count("<rect") == 3 and "&lt;two&gt;" in picture
