@@ -48,8 +48,9 @@ class MultiTask(TaskTrunk):
 
     Minimises ``sum_k w_k L_k`` with ``L_k`` the mean loss of task k over its rows (or scored tokens) in the accumulation window on
     all ranks, exact for any batch size, accumulation and number of ranks. A batch that holds rows of several tasks goes through
-    the trunk once (with `GradientSurgery` or gradnorm, which need a backward pass a task, each task's rows by themselves). Data: `MultiTaskData`, which names the tasks and tells what each learns; `TaskSampling` decides how often each
-    comes, `LossBalancing` and `GradientSurgery` what happens where they disagree.
+    the trunk once (with `GradientSurgery` or gradnorm, which need a backward pass a task, each task's rows by themselves). Data:
+    `MultiTaskData`, which names the tasks and tells what each learns; `TaskSampling` decides how often each comes,
+    `LossBalancing` and `GradientSurgery` what happens where they disagree.
 
     An adapter (`LoRA` and others) that has the name of a task is that task's own: rows of other tasks do not see it. It stands
     beside those with other names, which all tasks share. In mixed batches, and under FSDP2, it has to be `LoRA` on linear layers or
