@@ -127,7 +127,7 @@ class SFTData(StreamedData):
         """Opens the tokenised rows of this stage, after asking whether the module learns what they teach."""
         module = self.trainer.lightning_module if self.trainer is not None else None
         theirs = getattr(module, "task", None)
-        if isinstance(theirs, str) and theirs != "causal_lm":
+        if isinstance(theirs, str) and theirs != "causal_lm" and not hasattr(module, "learns_from_episodes"):
             fitting = "Seq2SeqData" if theirs == "seq2seq_lm" else "ClassificationData"
             raise Refusal(
                 f"{type(module).__name__}.task is {theirs}, but SFTData is for causal_lm: take {fitting}, or set the module's task "

@@ -20,6 +20,8 @@ from lightning_ft.data.task_scores import MATRIX, read_matrix
 from lightning_ft.data.task_stream import TaskStream
 from tests.data.streams import EPOCHS, SIZES, Hooks, Layer, Points, stream, trainer
 
+LOG = "lightning.pytorch.utilities.rank_zero"  # other tests turn it down
+
 
 class Unmeasured(Points):
     """Points that are all trained on."""
@@ -50,7 +52,7 @@ def test_a_task_without_rows_to_validate_on_has_an_empty_column_and_no_part_in_t
     whole, data, hooks = stream(), some("b", kind), Hooks()
     trainer(tmp_path / "whole").fit(Layer(), whole)
     run = trainer(tmp_path, hooks, logger=CSVLogger(tmp_path, name="", version=""), log_every_n_steps=1)
-    with caplog.at_level(logging.INFO):
+    with caplog.at_level(logging.INFO, logger=LOG):
         run.fit(Layer(), data)
     assert [call[:2] for call in hooks.calls[-2:]] == [["start", "c"], ["end", "c"]]
     assert caplog.text.count("TaskStream: nothing is measured of b, for want of rows to validate on") == 1
@@ -87,12 +89,12 @@ def test_joint_training_is_measured_on_the_tasks_that_can_be(tmp_path) -> None:
 @pytest.mark.filterwarnings("ignore:Total length of `list`")
 def test_a_stream_of_which_nothing_is_measured_says_so(tmp_path, caplog) -> None:
     hooks = Hooks()
-    with caplog.at_level(logging.INFO):
+    with caplog.at_level(logging.INFO, logger=LOG):
         trainer(tmp_path, hooks).fit(Layer(), some("abc"))
     assert "no task has rows to validate on, so there is no matrix" in caplog.text
     assert [call[:2] for call in hooks.calls[-1:]] == [["end", "c"]]
     caplog.clear()
-    with caplog.at_level(logging.INFO):
+    with caplog.at_level(logging.INFO, logger=LOG):
         trainer(tmp_path, limit_val_batches=0).fit(Layer(), some("abc"))
         trainer(tmp_path).fit(Layer(), stream())
     assert "to validate on" not in caplog.text
