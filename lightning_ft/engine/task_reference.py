@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -12,10 +12,11 @@ from lightning_ft.engine.attachment import Attachment
 from lightning_ft.engine.batch import Batch
 from lightning_ft.engine.batch_part import part_of
 from lightning_ft.engine.scoring import segment_logps
+from lightning_ft.engine.task_adapters import TaskAdapters
 from lightning_ft.models.admission import evaluating
 
 
-def reference_logps(module: Any, batch: Batch, numbers: Sequence[int]) -> Tensor:
+def reference_logps(module: Any, batch: Batch, here: Mapping[str, Tensor], adapters: TaskAdapters) -> Tensor:
     """Log-probability of each row of some tasks by the model as the fit began, 0 of other rows.
 
     To be asked before the policy's own pass, whose activations should see no weights change.
@@ -23,19 +24,22 @@ def reference_logps(module: Any, batch: Batch, numbers: Sequence[int]) -> Tensor
     Args:
         module: with ``model`` and ``view``.
         batch: packed or padded rows.
-        numbers: of the tasks in it.
+        here: name of each of these tasks -> which rows are its.
+        adapters: of single tasks, which compute on their rows.
 
     Returns:
         (S,), without a gradient.
     """
-    mine = sorted(row for k in numbers for row in batch.columns.get(f"rows/{k}", batch.rows[:0]).tolist())
+    mine = sorted(row for rows in here.values() for row in rows.tolist())
     found = torch.zeros(len(batch.rows), device=batch.ids.device)
     if not mine and (module._trainer is None or module.trainer.world_size == 1):
         return found
+    # Sharded blocks are gathered by all ranks together, so that one without pairs reads a row, too.
+    part, places = part_of(batch, mine or [0]), torch.tensor(mine, dtype=torch.long, device=found.device)
+    adapters.choose(part, {name: torch.searchsorted(places, rows) for name, rows in here.items()})
     with Attachment.of(module).reference("start"), evaluating(module.model):
-        # Sharded blocks are gathered by all ranks together, so that one without pairs reads a row, too.
-        logps, _ = segment_logps(module.view, part_of(batch, mine or [0]))
-    return found.index_copy(0, torch.tensor(mine, device=found.device), logps) if mine else found
+        logps, _ = segment_logps(module.view, part)
+    return found.index_copy(0, places, logps) if mine else found
 
 
 __all__ = ["reference_logps"]

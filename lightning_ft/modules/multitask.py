@@ -246,9 +246,9 @@ class MultiTask(TaskTrunk):
     def _outcomes(
         self, batch: Batch, tasks: list[Task], *, accuracy: bool = False, compares: bool = True
     ) -> dict[str, Outcome | None]:
-        compared = [task.number for task in tasks if task.objective == "dpo" and self._comparison.refers]
-        told = reference_logps(self, batch, compared) if compared and compares else None
         here = present(batch, tasks)
+        compared = [task for task in tasks if task.objective == "dpo" and self._comparison.refers]
+        told = reference_logps(self, batch, present(batch, compared), self._adapters) if compared and compares else None
         read = self._apart(batch, tasks) if self._reads_apart and len(here) > 1 else {}
         whole = self._read(batch, here) if not read else next(iter(read.values()))
         read = {task.name: read.get(task.name, whole) for task in tasks}

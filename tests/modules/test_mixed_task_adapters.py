@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from lightning_ft import EWC, GradientSurgery, LoRA
+from lightning_ft import EWC, GradientSurgery, LoRA, TaskSampling
 from lightning_ft.nn.adapters import set_adapters
 from lightning_ft.nn.lora_layers import LoRALinear
 from lightning_ft.nn.registry import injected_layers
@@ -84,6 +85,22 @@ def test_policies_and_texts_are_learned_as_alone(packing: bool, tmp_path: Path) 
     assert steps.losses[0] == pytest.approx(sum(losses.values()), rel=1e-5)
     for name, value in expected.items():
         torch.testing.assert_close(steps.gradients[0][name], value, rtol=1e-3, atol=1e-6, msg=name)
+
+
+@pytest.mark.parametrize("batches", ["mixed", "homogeneous"])
+def test_the_reference_of_a_policy_has_its_own_adapter_alone(batches: str, tmp_path: Path) -> None:
+    """Adapters that begin elsewhere than at zero: before a step the policy is its reference, and each pair costs log 2."""
+    names = ("numbers", "policy", "shared")
+    module, data = pairs_job(tmp_path)
+    run = fit(
+        tmp_path, module, data, *(LoRA(2, name=name) for name in names), Begin(), max_steps=1, limit_val_batches=0
+    )
+    run.save_checkpoint(tmp_path / "before.ckpt")
+    module, data = pairs_job(tmp_path, batches=batches)
+    begun = [LoRA(2, name=name, init_from=str(tmp_path / "before.ckpt")) for name in names]
+    only = {name: float(name == "policy" or batches == "mixed") for name in data.tasks}
+    run = fit(tmp_path, module, data, *begun, TaskSampling("weighted", weights=only), max_steps=1, limit_val_batches=0)
+    assert float(run.callback_metrics["train/policy"]) == pytest.approx(math.log(2), rel=1e-5)
 
 
 def after_one(folder: Path, method: str, start: dict[str, Tensor] | None = None) -> tuple[nn.Module, dict[str, Tensor]]:
