@@ -125,7 +125,8 @@ def told(cells: Cells, suite: str, methods: Mapping[str, Sequence[float]]) -> li
         parts.append(f"Not measured: {', '.join(missing)}.")
     precisions: dict[str, list[str]] = {}
     for method, tried in methods.items():
-        for found in {cell.get("precision", "") for cell in scored(cells, suite, method, tried).values()}:
+        # Cells of digits that do not say ran in float32, as all of them do.
+        for found in {cell.get("precision", "32-true") for cell in scored(cells, suite, method, tried).values()}:
             precisions.setdefault(found, []).append(method)
     if len(precisions) > 1:  # the machines that ran them multiply different things fast
         told = "; ".join(f"{precision}: {', '.join(some)}" for precision, some in precisions.items())
