@@ -48,6 +48,11 @@ class TaskAdapters:
         return [p for layer in self._layers.get(name, []) for p in layer.injected_parameters().values()]
 
     @property
+    def are_there(self) -> bool:
+        """Whether a task has some, on or off."""
+        return bool(self._layers)
+
+    @property
     def names(self) -> list[str]:
         """Tasks that have some, from which one is to be chosen: none where someone has chosen already (`set_adapters`)."""
         return list(self._layers) if self._all_are_on else []

@@ -27,7 +27,7 @@ def teacher_files(teacher: str, *, trust_remote_code: bool = False, revision: st
         revision: of a hub model.
 
     Returns:
-        None where nothing is on this machine; none either of a starter asset, whose name holds its content fast.
+        Name -> file; empty where nothing is on this machine, and of a starter asset, whose name holds its content fast.
     """
     path = Path(teacher).expanduser()
     if not path.exists():

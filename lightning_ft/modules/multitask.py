@@ -249,7 +249,7 @@ class MultiTask(TaskTrunk):
         here = present(batch, tasks)
         compared = [task for task in tasks if task.objective == "dpo" and self._comparison.refers]
         told = reference_logps(self, batch, present(batch, compared), self._adapters) if compared and compares else None
-        read = self._apart(batch, tasks) if self._reads_apart and len(here) > 1 else {}
+        read = self._apart(batch, [t for t in tasks if t.name in here]) if self._reads_apart and len(here) > 1 else {}
         whole = self._read(batch, here) if not read else next(iter(read.values()))
         read = {task.name: read.get(task.name, whole) for task in tasks}
 
@@ -288,12 +288,12 @@ class MultiTask(TaskTrunk):
         Those passes are then as long as the task's rows are, and not each as long as the batch. Recomputed activations would find
         another task's adapter switched on.
         """
-        recomputes = self.gradient_checkpointing and bool(self._adapters.names)
+        recomputes = self.gradient_checkpointing and self._adapters.are_there
         return torch.is_grad_enabled() and Attachment.of(self).term_gradients is not None and not recomputes
 
     def _apart(self, batch: Batch, tasks: list[Task]) -> dict[str, Read]:
-        parts = {task.name: multitask.of_task(batch, task) for task in tasks if task.name in present(batch, tasks)}
-        return {name: self._read(part, present(part, tasks)) for name, part in parts.items()}
+        parts = [(task, multitask.of_task(batch, task)) for task in tasks]
+        return {task.name: self._read(part, present(part, [task])) for task, part in parts}
 
     def _read(self, batch: Batch, here: Mapping[str, Tensor]) -> Read:
         self._adapters.choose(batch, here)

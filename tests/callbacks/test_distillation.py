@@ -485,6 +485,14 @@ def test_the_model_s_own_later_block_teaches_an_earlier_one(chat, tmp_path):
         chat_run(chat, tmp_path, Distillation(values=1.0, layers={1: 3}), data={"packing": False})
 
 
+def an_epoch(folder, module, rows_, technique, watch, accumulate):
+    """The trainer after one pass over the rows."""
+    options = {"max_epochs": 1, "max_steps": -1, "accumulate_grad_batches": accumulate, "limit_val_batches": 0}
+    run = trainer(folder, technique, watch, **options)
+    run.fit(module, rows_)
+    return run
+
+
 @pytest.mark.parametrize("task", ["sequence_classification", "token_classification"])
 def test_a_window_of_two_halves_is_one_batch(task, bases, tmp_path):
     """Rows of uneven length, the last window incomplete, all kinds of terms that packed rows allow."""
@@ -495,16 +503,7 @@ def test_a_window_of_two_halves_is_one_batch(task, bases, tmp_path):
         module, rows_ = job(base, tmp_path, task, model=options, n=28, shuffle=False, batch_size=size)
         technique = Distillation(str(bases / TEACHERS[task]), hidden=0.3, cosine=0.2, layers="uniform", dtype="float32")
         watch = Watch()
-        run = trainer(
-            tmp_path,
-            technique,
-            watch,
-            max_epochs=1,
-            max_steps=-1,
-            accumulate_grad_batches=accumulate,
-            limit_val_batches=0,
-        )
-        run.fit(module, rows_)
+        run = an_epoch(tmp_path, module, rows_, technique, watch, accumulate)
         assert run.global_step == 4 and len(watch.batches[-1].rows) == 4  # 28 rows: half of the last window
         ends.append(state(module))
     for name, value in ends[0].items():
@@ -526,16 +525,7 @@ def test_windows_of_padded_rows_are_one_batch(bases, tmp_path):
             batch_size=size,
         )
         technique, watch = Distillation(str(bases / "classes"), layers="uniform", dtype="float32", **terms), Watch()
-        run = trainer(
-            tmp_path,
-            technique,
-            watch,
-            max_epochs=1,
-            max_steps=-1,
-            accumulate_grad_batches=accumulate,
-            limit_val_batches=0,
-        )
-        run.fit(module, rows_)
+        run = an_epoch(tmp_path, module, rows_, technique, watch, accumulate)
         assert run.global_step == 4 and sum(len(batch.rows) for batch in watch.batches[-accumulate // 2 :]) == 2
         assert all(watch.logged[-1][f"train/distillation/{term}"] > 1e-6 for term in terms)
         ends.append(state(module))

@@ -287,6 +287,19 @@ def test_with_a_backward_pass_a_task_each_is_as_long_as_its_rows(packing: bool, 
         assert sum(apart[1:]) == whole == batch.ids.numel()
 
 
+def test_recomputed_activations_find_the_adapters_of_their_rows(tmp_path) -> None:
+    """With adapters of tasks and checkpointing the batch is read at once, and each backward pass goes through the whole of it."""
+    after = []
+    for checkpointing, surgery in ((False, []), (True, [GradientSurgery("sum")])):
+        options = {"weigh": "tasks", "gradient_checkpointing": checkpointing}
+        module, data = pairs_job(tmp_path, model=options, batch_size=20)
+        loras = [LoRA(2, name=name) for name in ("shared", "policy", "texts")]
+        fit(tmp_path, module, data, *loras, *surgery, max_steps=3, limit_val_batches=0)
+        after.append(weights(module))
+    for name, value in after[0].items():
+        torch.testing.assert_close(after[1][name], value, rtol=1e-4, atol=1e-6, msg=name)
+
+
 @pytest.mark.parametrize("method", ["uncertainty", "famo", "dwa"])
 def test_two_ranks_balance_as_one_process(method: str, tmp_path, two_ranks) -> None:
     """Weights follow the means over all ranks, which see other rows each; and they do change what is learned."""
