@@ -78,8 +78,8 @@ def fitted(module: Any, data: Any, callbacks: list[Any], folder: Path, **options
 
 def scored(module: Any, data: Any, seconds: float, folder: Path) -> dict[str, Any]:
     """A cell: what the fit took, how large the model is, and what all validation and test rows say of it."""
-    parameters = sum(p.numel() for p in module.parameters())
     scores = vader_cells.judged(module, data, folder, **precision())
+    parameters = sum(p.numel() for p in module.parameters())  # a model that nothing has trained is there since then
     return {"seconds": seconds, "parameters": parameters, "scores": scores}
 
 

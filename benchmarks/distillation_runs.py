@@ -30,7 +30,7 @@ from benchmarks.vader_cells import SEEDS, Kept, best_rate, chosen, quiet
 
 RESULTS = Path(__file__).resolve().parent / "results"
 WORK = Path("runs") / "distillation"
-SENTENCE_RATES, CHAT_RATES = (5e-5, 1e-4, 2e-4), (1e-4, 3e-4)
+SENTENCE_RATES, CHAT_RATES = (5e-5, 1e-4, 2e-4), (1e-4, 3e-4, 1e-3)
 DIGIT_METHODS = ("teacher", "alone", "teacher alone", "labels and teacher")
 SHOWN = {
     "alone": "student alone",
