@@ -32,6 +32,8 @@ from lightning_ft import MAML, EpisodeData, LinearProbe, LoRA, ProtoNet, Reptile
 RESULTS = Path(__file__).resolve().parent / "results"
 WAY = 5
 EVAL_STEPS = [0, 1, 5, 10]
+CELL_SECONDS = 4 * 3600.0
+"""That a cell may take: on one busy core some take more than an hour."""
 HEAD = {"lr": 2e-5, "head_lr": 1e-3}
 # The longest first, so that processes end at about the same time.
 ROWS: dict[str, dict[str, Any]] = {
@@ -149,7 +151,7 @@ def main(argv: list[str] | None = None) -> None:
             raise SystemExit(f"{given.output} holds cells of another setting; give another --output.")
         words = sys.argv[1:] if argv is None else argv
         cells = {key: [*words, "--cell", key] for key in planned}
-        run_cells(kept, "benchmarks.meta_text", cells, score="accuracy", jobs=given.jobs)
+        run_cells(kept, "benchmarks.meta_text", cells, score="accuracy", jobs=given.jobs, limit=CELL_SECONDS)
     meta_report.write(given.output, RESULTS)
 
 
