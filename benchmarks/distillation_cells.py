@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import json
 import random
 import time
 from collections.abc import Callable
@@ -17,6 +18,8 @@ from benchmarks.vader_cells import trainer
 
 TEMPERATURE = 2.0
 """Of classes, DistilBERT's; of tokens 1, as their distributions are broad already."""
+PROBE_PENALTIES = (0.1, 1.0, 10.0)
+"""Of the linear probe, chosen on validation rows."""
 
 
 @dataclass(frozen=True)
@@ -115,6 +118,32 @@ class Sentences:
         data.truncation = "keep_start"  # nothing that a real tokenizer makes of these sentences is so long
         return module, data
 
+    def probe(self) -> dict[str, Any]:
+        """Logistic regression on the mean hidden states of the encoder as it is: what its teacher has to beat."""
+        import torch
+        from transformers import AutoModel, AutoTokenizer
+
+        from lightning_ft.functional.prototypes import logistic_regression
+        from lightning_ft.models import starter
+
+        folder = starter.path(self.sizes.encoder) if self.sizes.encoder.startswith("starter:") else self.sizes.encoder
+        model, tokenizer = AutoModel.from_pretrained(folder).eval(), AutoTokenizer.from_pretrained(folder)
+        begun = time.perf_counter()
+        features, labels = {}, {}
+        for split in ("train", "val", "test"):
+            rows = [json.loads(line) for line in Path(self.files[split]).read_text(encoding="utf-8").splitlines()]
+            labels[split] = torch.tensor([int(row["label"] == "positive") for row in rows])
+            features[split] = torch.cat(
+                [_mean_states(model, tokenizer, rows[i : i + 64]) for i in range(0, len(rows), 64)]
+            )
+        right = {}
+        for penalty in PROBE_PENALTIES:
+            weight, bias = logistic_regression(features["train"], labels["train"], 2, penalty=penalty)
+            said = {split: (features[split].double() @ weight.t() + bias).argmax(-1) for split in ("val", "test")}
+            right[penalty] = {f"{s}/accuracy": float((said[s] == labels[s]).double().mean()) for s in said}
+        best = max(right, key=lambda penalty: right[penalty]["val/accuracy"])
+        return {"seconds": time.perf_counter() - begun, "penalty": best, "scores": right[best]}
+
     def teacher(self, seed: int) -> dict[str, Any]:
         """Tunes the whole encoder, and keeps it and its student's beginning."""
         import lightning.pytorch as pl
@@ -177,6 +206,20 @@ class Sentences:
         rates = {f"{who}/rows_per_second": vader_cells.TEST / median(each) for who, each in seconds.items()}
         ratio = rates["student/rows_per_second"] / rates["teacher/rows_per_second"]
         return {"seconds": sum(map(sum, seconds.values())), "sizes": sizes, "scores": {**rates, "speed_up": ratio}}
+
+
+def _mean_states(model: Any, tokenizer: Any, rows: list[dict[str, Any]]) -> Any:
+    """(rows, width): hidden states of the last layer, their mean over a row's tokens."""
+    import torch
+
+    longest = model.config.max_position_embeddings
+    batch = tokenizer(
+        [row["text"] for row in rows], padding=True, truncation=True, max_length=longest, return_tensors="pt"
+    )
+    with torch.no_grad():
+        states = model(**batch).last_hidden_state
+    counted = batch["attention_mask"].unsqueeze(-1)
+    return (states * counted).sum(1) / counted.sum(1)
 
 
 def _taught(**settings: Any) -> Callable[[str], list[Any]]:

@@ -59,6 +59,7 @@ def run(kept: Kept, work: Path, sizes: Sizes) -> None:
     for seed in SEEDS:
         kept.ensure(f"digits|{seed}", lambda seed=seed: digits(seed, sizes), "labels and teacher")  # type: ignore[misc]
     sentences, chats = Sentences(sizes, work), Chats(sizes, work)
+    kept.ensure("sentences|probe|0", sentences.probe, "val/accuracy")
     for seed in SEEDS:
         kept.ensure(f"sentences|teacher|{seed}", lambda seed=seed: sentences.teacher(seed), "val/accuracy")  # type: ignore[misc]
     kept.ensure("chats|teacher|0", chats.teacher, "val/loss")
@@ -109,6 +110,9 @@ def _sentences(cells: Cells) -> str:
         "| --- | --- | --- | --- | --- | --- |",
         f"| teacher | 0.0001 | {shown(list(accuracy.values()))} |  |  | {len(accuracy)} |",
     ]
+    probe = cells.get("sentences|probe|0", {}).get("scores")
+    if probe:
+        lines.append(f"| linear probe on the teacher's base |  | {probe['test/accuracy']:.3f} |  |  |  |")
     alone = _over_seeds(cells, "sentences", "alone", "test/accuracy", "val/accuracy")[1]
     for method in SENTENCE_METHODS:
         rate, own = _over_seeds(cells, "sentences", method, "test/accuracy", "val/accuracy")

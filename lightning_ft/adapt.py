@@ -18,6 +18,7 @@ from lightning_ft.data.number_tasks import NumberRows, text_segment
 from lightning_ft.data.prefixes import plain_ids
 from lightning_ft.data.sources import open_source
 from lightning_ft.data.text_tasks import answer_rows
+from lightning_ft.data.token_rows import Truncation
 from lightning_ft.engine.adapting import AdaptingModule
 from lightning_ft.engine.attachment import Attachment
 from lightning_ft.engine.checkpoints import kept_keys
@@ -52,7 +53,8 @@ def adapt(
         base: another place of the same base model.
         text_column: where the text is; None: ``text``. For classes and numbers.
         label_column: where the class is; None: ``label``. For classes and numbers.
-        max_length: most tokens of a text; longer ones are cut, and refused where answers are learned. None: as in training.
+        max_length: most tokens of a text; None: as in training. Longer ones are cut at the end that training cut, and refused where
+            it cut none (``truncation`` was ``error`` or ``drop``) or where answers are learned.
         cache_dir: where tokenised rows are kept, as in `EpisodeData`.
 
     Returns:
@@ -67,16 +69,17 @@ def adapt(
         module = lightning_ft.adapt("runs/maml_lora_text/checkpoints/last.ckpt", "my_20_examples.jsonl")
     """
     recipe = adapting_recipe(path)
-    max_length = length_of(path) if max_length is None else max_length
+    trained_length, truncation = cut_of(path)
+    max_length = trained_length if max_length is None else max_length
+    truncation = "error" if truncation == "drop" else truncation  # an example of few is not left out without a word
     task = recipe["init_args"].get("task", "sequence_classification")
     if task == "causal_lm" and (text_column is not None or label_column is not None):
         raise Refusal(
             "text_column and label_column are of examples with classes, and this checkpoint learned to write; leave them out."
         )
     # What can be told without the base is refused before it is loaded.
-    data = EpisodeData(
-        str(support), text_column=text_column, label_column=label_column, max_length=max_length, cache_dir=cache_dir
-    )
+    cut: dict[str, Any] = {"max_length": max_length, "truncation": truncation}
+    data = EpisodeData(str(support), text_column=text_column, label_column=label_column, cache_dir=cache_dir, **cut)
     source = columns = None
     if task == "causal_lm":
         open_source(str(support))
@@ -92,8 +95,7 @@ def adapt(
     if task == "causal_lm":
         rows = answer_rows(str(support), meta.tokenizer, max_length=max_length)
     elif source is not None and columns is not None:
-        options: dict[str, Any] = {"max_length": max_length, "truncation": "keep_start"}
-        reader = NumberRows(meta.tokenizer, text=columns.text, label=columns.label, **options)
+        reader = NumberRows(meta.tokenizer, text=columns.text, label=columns.label, **cut)
         rows = reader.side(list(source.rows()), str(support))
     else:
         data.use_tokenizer(meta.tokenizer)
@@ -122,11 +124,15 @@ def adapting_recipe(path: str | Path) -> dict[str, Any]:
     return recipe
 
 
-def length_of(path: str | Path) -> int | None:
-    """Most tokens of a text in the run that wrote a checkpoint; where it does not say, `EpisodeData`'s own default."""
+def cut_of(path: str | Path) -> tuple[int | None, Truncation]:
+    """Most tokens of a text in the run that wrote a checkpoint, and what became of longer ones.
+
+    Where it does not say, they are the defaults of `EpisodeData`.
+    """
     data = read_checkpoint(Path(path).expanduser(), mapped=True).get(EpisodeData.__qualname__, {})
-    default: int | None = signature(EpisodeData).parameters["max_length"].default
-    return data.get("max_length", default)  # type: ignore[no-any-return]
+    defaults = signature(EpisodeData).parameters
+    length, truncation = (data.get(name, defaults[name].default) for name in ("max_length", "truncation"))
+    return length, truncation
 
 
 def _plain(meta: AdaptingModule, labels: list[str] | None) -> SFT:
@@ -173,7 +179,12 @@ def save(module: SFT, folder: str | Path) -> Path:
 
 @torch.no_grad()
 def classify(
-    module: SFT, texts: Sequence[str], *, batch_size: int = 32, max_length: int | None = 128
+    module: SFT,
+    texts: Sequence[str],
+    *,
+    batch_size: int = 32,
+    max_length: int | None = 128,
+    keep_end: bool = False,
 ) -> Iterator[tuple[str, float]]:
     """The most likely class of each text, and its probability; texts are framed, cut and padded as those adapted on were.
 
@@ -182,13 +193,15 @@ def classify(
         texts: any number.
         batch_size: texts at once.
         max_length: most tokens of a text, as for `adapt`; longer ones are cut. None: as many as the model can read.
+        keep_end: cut them at their start.
     """
     frame, labels = Frame.of(module.tokenizer, pair=False), module.view.labels
     room = min(max_length or _longest(module), _longest(module)) - frame.size
     for begin in range(0, len(texts), batch_size):
         chosen = texts[begin : begin + batch_size]
         ids = plain_ids(module.tokenizer, chosen)
-        segments = [text_segment(frame, ids[text], room, row=begin + at) for at, text in enumerate(chosen)]
+        numbered = enumerate(chosen, start=begin)
+        segments = [text_segment(frame, ids[text], room, row=at, keep_end=keep_end) for at, text in numbered]
         # Padded on the right, whatever side the tokenizer pads: the last token of a row is what a decoder classifies by.
         for line in row_logits(module.view, collate_labelled(segments, packed=False)).softmax(-1):
             number = int(line.argmax())
@@ -200,4 +213,4 @@ def _longest(module: SFT) -> int:
     return int(getattr(module.view.config, "max_position_embeddings", None) or 512)
 
 
-__all__ = ["CHECKPOINT", "adapt", "adapting_recipe", "classify", "save"]
+__all__ = ["CHECKPOINT", "adapt", "adapting_recipe", "classify", "cut_of", "save"]

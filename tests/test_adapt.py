@@ -174,11 +174,45 @@ def test_texts_are_cut_as_in_training(job, tmp_path, length, monkeypatch, capsys
     asked = []
     module_ = sys.modules["lightning_ft.adapt"]
     monkeypatch.setattr(
-        module_, "classify", lambda _, texts, max_length: asked.append(max_length) or [("yes", 1.0)] * len(texts)
+        module_,
+        "classify",
+        lambda _, texts, max_length, keep_end: asked.append((max_length, keep_end)) or [("yes", 1.0)] * len(texts),
     )
     given = ["--ckpt_path", str(path), "--support", str(job / "2.jsonl"), "--output", str(tmp_path / "out")]
     call(capsys, "adapt", *given, "--predict", str(job / "2.jsonl"))
-    assert asked == [length] and widths[2] == (length or 9)
+    assert asked == [(length, False)] and widths[2] == (length or 9)
+
+
+@pytest.mark.parametrize("truncation", ["keep_start", "keep_end", "error", "drop"])
+def test_texts_are_cut_at_the_end_that_training_cut(job, tmp_path, truncation, monkeypatch, capsys):
+    """Or refused, where training cut none; the same of texts to classify, which are never refused."""
+    monkeypatch.setenv("LIGHTNING_FT_CACHE", str(tmp_path / "cache"))
+    made = MAML(str(job / "bert"), inner="head", inner_lr=0.5, lr=0.05, eval_steps=[])
+    saver = ModelCheckpoint(tmp_path, save_last=True, every_n_train_steps=1)
+    data = words(job / "words.csv", job, max_length=None, truncation=truncation)
+    fit(tmp_path, made, data, saver, max_steps=1, enable_checkpointing=True)
+    few = tmp_path / "few.jsonl"
+    rows = [("yes yes yes no no no", "a"), ("no no no no", "b")]
+    few.write_text("".join(json.dumps({"text": text, "label": label}) + "\n" for text, label in rows))
+    seen = []
+    original = MAML.adapt_
+    monkeypatch.setattr(
+        MAML, "adapt_", lambda self, rows, **o: seen.append(rows.inputs.ids) or original(self, rows, **o)
+    )
+    given = ["--ckpt_path", str(tmp_path / "last.ckpt"), "--support", str(few), "--output", str(tmp_path / "out")]
+    told = call(capsys, "adapt", *given, "--max_length", "5")
+    if truncation in ("error", "drop"):
+        assert told.code == 2 and "max_length" in told.err and not seen
+        return
+    assert told.code == 0
+    tokenizer = lightning_ft.load(tmp_path / "last.ckpt").tokenizer
+    word = "yes" if truncation == "keep_start" else "no"
+    expected = tokenizer(f"{word} {word} {word}")["input_ids"]
+    assert expected in seen[0].tolist()
+    adapted = lightning_ft.load(tmp_path / "out" / "adapted.ckpt").eval()
+    (cut,) = classify(adapted, [rows[0][0]], max_length=5, keep_end=truncation == "keep_end")
+    (whole,) = classify(adapted, [f"{word} {word} {word}"])
+    assert cut[1] == pytest.approx(whole[1], rel=1e-5)
 
 
 def test_a_net_adapts_to_plain_tensors():

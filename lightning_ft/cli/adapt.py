@@ -44,7 +44,7 @@ def adapt_command(argv: list[str]) -> None:
         "--max_length",
         type=Annotated[int, Ge(2)] | None,
         default=None,
-        help="Most tokens of an example; longer texts are cut, longer answers refused. null: as in training.",
+        help="Most tokens of an example; null: as in training. Longer texts are cut as there, longer answers refused.",
     )
     config = flags.parse_args(argv)
     required(config, "ckpt_path", "support", "output")
@@ -52,7 +52,7 @@ def adapt_command(argv: list[str]) -> None:
     if output.is_file() or (output.is_dir() and any(output.iterdir())):
         raise Refusal(f"--output {output} already holds something, and nothing is overwritten; give a new folder.")
     checkpoint_argument.check(path, resume=False, ours=True)
-    from lightning_ft.adapt import adapt, adapting_recipe, classify, length_of, save
+    from lightning_ft.adapt import adapt, adapting_recipe, classify, cut_of, save
     from lightning_ft.data.sources import open_source
 
     task = adapting_recipe(path)["init_args"].get("task")
@@ -67,7 +67,8 @@ def adapt_command(argv: list[str]) -> None:
     texts = open_source(config.predict, any_columns=True).column(config.text_column or "text") if config.predict else []
     if not all(isinstance(text, str) and text for text in texts):
         raise Refusal(f"--predict {config.predict}: each row needs a text ({config.text_column or 'text'}).")
-    max_length = length_of(path) if config.max_length is None else config.max_length
+    trained_length, truncation = cut_of(path)
+    max_length = trained_length if config.max_length is None else config.max_length
     begin = time.perf_counter()
     module = adapt(
         path,
@@ -86,7 +87,7 @@ def adapt_command(argv: list[str]) -> None:
     if writes:
         print(f"lightning-ft generate --ckpt_path {saved} --prompt TEXT writes with it.")
     elif texts:
-        said = classify(module, texts, max_length=max_length)
+        said = classify(module, texts, max_length=max_length, keep_end=truncation == "keep_end")
         lines = [
             json.dumps({"text": text, "label": label, "probability": round(probability, 4)}, ensure_ascii=False)
             for text, (label, probability) in zip(texts, said, strict=True)

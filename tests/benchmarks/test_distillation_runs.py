@@ -44,13 +44,14 @@ def test_cells_are_made_once_and_tables_show_them(sizes, tmp_path, monkeypatch):
     runs.main(asked, sizes)
     cells = json.loads((tmp_path / "found.json").read_text())["cells"]
     assert not [name for name, cell in cells.items() if "failed" in cell], cells
-    assert len(cells) == 2 + 2 + 2 + 4 + 4 + 1
+    assert len(cells) == 2 + 1 + 2 + 2 + 4 + 4 + 1
     assert 0 <= cells["chats|alone|0.0001|1"]["scores"]["test/agreement"] <= 1
     assert cells["chats|teacher|0"]["scores"]["test/agreement"] == pytest.approx(1.0, abs=0.02)
     assert cells["chats|teacher|0"]["scores"]["test/kl"] == pytest.approx(0.0, abs=1e-2)
     table = (tmp_path / "found.md").read_text()
     for part in (
         "| teacher |",
+        "| linear probe on the teacher's base |",
         "label, all rows |",
         "labels and reverse KL |",
         "Speed-up",
