@@ -151,10 +151,8 @@ def texts_tables(content: Content) -> list[str]:
             )
             gaps = [one["scores"]["accuracy"] - probe[seed] for seed, one in cells.items() if seed in probe]
             gap = f"{mean(gaps):+.3f}{_interval(gaps, sign='+')}" if gaps and row != "probe" else ""
-            memory = max(one["peak_memory_bytes"] for one in cells.values())
             lines.append(
-                f"| {row} | {mean(values):.3f} | {_interval(values).strip(' ()')} | {each} | {gap} | "
-                f"{memory / 1e9:.1f} |"
+                f"| {row} | {mean(values):.3f} | {_interval(values).strip(' ()')} | {each} | {gap} | {_memory(cells)} |"
             )
         adapting = {
             row: cells for row, cells in rows.items() if "step_0/accuracy" in next(iter(cells.values()))["scores"]
@@ -165,6 +163,12 @@ def texts_tables(content: Content) -> list[str]:
                 means = [mean(one["scores"][f"step_{n}/accuracy"] for one in cells.values()) for n in (0, 1, 5, 10)]
                 lines.append(f"| {row} | " + " | ".join(f"{value:.3f}" for value in means) + " |")
     return lines[1:]
+
+
+def _memory(cells: dict[str, Any]) -> str:
+    """The most of any cell: of a GPU its tensors, else the whole process, which is told."""
+    on_gpu = {"NVIDIA" in one["device"]: one["peak_memory_bytes"] / 1e9 for one in cells.values()}
+    return f"{on_gpu[True]:.1f}" if True in on_gpu else f"{on_gpu[False]:.1f} (process)"
 
 
 def _mean(cells: dict[str, Any]) -> float:
@@ -185,7 +189,8 @@ def _machine(content: Content) -> list[str]:
     machine = content.get("machine")
     if not machine:
         return ["Nothing has been measured yet."]
-    devices = sorted({one["device"] for one in content["cells"].values() if "device" in one})
+    cells = [one for one in content["cells"].values() if "device" in one]
+    devices = sorted({f"{one['device']} (torch {one['torch']})" if "torch" in one else one["device"] for one in cells})
     versions = machine["versions"]
     where = "; ".join(devices) or f"{machine['cpu']}, {machine['cores']} cores, torch {versions['torch']}"
     return [

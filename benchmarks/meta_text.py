@@ -93,6 +93,7 @@ def cell(row: dict[str, Any], data: dict[str, Any], base: str, *, shot: int, see
         "seconds": round(time.perf_counter() - begin, 1),
         "peak_memory_bytes": torch.cuda.max_memory_allocated() if cuda else measure.peak_memory_bytes(),
         "device": torch.cuda.get_device_name() if cuda else measure.cpu_model(),
+        "torch": torch.__version__,
     }
 
 

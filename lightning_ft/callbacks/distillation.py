@@ -292,7 +292,7 @@ class Distillation(Technique):
             self._lesson.known.meet,
             lambda kind: self._note_factor(module, kind),
         )
-        mine.check(module)
+        mine.check(module, origin if attachment.fits else None)
         options = {"quantize": self.quantize, "dtype": self.dtype}
         attachment.edit(
             "hooks",

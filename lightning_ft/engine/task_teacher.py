@@ -46,9 +46,15 @@ class TaskTeacher:
         self.teacher: Teacher | None = None
         self._together = False  # whether all ranks must ask equally often
         self.size: int | None = None
+        self._used = 0  # tokens that both know; what an output layer has beyond them is padding
 
-    def check(self, module: Any) -> None:
-        """Refuses a task that is not there, or that imitates nothing."""
+    def check(self, module: Any, origin: Origin | None) -> None:
+        """Refuses a task that is not there or imitates nothing, and a teacher of other tokens, before anything is loaded.
+
+        Args:
+            module: a `MultiTask`.
+            origin: where the teacher is; None: none is needed.
+        """
         names = module.task_names
         if self.task not in names:
             raise Refusal(
@@ -60,13 +66,14 @@ class TaskTeacher:
             raise Refusal(
                 f"The task {self.task!r} is {objective}, which compares answers and imitates none; teach another task."
             )
+        if origin is not None:
+            self._used = shared_vocabulary(module.tokenizer, origin.tokenizer())
 
     def load(self, module: Any, attachment: Attachment, origin: Origin | None, **options: Any) -> None:
         """Loads the teacher, once the student is there; evaluations need none."""
         if origin is None or not attachment.installed or not attachment.trainer.training:
             return
         task, device = module.asked()[self.task], attachment.trainer.strategy.root_device
-        used = shared_vocabulary(module.tokenizer, origin.tokenizer())
         view, frozen = load_teacher(
             origin,
             task.objective,
@@ -80,7 +87,7 @@ class TaskTeacher:
         observer.attach()
         self.teacher = Teacher(observer, partial(frozen.on, device))
         if task.objective == "causal_lm":
-            self.size = sliced(vocabulary_of(module.view), self.teacher.vocabulary, used)
+            self.size = sliced(vocabulary_of(module.view), self.teacher.vocabulary, self._used)
         self.know(frozen.model)
         frozen.spread(attachment.trainer.strategy)
         self._together = frozen.divided

@@ -11,6 +11,7 @@ from lightning_ft.engine.likelihood import LogLikelihood, keys_of, likelihood
 from lightning_ft.objectives.multitask_likelihood import examples_of
 from tests.contract.subjects import Steps
 from tests.modules.multitask_jobs import fit, job, on_ranks, pairs_job, taught
+from tests.modules.tasks import write_base
 
 TASKS = ["numbers", "liked", "policy", "texts"]
 
@@ -162,6 +163,16 @@ def test_what_cannot_stand_beside_it(tmp_path: Path) -> None:
         fit(tmp_path, module, data, SampleGenerations(["hello"]))
     with pytest.raises(Refusal, match="The tasks of this model give classes or numbers and write no text; use predict"):
         module.generate(["hello"])
+
+
+def test_a_teacher_of_other_tokens_is_refused_before_anything_is_loaded(tmp_path: Path, monkeypatch) -> None:
+    write_base("llama", tmp_path / "stranger")
+    module, data = job(tmp_path)
+    monkeypatch.setattr(
+        "lightning_ft.engine.task_trunk.load_for_task", lambda *a, **k: pytest.fail("the student is loaded")
+    )
+    with pytest.raises(Refusal, match="different vocabularies"):
+        fit(tmp_path, module, data, Distillation(str(tmp_path / "stranger"), name="classes"))
 
 
 def test_answers_are_shown_where_a_task_writes_them(tmp_path: Path) -> None:
