@@ -14,18 +14,21 @@ from lightning_ft.data.collate_labelled import collate_labelled
 from lightning_ft.data.episode_data import EpisodeData
 from lightning_ft.data.frames import Frame
 from lightning_ft.data.labels import columns_of
-from lightning_ft.data.number_tasks import NumberRows, text_segment
+from lightning_ft.data.number_tasks import text_segment
+from lightning_ft.data.preference_rows import is_paired, wrong_columns
 from lightning_ft.data.prefixes import plain_ids
 from lightning_ft.data.sources import open_source
-from lightning_ft.data.text_tasks import answer_rows
+from lightning_ft.data.text_tasks import reader_of, rows_of_file
 from lightning_ft.data.token_rows import Truncation
 from lightning_ft.engine.adapting import AdaptingModule
 from lightning_ft.engine.attachment import Attachment
 from lightning_ft.engine.checkpoints import kept_keys
+from lightning_ft.engine.episode_tasks import KINDS
 from lightning_ft.engine.loading import of_kind, read_checkpoint, read_recipe
 from lightning_ft.engine.scoring import row_logits
 from lightning_ft.functional.errors import Refusal
 from lightning_ft.load import load
+from lightning_ft.modules.reward_model import RewardModel
 from lightning_ft.modules.sft import SFT
 
 CHECKPOINT = "adapted.ckpt"
@@ -41,25 +44,26 @@ def adapt(
     label_column: str | None = None,
     max_length: int | None = None,
     cache_dir: str | None = None,
-) -> SFT:
+) -> SFT | RewardModel:
     """A model of a new task: the start of a `MAML` or `Reptile` checkpoint after its inner steps on your examples.
 
     Args:
         path: a checkpoint of a fit of `MAML` or `Reptile` over a base.
         support: your examples: JSON lines, CSV ... with ``text`` and ``label``, which has no more classes than the episodes had,
-            or a number (``task: regression``); of a language model (``task: causal_lm``) with the columns of `SFTData`, such as
-            ``prompt`` and ``completion``.
+            or a number (``task: regression``); ``tokens`` and ``tags`` (token_classification); of answers to write the columns of
+            `SFTData` or, for an encoder-decoder, ``prompt`` and ``completion``; of pairs (reward, dpo) ``prompt``, ``chosen`` and
+            ``rejected``.
         steps: of the inner loop; None: as many as in training.
         base: another place of the same base model.
-        text_column: where the text is; None: ``text``. For classes and numbers.
-        label_column: where the class is; None: ``label``. For classes and numbers.
+        text_column: where the text is; None: ``text``, of tags ``tokens``. For classes, numbers and tags.
+        label_column: where the class is; None: ``label``, of tags ``tags``. For classes, numbers and tags.
         max_length: most tokens of a text; None: as in training. Longer ones are cut at the end that training cut, and refused where
             it cut none (``truncation`` was ``error`` or ``drop``) or where answers are learned.
         cache_dir: where tokenised rows are kept, as in `EpisodeData`.
 
     Returns:
-        An `SFT` of the task sequence_classification with your classes as its labels, of regression or of causal_lm, in eval mode:
-        to predict, generate, save (`save`), merge, export, or train on.
+        An `SFT` with your classes (tags) as its labels, of numbers, or of a language model; a `RewardModel` where rewards were
+        learned. In eval mode: to predict, generate, save (`save`), merge, export, or train on.
 
     Raises:
         Refusal: another kind of checkpoint, a net without a base, too many classes, or unfit examples.
@@ -73,17 +77,23 @@ def adapt(
     max_length = trained_length if max_length is None else max_length
     truncation = "error" if truncation == "drop" else truncation  # an example of few is not left out without a word
     task = recipe["init_args"].get("task", "sequence_classification")
-    if task == "causal_lm" and (text_column is not None or label_column is not None):
+    asks = KINDS[task].asks
+    if asks in ("answers", "pairs") and (text_column is not None or label_column is not None):
         raise Refusal(
-            "text_column and label_column are of examples with classes, and this checkpoint learned to write; leave them out."
+            f"text_column and label_column are of examples with classes, and this checkpoint learned to {KINDS[task].learns}; "
+            "leave them out."
         )
     # What can be told without the base is refused before it is loaded.
     cut: dict[str, Any] = {"max_length": max_length, "truncation": truncation}
     data = EpisodeData(str(support), text_column=text_column, label_column=label_column, cache_dir=cache_dir, **cut)
-    source = columns = None
-    if task == "causal_lm":
+    columns = None
+    if asks == "answers":
         open_source(str(support))
-    elif task == "regression":
+    elif asks == "pairs":
+        source = open_source(str(support), any_columns=True)
+        if not is_paired(source.columns):
+            raise wrong_columns(str(support), source.columns, ("chosen", "rejected"), "prompt, chosen and rejected")
+    elif asks in ("numbers", "tags"):
         source = open_source(str(support), any_columns=True)
         columns = columns_of(source, task, text_column, None, label_column, labelled=True)
     elif data.folders:
@@ -91,15 +101,18 @@ def adapt(
     else:
         data.check_tables("fit")
     meta: AdaptingModule = load(path, base=base)
-    labels = None
-    if task == "causal_lm":
-        rows = answer_rows(str(support), meta.tokenizer, max_length=max_length)
-    elif source is not None and columns is not None:
-        reader = NumberRows(meta.tokenizer, text=columns.text, label=columns.label, **cut)
-        rows = reader.side(list(source.rows()), str(support))
-    else:
+    labels: list[str] | None
+    if asks == "classes":
         data.use_tokenizer(meta.tokenizer)
         rows, labels = data.everything()
+    else:
+        if asks in ("answers", "pairs"):  # what is cut of an answer would be learned
+            cut["truncation"] = "error"
+        reader = reader_of(
+            asks, meta.tokenizer, **cut, way=None, config=meta.model.config, judged=task == "reward", columns=columns
+        )
+        rows, labels = rows_of_file(str(support), reader)
+    if labels is not None:
         meta.keep_classes_(len(labels))
     meta.adapt_(rows, steps=steps)
     return _plain(meta, labels)
@@ -135,17 +148,18 @@ def cut_of(path: str | Path) -> tuple[int | None, Truncation]:
     return length, truncation
 
 
-def _plain(meta: AdaptingModule, labels: list[str] | None) -> SFT:
+def _plain(meta: AdaptingModule, labels: list[str] | None) -> SFT | RewardModel:
     """The same model under the module of ordinary fine-tuning, weights copied."""
-    found = SFT(
-        meta.base,
-        task=meta.task,
-        labels=labels,
-        base_dtype=meta.base_dtype,
-        attention=meta.attention,
-        trust_remote_code=meta.trust_remote_code,
-        revision=meta.revision,
-        quantize=meta.quantize,
+    same: dict[str, Any] = {
+        "base_dtype": meta.base_dtype,
+        "attention": meta.attention,
+        "trust_remote_code": meta.trust_remote_code,
+        "revision": meta.revision,
+        "quantize": meta.quantize,
+    }
+    asked: str = meta.task
+    found: SFT | RewardModel = (
+        RewardModel(meta.base, **same) if asked == "reward" else SFT(meta.base, task=meta.loads, labels=labels, **same)
     )
     given = Attachment.of(meta)
     techniques = [type(one)(**one.resolved_arguments()) for one in given.techniques]
@@ -159,7 +173,7 @@ def _plain(meta: AdaptingModule, labels: list[str] | None) -> SFT:
     return found
 
 
-def save(module: SFT, folder: str | Path) -> Path:
+def save(module: SFT | RewardModel, folder: str | Path) -> Path:
     """Writes an adapted model as a checkpoint in a folder, which `lightning_ft.load`, merge and export read."""
     path = Path(folder) / CHECKPOINT
     path.parent.mkdir(parents=True, exist_ok=True)

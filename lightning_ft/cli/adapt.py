@@ -13,6 +13,15 @@ from lightning_ft.cli import checkpoint_argument
 from lightning_ft.cli.checkpoint_parser import required, small_parser
 from lightning_ft.functional.errors import Refusal
 
+_MADE = {
+    "causal_lm": "a language model",
+    "seq2seq_lm": "a language model",
+    "dpo": "a language model",
+    "regression": "a regression",
+    "reward": "a reward model",
+}
+"""Task -> what comes of it, where it has no labels to be told by."""
+
 
 def adapt_command(argv: list[str]) -> None:
     """Adapts a checkpoint of MAML or Reptile to a file of examples, and writes the adapted model.
@@ -28,7 +37,8 @@ def adapt_command(argv: list[str]) -> None:
         "--support",
         type=str | None,
         default=None,
-        help="Your examples: text and label (a class or a number), or prompt and completion.",
+        help="Your examples: text and label (a class or a number), tokens and tags, prompt and completion, or prompt, chosen and "
+        "rejected.",
     )
     flags.add_argument("--output", type=str | None, default=None, help="The folder to write; new, or empty.")
     flags.add_argument("--predict", type=str | None, default=None, help="A file with texts to classify afterwards.")
@@ -54,15 +64,15 @@ def adapt_command(argv: list[str]) -> None:
     checkpoint_argument.check(path, resume=False, ours=True)
     from lightning_ft.adapt import adapt, adapting_recipe, classify, cut_of, save
     from lightning_ft.data.sources import open_source
+    from lightning_ft.engine.episode_tasks import KINDS
+    from lightning_ft.modules.sft import SFT
 
     task = adapting_recipe(path)["init_args"].get("task")
-    writes = task == "causal_lm"
-    if writes and config.predict:
-        raise Refusal("--predict classifies texts, and this checkpoint learned to write; leave it out, and generate.")
-    if task == "regression" and config.predict:
+    kind = KINDS[task or "sequence_classification"]
+    if kind.asks != "classes" and config.predict:
         raise Refusal(
-            "--predict classifies texts, and this checkpoint learned numbers; leave it out, and load in Python what adapt writes "
-            "(lightning_ft.load)."
+            f"--predict classifies texts, and this checkpoint learned to {kind.learns}; leave it out, and "
+            f"{'generate' if kind.asks == 'answers' else 'load in Python what adapt writes (lightning_ft.load)'}."
         )
     texts = open_source(config.predict, any_columns=True).column(config.text_column or "text") if config.predict else []
     if not all(isinstance(text, str) and text for text in texts):
@@ -81,12 +91,11 @@ def adapt_command(argv: list[str]) -> None:
     )
     seconds = time.perf_counter() - begin
     saved = save(module, output)
-    what = {"causal_lm": "a language model", "regression": "a regression"}.get(task or "")
-    what = what or f"a classifier of {', '.join(module.view.labels)}"
+    what = _MADE.get(task or "") or f"a classifier of {', '.join(module.view.labels)}"
     print(f"{saved}: {what}, adapted in {seconds:.1f} s, loading included.")
-    if writes:
+    if kind.loads in ("causal_lm", "seq2seq_lm"):
         print(f"lightning-ft generate --ckpt_path {saved} --prompt TEXT writes with it.")
-    elif texts:
+    elif texts and isinstance(module, SFT):
         said = classify(module, texts, max_length=max_length, keep_end=truncation == "keep_end")
         lines = [
             json.dumps({"text": text, "label": label, "probability": round(probability, 4)}, ensure_ascii=False)

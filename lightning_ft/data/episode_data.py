@@ -40,13 +40,14 @@ class EpisodeData(EpisodeSource):
         test_classes: likewise for test.
         tasks: instead of a path, a function by its dotted path, such as ``lightning_ft.data.sinusoids.sinusoids``:
             ``(rng, count, **tasks_args)`` gives support x and y, query x and y of ``count`` tasks, arrays with a first axis of
-            tasks, drawn from the `numpy.random.Generator` alone. For a language model (``task: causal_lm``) a list of ``count``
-            dictionaries with ``support`` and ``query``, lists of rows with the columns of `SFTData`, such as
-            ``lightning_ft.data.reasoning_tasks.reasoning_tasks``; for numbers of texts (``task: regression``) rows of ``text`` and
-            ``label``. Query rows that stand in the support are left out.
+            tasks, drawn from the `numpy.random.Generator` alone. For texts other than of classes a list of ``count`` dictionaries
+            with ``support`` and ``query``, lists of rows, whose columns say what they are: those of `SFTData` or `Seq2SeqData` for
+            answers, such as ``lightning_ft.data.reasoning_tasks.reasoning_tasks``; ``text`` and ``label`` for numbers; ``tokens``
+            and ``tags`` for tags of words; ``prompt``, ``chosen`` and ``rejected`` for pairs. Query rows that stand in the support
+            are left out.
         tasks_args: arguments of that function.
         eval_tasks_args: those that differ in validation and test.
-        way: classes of an episode.
+        way: classes of an episode; of tags the most that a task has.
         shot: support rows of each class.
         query: query rows of each class.
         permute_labels: deal the labels 0 to way - 1 anew in each episode, so that a head cannot learn classes by heart.

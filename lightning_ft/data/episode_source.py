@@ -11,11 +11,12 @@ import numpy as np
 from lightning_ft.data.class_folders import FileReader, files_of_splits, pools_of_files
 from lightning_ft.data.class_texts import ClassTexts
 from lightning_ft.data.episode_draw import TEST, TRAIN, VAL, check_pools, draw_episode
+from lightning_ft.data.known_config import known_config
 from lightning_ft.data.named_files import Split
-from lightning_ft.data.number_tasks import NumberRows
 from lightning_ft.data.task_functions import DrawnTasks
 from lightning_ft.data.text_folders import holds_texts
-from lightning_ft.data.text_tasks import AnswerRows, TextTasks
+from lightning_ft.data.text_tasks import TextTasks, reader_of
+from lightning_ft.engine.episode_tasks import Asks
 from lightning_ft.engine.episodes import Episode
 from lightning_ft.functional.dotted import named_function
 
@@ -68,12 +69,9 @@ class EpisodeSource(ClassTexts):
         return self.tasks is None or self._drawn("train").has_classes
 
     @property
-    def asks_for(self) -> Literal["classes", "answers", "numbers"]:
+    def asks_for(self) -> Asks:
         """What texts are learned for; of arrays, which no base reads, likewise ``classes``."""
-        drawn = self._drawn("train") if self.tasks is not None else None
-        if drawn is None or not drawn.of_texts:
-            return "classes"
-        return "numbers" if drawn.of_numbers else "answers"
+        return (self._drawn("train").kind if self.tasks is not None else None) or "classes"
 
     def _get_made(self, split: Split) -> Callable[[int, np.ndarray], tuple[Episode, ...] | Episode]:
         self._prepare_split(split)
@@ -84,12 +82,20 @@ class EpisodeSource(ClassTexts):
             return
         if self.tasks is not None:
             drawn = self._drawn(split)
-            if drawn.of_texts:
-                kind = NumberRows if drawn.of_numbers else AnswerRows
-                rows = kind(self.resolve_tokenizer(), max_length=self.max_length, truncation=self.truncation)
-                self._made[split] = TextTasks(drawn, rows).episodes
-            else:
+            if drawn.kind is None:
                 self._made[split] = drawn.episodes
+            else:
+                module = self.trainer.lightning_module if self.trainer is not None else None
+                reader = reader_of(
+                    drawn.kind,
+                    self.resolve_tokenizer(),
+                    max_length=self.max_length,
+                    truncation=self.truncation,
+                    way=self.way,
+                    config=known_config(self.trainer, self.tokenizer),
+                    judged=getattr(module, "task", None) == "reward",
+                )
+                self._made[split] = TextTasks(drawn, reader).episodes
         elif self.folders:
             self._prepare_folders(split)
         else:

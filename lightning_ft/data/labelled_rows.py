@@ -56,7 +56,9 @@ def tokenise_labelled(
         Refusal: an unfit row, or no room on the disk.
     """
     frame = Frame.of(tokenizer, pair=columns.pair is not None)
-    render = _words_renderer(tokenizer, columns, frame) if columns.words else _text_renderer(tokenizer, columns, frame)
+    render = (
+        words_renderer(tokenizer, columns.text, frame) if columns.words else _text_renderer(tokenizer, columns, frame)
+    )
     about = {"kind": "words" if columns.words else "texts", "text": columns.text, "pair": columns.pair}
     own = _WORD_COLUMNS if columns.words else _TEXT_COLUMNS
     return cached_rows(source, tokenizer, render, own, about, keep_bad_rows=keep_bad_rows, cache_dir=cache_dir)
@@ -116,27 +118,34 @@ def _prove(
         )
 
 
-def _words_renderer(
-    tokenizer: PreTrainedTokenizerBase, columns: Columns, frame: Frame
+def words_renderer(
+    tokenizer: PreTrainedTokenizerBase, column: str, frame: Frame
 ) -> Callable[[list[dict[str, Any]]], _Made]:
+    """What tokenises rows of words: ``ids`` without special tokens, the first token of each word that has any, and which it is.
+
+    Args:
+        tokenizer: any.
+        column: of the words.
+        frame: the tokenizer's special tokens.
+    """
     glue = _glue(tokenizer)
 
     def words_of(row: Mapping[str, Any]) -> list[str]:
-        words = row.get(columns.text)
+        words = row.get(column)
         if not isinstance(words, list):
-            raise Refusal(f"{columns.text} must be a list of words, found {type_in_words(words)}.")
+            raise Refusal(f"{column} must be a list of words, found {type_in_words(words)}.")
         for number, word in enumerate(words):
             if not isinstance(word, str):
-                raise Refusal(f"{columns.text}[{number}] must be a string, found {type_in_words(word)}.")
-            whole_text(word, f"{columns.text}[{number}]")
+                raise Refusal(f"{column}[{number}] must be a string, found {type_in_words(word)}.")
+            whole_text(word, f"{column}[{number}]")
         if not words:
-            raise Refusal(f"{columns.text} is empty, so there is nothing to learn from this row.")
+            raise Refusal(f"{column} is empty, so there is nothing to learn from this row.")
         return words
 
     def one(ids: Sequence[int], of_word: Sequence[int | None], given: int) -> Mapping[str, Any]:
         starts = [n for n, word in enumerate(of_word) if word is not None and (n == 0 or of_word[n - 1] != word)]
         if not starts:
-            raise Refusal(f"{columns.text} has no tokens: the tokenizer makes nothing of its words.")
+            raise Refusal(f"{column} has no tokens: the tokenizer makes nothing of its words.")
         return {
             "ids": ids,
             "length": len(ids) + frame.size,

@@ -22,7 +22,8 @@ from lightning_ft.functional.errors import Refusal
 
 LabelTask = Literal["sequence_classification", "token_classification", "regression"]
 
-_TAGS = ("tags", "ner_tags", "labels")
+TAG_COLUMNS = ("tags", "ner_tags", "labels")
+"""Where the tags of words are looked for."""
 
 
 @dataclass(frozen=True)
@@ -64,7 +65,7 @@ def columns_of(
         text = "tokens" if words or (task is None and "tokens" in found) else "text"
     words = words or (task is None and isinstance(source.first.get(text), list))
     if label is None:
-        label = next((name for name in _TAGS if name in found), "tags") if words else "label"
+        label = next((name for name in TAG_COLUMNS if name in found), "tags") if words else "label"
     needed = [text, *([pair] if pair is not None else []), *([label] if labelled else [])]
     if missing := [name for name in needed if name not in found]:
         near = difflib.get_close_matches(missing[0], found, n=1, cutoff=0.6)

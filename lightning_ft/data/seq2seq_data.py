@@ -9,6 +9,7 @@ from datasets import Dataset
 
 from lightning_ft.data.collate import Segment
 from lightning_ft.data.frames import Frame
+from lightning_ft.data.known_config import known_config
 from lightning_ft.data.mixture import Files, WeightedFiles
 from lightning_ft.data.planned import PlannedData
 from lightning_ft.data.preview import Piece, pieces_between
@@ -18,7 +19,6 @@ from lightning_ft.data.sources import Source, open_source
 from lightning_ft.data.token_rows import BadRows, TokenRows, Truncation
 from lightning_ft.engine.batch import Batch
 from lightning_ft.functional.errors import Refusal
-from lightning_ft.models.load import load_config
 from lightning_ft.models.seq2seq import start_id
 
 _PAIRS = (("prompt", "completion"), ("source", "target"))
@@ -159,20 +159,13 @@ class Seq2SeqData(PlannedData):
         return self._start
 
     def _config(self) -> Any:
-        module = self.trainer.lightning_module if self.trainer is not None else None
-        config = getattr(getattr(module, "model", None), "config", None)
-        if config is not None:
-            return config
-        base = getattr(module, "base", None)
-        if isinstance(base, str):
-            trusted, revision = getattr(module, "trust_remote_code", False), getattr(module, "revision", None)
-            return load_config(base, trust_remote_code=trusted, revision=revision)
-        if self.tokenizer is None:
+        config = known_config(self.trainer, self.tokenizer)
+        if config is None:
             raise Refusal(
                 "Seq2SeqData knows no model, so it cannot tell what the decoder begins with: set Seq2SeqData.tokenizer to the "
                 "model's id or folder."
             )
-        return load_config(self.tokenizer)
+        return config
 
     def _columns(self, source: Source) -> tuple[str, str]:
         found = set(source.columns)

@@ -77,7 +77,7 @@ def tokenise_seq2seq(
                 texts.append(refusal)
         good = [pair for pair in texts if not isinstance(pair, Refusal)]
         read = plain_ids(tokenizer, (text for text, _ in good))
-        written = iter(_target_ids(tokenizer, [text for _, text in good], eos))
+        written = iter(target_ids(tokenizer, [text for _, text in good], eos))
         made: list[Mapping[str, Any] | Refusal] = []
         for pair in texts:
             if isinstance(pair, Refusal):
@@ -94,7 +94,8 @@ def tokenise_seq2seq(
     return cached_rows(source, tokenizer, render, own, about, keep_bad_rows=keep_bad_rows, cache_dir=cache_dir)
 
 
-def _target_ids(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str], eos: int) -> list[list[int]]:
+def target_ids(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str], eos: int) -> list[list[int]]:
+    """The tokens of answers as a decoder writes them, each with its end token."""
     if not texts:
         return []
     options = {"padding": False, "truncation": False, "return_attention_mask": False, "verbose": False}

@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Mapping
 from functools import cached_property, lru_cache
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -13,6 +13,12 @@ import torch
 from lightning_ft.engine.episodes import Episode, Rows
 from lightning_ft.functional.errors import Refusal
 
+TextKind = Literal["numbers", "tags", "pairs", "answers"]
+_KINDS: tuple[tuple[set[str], TextKind], ...] = (
+    ({"text", "label"}, "numbers"),
+    ({"tokens"}, "tags"),
+    ({"chosen", "rejected"}, "pairs"),
+)
 BLOCK = 64
 """Tasks that are drawn by one generator: few enough to be made anew on each rank, enough for one call to pay."""
 
@@ -66,17 +72,19 @@ class DrawnTasks:
         return isinstance(made, list) and bool(made) and isinstance(made[0], Mapping)
 
     @cached_property
-    def of_numbers(self) -> bool:
-        """Whether these rows are texts with a number each, ``text`` and ``label``."""
-        rows = self._raw(0, 0)[0].get("support") if self.of_texts else None
-        first = rows[0] if isinstance(rows, list) and rows else None
-        return isinstance(first, Mapping) and {"text", "label"} <= first.keys()
+    def kind(self) -> TextKind | None:
+        """What these rows are, told by their columns; None of arrays."""
+        if not self.of_texts:
+            return None
+        rows = self._raw(0, 0)[0].get("support")
+        first = rows[0] if isinstance(rows, list) and rows and isinstance(rows[0], Mapping) else {}
+        return next((kind for columns, kind in _KINDS if columns <= first.keys()), "answers")
 
     @cached_property
     def has_classes(self) -> bool:
         """Whether targets are classes (tokens are)."""
         if self.of_texts:
-            return not self.of_numbers
+            return self.kind != "numbers"
         return not self._block(0, 0)[1].is_floating_point()
 
     def _called(self, epoch: int, block: int) -> Any:
@@ -115,4 +123,4 @@ def _plain(array: np.ndarray) -> np.ndarray:
     return array.astype(np.float32) if array.dtype.kind == "f" else array.astype(np.int64)
 
 
-__all__ = ["DrawnTasks"]
+__all__ = ["DrawnTasks", "TextKind"]

@@ -9,14 +9,19 @@ import numpy as np
 
 from lightning_ft.data.chat import require_template
 from lightning_ft.data.collate import Segment, collate, targets_of
+from lightning_ft.data.labels import Columns
 from lightning_ft.data.number_tasks import NumberRows
+from lightning_ft.data.pair_tasks import ComparedRows
 from lightning_ft.data.rows import kind_of, wrong_columns
+from lightning_ft.data.seq2seq_tasks import WrittenRows
 from lightning_ft.data.sources import open_source
 from lightning_ft.data.spans import Rendered, render_rows
-from lightning_ft.data.task_functions import DrawnTasks
+from lightning_ft.data.tag_tasks import TagRows
+from lightning_ft.data.task_functions import DrawnTasks, TextKind
 from lightning_ft.data.token_rows import Truncation, cut
 from lightning_ft.engine.episodes import Episode, Rows
 from lightning_ft.functional.errors import Refusal
+from lightning_ft.models.seq2seq import start_id
 
 Row = Mapping[str, Any]
 
@@ -52,7 +57,7 @@ class AnswerRows:
         if not segments:
             raise Refusal(f"{where}: no row is left; rows that stand in the support do not count as query rows.")
         batch = collate(segments, packed=False)
-        return Rows(batch, batch.labels)
+        return Rows(batch, batch.labels, each="token")
 
     def _rendered(self, rows: Sequence[Row], where: str) -> list[Rendered | Refusal]:
         if not rows:
@@ -84,6 +89,46 @@ class AnswerRows:
         return segment
 
 
+Reader = AnswerRows | WrittenRows | NumberRows | TagRows | ComparedRows
+
+
+def reader_of(
+    kind: TextKind,
+    tokenizer: Any,
+    *,
+    max_length: int | None,
+    truncation: Truncation,
+    way: int | None,
+    config: Any,
+    judged: bool,
+    columns: Columns | None = None,
+) -> Reader:
+    """What makes a side of an episode of rows.
+
+    Args:
+        kind: of the rows.
+        tokenizer: of the base that learns.
+        max_length: most tokens of a row; None: any.
+        truncation: what happens to a longer one.
+        way: how many tags a task may have; None: any number.
+        config: of the base, which says whether an encoder reads what a decoder answers; None: it does not.
+        judged: of pairs, whether rewards are learned.
+        columns: of numbers and tags, where they stand; None: under their own names.
+    """
+    cuts: dict[str, Any] = {"max_length": max_length, "truncation": truncation}
+    if kind == "numbers":
+        named: dict[str, Any] = {"text": columns.text, "label": columns.label} if columns is not None else {}
+        return NumberRows(tokenizer, **cuts, **named)
+    if kind == "tags":
+        named = {"words": columns.text, "tags": columns.label} if columns is not None else {}
+        return TagRows(tokenizer, way=way, **cuts, **named)
+    if kind == "pairs":
+        return ComparedRows(tokenizer, judged=judged, **cuts)
+    if getattr(config, "is_encoder_decoder", False):
+        return WrittenRows(tokenizer, start=start_id(config), **cuts)
+    return AnswerRows(tokenizer, **cuts)
+
+
 class TextTasks:
     """The tasks of a split, tokenised.
 
@@ -92,7 +137,7 @@ class TextTasks:
         rows: what makes a side of an episode of them.
     """
 
-    def __init__(self, drawn: DrawnTasks, rows: AnswerRows | NumberRows) -> None:
+    def __init__(self, drawn: DrawnTasks, rows: Reader) -> None:
         self.drawn, self.rows = drawn, rows
 
     def episodes(self, epoch: int, numbers: np.ndarray) -> tuple[Episode, ...]:
@@ -107,20 +152,25 @@ class TextTasks:
         # What the model was adapted on says nothing about what it has learned to do.
         known = [self.rows.question(row) for row in support]
         query = [row for row in task["query"] if self.rows.question(row) not in known]
-        return Episode(
-            *(self.rows.side(rows, f"{where}, {side}") for side, rows in (("support", support), ("query", query)))
-        )
+        sides = (("support", support), ("query", query))
+        if isinstance(self.rows, TagRows):  # a tag has one number on both
+            names = self.rows.names([*support, *query], where)
+            return Episode(*(self.rows.side(rows, f"{where}, {side}", names) for side, rows in sides))
+        return Episode(*(self.rows.side(rows, f"{where}, {side}") for side, rows in sides))
 
 
-def answer_rows(path: str, tokenizer: Any, *, max_length: int | None) -> Rows:
-    """All rows of a file of prompts and answers as one support set.
+def rows_of_file(path: str, reader: Reader) -> tuple[Rows, list[str] | None]:
+    """All rows of a file as one support set, and of tags their names in the order of their numbers.
 
     Args:
-        path: JSON lines, CSV ... with the columns of `SFTData`.
-        tokenizer: of the model that adapts.
-        max_length: most tokens of a row; a longer one is refused.
+        path: JSON lines, CSV ... with the columns that the reader wants.
+        reader: see `reader_of`.
     """
-    return AnswerRows(tokenizer, max_length=max_length, truncation="error").side(list(open_source(path).rows()), path)
+    rows = list(open_source(path, any_columns=True).rows())
+    if isinstance(reader, TagRows):
+        names = reader.names(rows, path)
+        return reader.side(rows, path, names), names
+    return reader.side(rows, path), None
 
 
-__all__ = ["AnswerRows", "TextTasks", "answer_rows"]
+__all__ = ["AnswerRows", "Reader", "TextTasks", "reader_of", "rows_of_file"]

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import replace
 from typing import Any, Literal
 
 import torch
@@ -12,11 +13,12 @@ from torch.func import functional_call
 
 from lightning_ft.engine.attachment import Attachment
 from lightning_ft.engine.batch import Batch
+from lightning_ft.engine.episode_checks import check_losses, check_outputs
 from lightning_ft.engine.episode_module import EpisodeModule
 from lightning_ft.engine.episodes import Episode, MetaBatch, Rows
 from lightning_ft.engine.fewer_classes import cut_classes_
 from lightning_ft.engine.freezing import parameters_named
-from lightning_ft.functional.episode_losses import mean_loss
+from lightning_ft.functional.episode_losses import mean_loss, mean_preference, preferred, refers
 from lightning_ft.functional.errors import Refusal
 from lightning_ft.functional.inner_loop import Order, Weights, by_autograd, by_transform, inner_loop
 from lightning_ft.nn.double_backward import (
@@ -31,18 +33,21 @@ from lightning_ft.nn.registry import injected_layers
 
 Inner = Literal["all", "head", "adapter", "adapter_and_head"]
 Tasks = Literal["auto", "at_once", "one_by_one"]
+BETA = 0.1
+"""How strongly a policy is held to its reference unless it is said; that of `DPO`."""
 MEASURED = (0, 1, 5, 10)
 """Numbers of inner steps after which papers report: before adapting, after training's one or five, and beyond them."""
 
 
 class AdaptingModule(EpisodeModule):
-    """Subclasses store ``inner``, ``steps``, ``inner_lr``, ``inner_loss``, ``outer_loss``, ``eval_steps`` and ``tasks``."""
+    """Subclasses store ``inner``, ``steps``, ``inner_lr``, ``inner_loss``, ``outer_loss``, ``beta``, ``eval_steps``, ``tasks``."""
 
     inner: Inner | list[str]
     steps: int
     inner_lr: float
     inner_loss: str
     outer_loss: str
+    beta: float | None
     eval_steps: list[int] | None
     tasks: Tasks
     order: Order = 1
@@ -53,6 +58,64 @@ class AdaptingModule(EpisodeModule):
     _at_once: bool | None = None
     _tied = True
     _looked_at = False
+
+    def check(self) -> None:
+        """Refuses also losses that the task cannot have, and arguments that belong to another one."""
+        super().check()
+        losses = {"inner_loss": self.inner_loss, "outer_loss": self.outer_loss}
+        check_losses(type(self).__name__, None if self.base is None else self.task, losses, self.beta)
+        if self._preferring:
+            self.no_likelihood = (
+                self.no_likelihood or "of the task dpo compares answers, which have no likelihood there"
+            )
+
+    def register(self, attachment: Attachment) -> None:
+        """Also keeps the reference that a policy's losses compare with: the model as it is when the fit begins."""
+        super().register(attachment)
+        if self._refers:
+            attachment.want_reference()
+
+    # -- losses ---------------------------------------------------------------------------------------------------------
+
+    @property
+    def _preferring(self) -> bool:
+        return str(self.task) == "dpo"
+
+    @property
+    def _refers(self) -> bool:
+        """Whether a loss compares with a reference."""
+        return self._preferring and any(map(refers, (self.inner_loss, self.outer_loss)))
+
+    def loss(self, name: str, outputs: Tensor, targets: Tensor) -> Tensor:
+        """The mean loss of rows, tokens or pairs.
+
+        Args:
+            name: ``inner_loss`` or ``outer_loss``.
+            outputs: what the model says of them.
+            targets: see `lightning_ft.engine.episodes.Rows`.
+        """
+        if self._preferring:
+            return mean_preference(name, outputs, targets, BETA if self.beta is None else self.beta)
+        return mean_loss(name, outputs, targets)
+
+    def right(self, outputs: Tensor, targets: Tensor) -> Tensor:
+        """(N,) 1 where the most likely class or token is the right one, or the better of two answers has the greater reward."""
+        if self._preferring:
+            return preferred(self.outer_loss, outputs, targets)
+        if self.asks_for == "pairs":  # two equal rewards are no answer
+            return (outputs[:, 0] > outputs[:, 1]).float()
+        return (outputs.argmax(-1) == targets).float()
+
+    def referred(self, episode: Episode) -> Episode:
+        """The episode with what the reference says of its pairs, where a loss compares with it."""
+        return Episode(self._known(episode.support), self._known(episode.query)) if self._refers else episode
+
+    def _known(self, rows: Rows) -> Rows:
+        if not self._refers or rows.targets.shape[1] > 2:
+            return rows
+        with self.reference("start"):  # without gradients
+            said = self(rows.inputs)
+        return replace(rows, targets=torch.cat([rows.targets.to(said.dtype), said], 1))
 
     # -- what adapts --------------------------------------------------------------------------------------------------
 
@@ -96,7 +159,7 @@ class AdaptingModule(EpisodeModule):
     def _head(self) -> set[int]:
         if self.base is None:
             return {id(p) for p in parameters_named(self.model, ["head"]).values()}
-        if self.writes:
+        if self.writes:  # a language head, whatever it is asked
             return {id(p) for p in self.view.head_parameters()}
         own = dict(self.model.named_parameters())
         return {id(own[name]) for name in self.view.head_parameter_names()}
@@ -151,7 +214,7 @@ class AdaptingModule(EpisodeModule):
                 outputs = self.outputs(weights, support.inputs)
             if not (transform or self._looked_at):
                 check_outputs(outputs, support.targets, owner)
-            loss = mean_loss(self.inner_loss, outputs, support.targets)
+            loss = self.loss(self.inner_loss, outputs, support.targets)
             if self.implicit is not None:
                 away = torch.stack([(weight - start[name].detach()).square().sum() for name, weight in weights.items()])
                 loss = loss + self.implicit / 2 * away.sum()
@@ -190,7 +253,7 @@ class AdaptingModule(EpisodeModule):
 
         def loss(episode: Episode, transform: bool) -> Tensor:
             *_, weights = self.adapted(episode.support, steps=1, order=self.order, theta=theta, transform=transform)
-            return mean_loss(self.outer_loss, self.outputs(weights, episode.query.inputs), episode.query.targets)
+            return self.loss(self.outer_loss, self.outputs(weights, episode.query.inputs), episode.query.targets)
 
         coarse = any(weight.dtype in (torch.bfloat16, torch.float16) for weight in theta.values())
         rtol = 3e-2 if coarse else 1e-4
@@ -225,11 +288,11 @@ class AdaptingModule(EpisodeModule):
 
     @property
     def classifies(self) -> bool:
-        """Whether the outer loss is one of classes, told by its name, the base, or the data's targets."""
-        if self.outer_loss != "auto":
-            return self.outer_loss == "cross_entropy"
+        """Whether there is a right answer, told by the base's task, the name of the outer loss, or the data's targets."""
         if self.base is not None:
             return self.task != "regression"
+        if self.outer_loss != "auto":
+            return self.outer_loss == "cross_entropy"
         return bool(getattr(self.datamodule, "has_classes", True))
 
     def _measure(self, batch: MetaBatch) -> Tensor:
@@ -240,7 +303,7 @@ class AdaptingModule(EpisodeModule):
         return super()._measure(batch)
 
     def _measure_one(self, episode: Episode) -> Tensor:
-        return self._numbers(episode, transform=False)
+        return self._numbers(self.referred(episode), transform=False)
 
     def _numbers(self, episode: Episode, *, transform: bool) -> Tensor:
         theta = self.start_without_graph()
@@ -260,8 +323,8 @@ class AdaptingModule(EpisodeModule):
 
     def measure(self, outputs: Tensor, targets: Tensor) -> list[Tensor]:
         """The mean loss of rows, and of classes the share that is right."""
-        losses = mean_loss(self.outer_loss, outputs, targets)
-        return [losses, right(outputs, targets).mean().to(losses.dtype)] if self.classifies else [losses]
+        losses = self.loss(self.outer_loss, outputs, targets)
+        return [losses, self.right(outputs, targets).mean().to(losses.dtype)] if self.classifies else [losses]
 
     # -- use ----------------------------------------------------------------------------------------------------------
 
@@ -278,9 +341,8 @@ class AdaptingModule(EpisodeModule):
         rows = support if isinstance(support, Rows) else Rows(*support)
         theta = self.start_without_graph()
         with torch.inference_mode(False), torch.enable_grad():
-            *_, weights = self.adapted(
-                rows.apply(torch.clone), steps=self.steps if steps is None else steps, order=1, theta=theta
-            )
+            rows = self._known(rows.apply(torch.clone))
+            *_, weights = self.adapted(rows, steps=self.steps if steps is None else steps, order=1, theta=theta)
         return {name: weight.detach() for name, weight in weights.items()}
 
     @torch.no_grad()
@@ -316,11 +378,6 @@ class AdaptingModule(EpisodeModule):
         return Attachment.of(self).trained()
 
 
-def right(outputs: Tensor, targets: Tensor) -> Tensor:
-    """(S,) 1 where the most likely class is the right one."""
-    return (outputs.argmax(-1) == targets).float()
-
-
 def mapped(function: Callable[[Episode], Any], stacked: Episode) -> Any:
     """A function of an episode, over all of a stack at once by `torch.vmap`."""
     tensors: list[Any] = [
@@ -336,30 +393,4 @@ def mapped(function: Callable[[Episode], Any], stacked: Episode) -> Any:
     return torch.vmap(one)(*tensors)
 
 
-def check_outputs(outputs: Tensor, targets: Tensor, owner: str) -> None:
-    """Refuses a net with fewer outputs than an episode has classes.
-
-    Raises:
-        Refusal: ``MAML.net gives 2 outputs, and the episodes have 5 classes; ...``
-    """
-    if targets.is_floating_point() or outputs.ndim < 2:
-        return
-    classes = int(targets.max()) + 1
-    if outputs.shape[-1] < classes:
-        raise Refusal(
-            f"{owner}.net gives {outputs.shape[-1]} outputs, and the episodes have {classes} classes; give it an output for each, "
-            f"or set data.way to {outputs.shape[-1]}."
-        )
-
-
-def check_steps(owner: str, eval_steps: Sequence[int] | None) -> None:
-    """Refuses numbers of steps that are none.
-
-    Raises:
-        Refusal: ``MAML.eval_steps must be numbers of steps, 0 or more, got [-1].``
-    """
-    if not all(isinstance(step, int) and not isinstance(step, bool) and step >= 0 for step in eval_steps or ()):
-        raise Refusal(f"{owner}.eval_steps must be numbers of steps, 0 or more, got {eval_steps}.")
-
-
-__all__ = ["AdaptingModule", "Inner", "Tasks", "check_outputs", "check_steps", "mapped", "right"]
+__all__ = ["AdaptingModule", "Inner", "Tasks", "mapped"]

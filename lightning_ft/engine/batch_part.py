@@ -8,7 +8,7 @@ from itertools import accumulate
 
 import torch
 
-from lightning_ft.engine.batch import Batch
+from lightning_ft.engine.batch import Batch, Source
 
 
 def part_of(batch: Batch, segments: Sequence[int]) -> Batch:
@@ -45,6 +45,7 @@ def part_of(batch: Batch, segments: Sequence[int]) -> Batch:
         window=None,
         targets=None,
         types=batch.types[tokens].reshape(shape) if batch.types is not None else None,
+        source=Source(batch.source.ids[mine], batch.source.mask[mine]) if batch.source is not None else None,
         columns={},
     )
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -13,28 +13,20 @@ from lightning_ft.engine.arguments import arguments_of
 from lightning_ft.engine.attachment import Attachment
 from lightning_ft.engine.batch import Batch
 from lightning_ft.engine.episode_evaluation import EpisodeMeans
+from lightning_ft.engine.episode_tasks import KINDS, EpisodeTask, outputs_of
 from lightning_ft.engine.episodes import Episode, MetaBatch
 from lightning_ft.engine.likelihood import Ask
 from lightning_ft.engine.module import DtypePolicy, FineTuningModule, OptimizerFactory
 from lightning_ft.engine.optimizer import Schedule
-from lightning_ft.engine.scoring import row_logits, scored_hidden
 from lightning_ft.engine.terms import Term
 from lightning_ft.engine.without_chance import nothing_dropped, refuse_chance
 from lightning_ft.functional.errors import Refusal
 from lightning_ft.functional.inner_loop import with_gradients
+from lightning_ft.models.load_task import Task
 from lightning_ft.models.quantize import Mode
 
 NET_LR = 1e-3
 """Rate of a net that is trained from nothing: Adam's own default, and that of Finn et al., 2017, for the sinusoids."""
-
-
-EpisodeTask = Literal["sequence_classification", "causal_lm", "regression"]
-ASKS: dict[str, tuple[str, str]] = {
-    "sequence_classification": ("classes", "tell classes apart"),
-    "causal_lm": ("answers", "write answers"),
-    "regression": ("numbers", "estimate numbers"),
-}
-"""Task of a base -> what the episodes' rows ask for, as the data say it; in words."""
 
 
 class EpisodeModule(FineTuningModule):
@@ -81,7 +73,7 @@ class EpisodeModule(FineTuningModule):
             revision=revision,
             quantize=quantize,
         )
-        self.task = task
+        self.task = task  # type: ignore[assignment]
         self.base = base  # type: ignore[assignment]
         self.model = net
         self.evaluation: EpisodeMeans | None = None
@@ -100,21 +92,26 @@ class EpisodeModule(FineTuningModule):
         if self.task != "sequence_classification" and self.base is None:
             raise Refusal(f"{name}.task {self.task} is for a base, which reads texts; leave it out for a net.")
         if self.writes and (self.way is not None or self.head_lr is not None):
-            raise Refusal(f"{name}.way and head_lr belong to classes, and the task is causal_lm; leave them out.")
-        if self.task == "regression" and self.way is not None:
-            raise Refusal(f"{name}.way belongs to classes, and the task is regression; leave it out.")
+            raise Refusal(f"{name}.way and head_lr belong to classes, and the task is {self.task}; leave them out.")
+        if not self.counts_classes and self.way is not None:
+            raise Refusal(f"{name}.way belongs to classes, and the task is {self.task}; leave it out.")
         if self.quantize is not None and self.base is None:
             raise Refusal(f"{name}.quantize packs a base that is loaded; pack your net before you give it (quantize_).")
 
     @property
-    def writes(self) -> bool:
-        """Whether answers are texts, scored token by token, not classes or numbers."""
-        return self.task == "causal_lm"
+    def loads(self) -> Task:
+        """The task that the base is loaded for: of one that judges answers regression, of one that prefers them causal_lm."""
+        return KINDS[self.task].loads
 
     @property
     def asks_for(self) -> str:
         """What the rows of a base's episodes are learned for."""
-        return ASKS[self.task][0]
+        return KINDS[self.task].asks
+
+    @property
+    def counts_classes(self) -> bool:
+        """Whether a base has an output for each class of an episode."""
+        return self.asks_for in ("classes", "tags")
 
     @property
     def net(self) -> nn.Module | None:
@@ -125,7 +122,7 @@ class EpisodeModule(FineTuningModule):
     def resolved_arguments(self) -> dict[str, Any]:
         """With the number of classes, which was the data's to say."""
         arguments = arguments_of(self)
-        if self.base is not None and self.model is not None and "way" in arguments and self.asks_for == "classes":
+        if self.base is not None and self.model is not None and "way" in arguments and self.counts_classes:
             arguments["way"] = self.way or getattr(self.datamodule, "way", None) or self._outputs()
         return arguments
 
@@ -157,16 +154,16 @@ class EpisodeModule(FineTuningModule):
         if theirs is None and given.__module__.startswith("lightning_ft."):
             raise Refusal(f"{name} learns from episodes, and {given.__name__} gives rows; use EpisodeData.")
         if self.base is not None and theirs is not None and theirs != self.asks_for:
-            ours = next(words for asked, words in ASKS.values() if asked == self.asks_for)
-            task = next(task for task, (asked, _) in ASKS.items() if asked == theirs)
+            fitting = " or ".join(task for task, kind in KINDS.items() if kind.asks == theirs)
+            kind = KINDS[self.task if KINDS[self.task].asks == self.asks_for else "sequence_classification"]
             raise Refusal(
-                f"{name} learns to {ours}, and the episodes have {theirs}; "
-                f"{'leave model.task out' if theirs == 'classes' else f'set model.task to {task}'}."
+                f"{name} learns to {kind.learns}, and the episodes have {theirs}; "
+                f"{'leave model.task out' if theirs == 'classes' else f'set model.task to {fitting}'}."
             )
 
     def _classes(self) -> tuple[list[str] | None, bool]:
         """As many as an episode has, without names: each episode deals them anew."""
-        if self.asks_for != "classes":
+        if not self.counts_classes:
             return None, False
         way = self.way or getattr(self.datamodule, "way", None)
         theirs = getattr(self.datamodule, "way", None)
@@ -206,17 +203,13 @@ class EpisodeModule(FineTuningModule):
     # -- rows -----------------------------------------------------------------------------------------------------------
 
     def forward(self, inputs: Tensor | Batch) -> Tensor:
-        """Outputs of rows: (S, C) logits in fp32; (N, V) of scored tokens where answers are written; what a net gives."""
+        """Outputs of rows: what a net gives, or what a base says (`lightning_ft.engine.episode_tasks.outputs_of`)."""
         if isinstance(inputs, Batch):
             if self.base is None:
                 raise Refusal(
                     f"{type(self).__name__}.net takes tensors, and these episodes are texts; give a base instead."
                 )
-            if self.writes:
-                # The plain way to logits, since what saves their memory elsewhere is differentiable once.
-                logits = self.view.logits(scored_hidden(self.view, inputs))
-                return logits.to(torch.promote_types(logits.dtype, torch.float32))  # type: ignore[no-any-return]
-            return row_logits(self.view, inputs)
+            return outputs_of(self.task, self.view, inputs)
         if self.base is not None:
             raise Refusal(f"{self.base} reads texts, and these episodes are tensors; give a net instead.")
         with nothing_dropped(self.model):
@@ -306,8 +299,9 @@ class EpisodeModule(FineTuningModule):
         """What is said of each episode's query rows, by what was made of its support rows.
 
         Returns:
-            ``episode`` (N,), the episode of the batch that a query row belongs to (of answers to write, a scored token); and of
-            classes ``probabilities`` (N, C), of answers ``logprob`` (N,), of numbers ``value`` (N, ...).
+            ``episode`` (N,), the episode of the batch that a query row belongs to (of answers to write and of tags, a scored
+            token; of pairs, a pair). Of classes and tags ``probabilities`` (N, C), of answers ``logprob`` (N,), of numbers
+            ``value`` (N, ...), of pairs ``reward`` (N, 2) or, of a policy, ``logp`` (N, 2) of the better and the worse answer.
         """
         with torch.inference_mode(False), torch.enable_grad():
             episodes = batch.apply(torch.clone).episodes()
@@ -318,7 +312,9 @@ class EpisodeModule(FineTuningModule):
             torch.tensor([len(one) for one in said], device=self.device)
         )
         outputs = torch.cat(said)
-        if self.writes:
+        if self.asks_for == "pairs":
+            return {"episode": owner, "reward" if self.task == "reward" else "logp": outputs}
+        if self.asks_for == "answers":
             targets = torch.cat([episode.query.targets for episode in episodes])
             return {"episode": owner, "logprob": outputs.log_softmax(-1).gather(-1, targets[:, None])[:, 0]}
         if episodes[0].query.targets.is_floating_point():
@@ -383,10 +379,10 @@ class EpisodeModule(FineTuningModule):
             self.log(f"{stage}/{name}_ci95", half, rank_zero_only=False)
 
     def generate(self, *prompts: Any, **options: Any) -> list[str]:
-        """Answers by the model as it is, of a task that writes; refused where classes or numbers were learned."""
+        """Answers by the model as it is, of a task that writes; refused where classes, numbers or judgements were learned."""
         if self.writes:
             return super().generate(*prompts, **options)
         raise Refusal(f"{type(self).__name__} gives classes or numbers and writes no text; use adapt.")
 
 
-__all__ = ["NET_LR", "EpisodeModule", "EpisodeTask"]
+__all__ = ["NET_LR", "EpisodeModule"]

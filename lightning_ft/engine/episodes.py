@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, fields, replace
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
-from lightning_ft.engine.batch import Batch
+from lightning_ft.engine.batch import Batch, Source
 
 Move = Callable[[Tensor], Tensor]
 
@@ -22,16 +22,20 @@ class Rows:
 
     Attributes:
         inputs: (S, ...) numbers for a net, or a padded `Batch` of token rows for a base.
-        targets: (S,) int64 classes from 0 to way - 1, or (S, ...) float values; of answers to write (N,) int64, the tokens.
+        targets: (S,) int64 classes from 0 to way - 1, or (S, ...) float values; of answers to write and of tags (N,) int64, the
+            tokens and the tags; of pairs of answers (P,) zeros, the better one standing first, or for a policy (P, 2) how many
+            tokens they have, and (P, 4) with their log-probabilities by the reference.
+        each: what has a target: a row, a scored token, or a pair of rows.
     """
 
     inputs: Tensor | Batch
     targets: Tensor
+    each: Literal["row", "token", "pair"] = "row"
 
     def apply(self, move: Move) -> Rows:
         """The same with every tensor replaced."""
         inputs = _applied(self.inputs, move) if isinstance(self.inputs, Batch) else move(self.inputs)
-        return Rows(inputs, move(self.targets))
+        return replace(self, inputs=inputs, targets=move(self.targets))
 
 
 @dataclass
@@ -90,7 +94,9 @@ def _applied(batch: Batch, move: Move) -> Batch:
     changed: dict[str, Any] = {
         one.name: move(value) for one in fields(batch) if isinstance(value := getattr(batch, one.name), Tensor)
     }
-    return replace(batch, **changed)
+    if batch.source is not None:
+        changed["source"] = Source(move(batch.source.ids), move(batch.source.mask))
+    return replace(batch, **changed, columns={name: move(value) for name, value in batch.columns.items()})
 
 
 __all__ = ["Episode", "MetaBatch", "Rows"]

@@ -93,6 +93,11 @@ class FineTuningModule(pl.LightningModule):
 
     # -- loading and edits ------------------------------------------------------------------------------------------
 
+    @property
+    def loads(self) -> Task:
+        """The task that the base is loaded for: the module's own, unless a subclass learns something else by such a model."""
+        return self.task
+
     def configure_callbacks(self) -> list[pl.Callback]:
         """The attachment joins also when no technique is there."""
         return [Attached()]
@@ -102,7 +107,7 @@ class FineTuningModule(pl.LightningModule):
         if self.model is None:
             labels, multi_label = self._classes()
             self.model, self._tokenizer, self.new_names = load_for_task(
-                self.task,
+                self.loads,
                 self.base,
                 labels=labels,
                 multi_label=multi_label,
@@ -114,7 +119,7 @@ class FineTuningModule(pl.LightningModule):
             )
             self.model.train()  # Hugging Face returns eval mode and Lightning leaves it so: no dropout, silently
         if self.admission is None:
-            self.admission = admit_task(self.model, self.task, packing=True)
+            self.admission = admit_task(self.model, self.loads, packing=True)
         if getattr(self.datamodule, "packing", False) and not self.admission.packing:
             raise Refusal(
                 f"{self.base} cannot take packed rows, because {self.admission.packing_reason}; set --data.packing false."
@@ -128,7 +133,7 @@ class FineTuningModule(pl.LightningModule):
     def _classes(self) -> tuple[list[str] | None, bool]:
         """Names of the classes and whether several may hold: as given, else as the data say."""
         asked = getattr(self.datamodule, "label_names", None)
-        if self.task not in CLASSIFIES or not callable(asked):
+        if self.loads not in CLASSIFIES or not callable(asked):
             return self.labels, self.multi_label
         theirs = asked()
         if self.labels is not None and theirs is not None and list(theirs) != list(self.labels):
@@ -143,7 +148,7 @@ class FineTuningModule(pl.LightningModule):
         if self.quantize is not None:
             self._check_quantize(attachment)
             attachment.edit("quantise", "quantize", self._quantise)
-        if self.task in CLASSIFIES:
+        if self.loads in CLASSIFIES:
             attachment.edit("freeze", "train the head", self._train_head, order=THAW)
         attachment.edit("dtype", "dtype", self._apply_dtype)
         if self.gradient_checkpointing:
@@ -168,7 +173,7 @@ class FineTuningModule(pl.LightningModule):
             )
 
     def _quantise(self, module: pl.LightningModule) -> None:
-        head = self.view.head_parameter_names() if self.task in CLASSIFIES else ()
+        head = self.view.head_parameter_names() if self.loads in CLASSIFIES else ()
         assert self.quantize is not None
         quantize_(
             self.model, self.quantize, skip={name.rpartition(".")[0] for name in head}, device=self._root_device()
@@ -216,10 +221,10 @@ class FineTuningModule(pl.LightningModule):
     def view(self) -> Any:
         """The base as its parts: a `CausalLM`, `Seq2SeqLM` or `Classifier`, by the task."""
         if self._view is None or self._view.model is not self.model:
-            if self.task in CLASSIFIES:
-                self._view = Classifier(self.model, self.task, self.new_names)
+            if self.loads in CLASSIFIES:
+                self._view = Classifier(self.model, self.loads, self.new_names)
             else:
-                self._view = Seq2SeqLM(self.model) if self.task == "seq2seq_lm" else CausalLM(self.model)
+                self._view = Seq2SeqLM(self.model) if self.loads == "seq2seq_lm" else CausalLM(self.model)
         return self._view
 
     # -- optimisation -----------------------------------------------------------------------------------------------
@@ -305,7 +310,7 @@ class FineTuningModule(pl.LightningModule):
     @property
     def writes(self) -> bool:
         """Whether it has a language head, so that `generate` gives answers."""
-        return self.task not in CLASSIFIES
+        return self.loads not in CLASSIFIES
 
     def generate(
         self, prompts: Sequence[Prompt], *, max_new_tokens: int = 64, temperature: float = 0.0, top_p: float = 1.0

@@ -7,12 +7,13 @@ import torch
 from annotated_types import Ge, Gt
 from torch import Tensor, nn
 
-from lightning_ft.engine.adapting import AdaptingModule, Inner, Tasks, check_steps, mapped, right
-from lightning_ft.engine.episode_module import EpisodeTask
+from lightning_ft.engine.adapting import AdaptingModule, Inner, Tasks, mapped
+from lightning_ft.engine.episode_checks import check_steps
+from lightning_ft.engine.episode_tasks import EpisodeTask
 from lightning_ft.engine.episodes import Episode, MetaBatch
 from lightning_ft.engine.module import DtypePolicy, OptimizerFactory
 from lightning_ft.engine.optimizer import Schedule
-from lightning_ft.functional.episode_losses import LossName, mean_loss
+from lightning_ft.functional.episode_losses import LossName
 from lightning_ft.functional.errors import Refusal
 from lightning_ft.functional.implicit_gradient import implicit_gradient
 from lightning_ft.functional.inner_loop import Order, multi_step_weights
@@ -34,9 +35,11 @@ class MAML(AdaptingModule):
         base: the model to start from, for texts: ``starter:minilm-l6``, a local folder, or a Hugging Face id; to classify it gets
             a new head of as many classes as an episode has. None: see ``net``.
         net: any torch module instead, for tensors and images.
-        task: what a base predicts: ``sequence_classification``, the class of a text; ``causal_lm``, the tokens of an answer, each
-            counting the same, from episodes of prompts and answers; ``regression``, a number of a text by its squared error, from
-            episodes of ``text`` and ``label`` that a function makes.
+        task: what a base learns, by its objective's name: ``sequence_classification``, the class of a text;
+            ``token_classification``, a tag of each word; ``regression``, a number of a text; ``causal_lm`` and ``seq2seq_lm``, the
+            tokens of an answer, each counting the same; ``reward``, which of two answers is better, by Bradley-Terry; ``dpo``, the
+            same as a policy, against the model as it was when the fit began. All but classes need tasks that a function makes, see
+            `EpisodeData`.
         way: classes of an episode; None: as the data have. Of a base that classifies only.
         order: 2 differentiates through the inner steps (MAML); 1 takes the inner gradients for constants (FOMAML), at less than
             half the time and memory, and much less exact after several steps.
@@ -56,9 +59,11 @@ class MAML(AdaptingModule):
             are to reach; the meta-gradient is solved for there and no inner step is kept, so that ``steps`` may be many. Then
             ``order`` says nothing. Try 0.5 to 2. None: not.
         cg_steps: of conjugate gradients, for ``implicit``: each costs about two backward passes; 5 in the paper.
-        inner_loss: loss of a support row: ``auto`` (cross_entropy for classes, mse for numbers), ``cross_entropy``, ``mse``,
-            ``mae``, ``huber``.
+        inner_loss: loss of a support row (token, pair): ``auto`` (cross_entropy of classes, tags, tokens and judged pairs, mse of
+            numbers, sigmoid of dpo), ``cross_entropy``, ``mse``, ``mae``, ``huber``; of dpo ``sigmoid``,
+            ``ipo``, ``hinge``, ``simpo`` or another that judges each pair by itself, see `DPO`.
         outer_loss: loss of a query row, likewise.
+        beta: of dpo: how strongly the policy is held to its reference; None: 0.1.
         eval_steps: numbers of inner steps after which validation and test measure each episode; None: 0, 1, 5 and 10. That of
             training always is one.
         tasks: ``at_once`` maps tasks by `torch.vmap`, fast for small nets, with a memory that grows with the meta-batch;
@@ -119,6 +124,7 @@ class MAML(AdaptingModule):
         cg_steps: Annotated[int, Ge(1)] = 5,
         inner_loss: LossName = "auto",
         outer_loss: LossName = "auto",
+        beta: Annotated[float, Gt(0)] | None = None,
         eval_steps: list[int] | None = None,
         tasks: Tasks = "auto",
         lr: Annotated[float, Gt(0)] | None = None,
@@ -160,6 +166,7 @@ class MAML(AdaptingModule):
         self.cg_steps = cg_steps
         self.inner_loss = inner_loss
         self.outer_loss = outer_loss
+        self.beta = beta
         self.eval_steps = eval_steps
         self.tasks = tasks
         self.head_lr = head_lr
@@ -239,7 +246,7 @@ class MAML(AdaptingModule):
         return self._hand_over("maml", batch, total, correct)
 
     def _with_gradients(self, episode: Episode) -> tuple[Tensor, Sequence[Tensor | None], Tensor]:
-        task = self._task(episode, transform=False)
+        task = self._task(self.referred(episode), transform=False)
         try:
             return self.differentiated(*task)
         except RuntimeError as error:
@@ -248,17 +255,17 @@ class MAML(AdaptingModule):
     def _solved(self, episode: Episode) -> tuple[Tensor, Sequence[Tensor | None], Tensor]:
         """The same by the implicit function theorem, at the end of the inner steps."""
         assert self.implicit is not None
-        theta = self.start()
+        episode, theta = self.referred(episode), self.start()
         inside = {id(p) for p in theta.values()}
         others = [p for p in self.trained() if id(p) not in inside]
         phi = {name: weight.requires_grad_() for name, weight in self.adapt(episode.support).items()}
         outputs = self.outputs(phi, episode.query.inputs)
-        loss = mean_loss(self.outer_loss, outputs, episode.query.targets)
+        loss = self.loss(self.outer_loss, outputs, episode.query.targets)
         asked = [*phi.values(), *others]
         slopes = torch.autograd.grad(loss, asked, allow_unused=True, materialize_grads=True)
         with twice_differentiable():
             inner = self.outputs(phi, episode.support.inputs)
-        inner_loss = mean_loss(self.inner_loss, inner, episode.support.targets)
+        inner_loss = self.loss(self.inner_loss, inner, episode.support.targets)
         try:
             solved, beside = implicit_gradient(
                 inner_loss, list(phi.values()), slopes[: len(phi)], others, lam=self.implicit, steps=self.cg_steps
@@ -268,7 +275,7 @@ class MAML(AdaptingModule):
         own = dict(zip((id(p) for p in theta.values()), solved, strict=True))
         through = zip(others, slopes[len(phi) :], beside, strict=True)
         own |= {id(p): slope + more for p, slope, more in through}
-        hits = right(outputs.detach(), episode.query.targets).mean() if self.classifies else loss.detach()
+        hits = self.right(outputs.detach(), episode.query.targets).mean() if self.classifies else loss.detach()
         return loss.detach(), [own.get(id(p)) for p in self.trained()], hits
 
     def _task(self, episode: Episode, *, transform: bool) -> tuple[Tensor, Tensor]:
@@ -281,10 +288,10 @@ class MAML(AdaptingModule):
             if not share:
                 continue
             outputs = self.outputs(weights, episode.query.inputs)
-            loss = mean_loss(self.outer_loss, outputs, episode.query.targets)
+            loss = self.loss(self.outer_loss, outputs, episode.query.targets)
             loss = loss if share == 1.0 else share * loss
             total = loss if total is None else total + loss
-            hits = right(outputs.detach(), episode.query.targets).mean() if self.classifies else loss.detach()
+            hits = self.right(outputs.detach(), episode.query.targets).mean() if self.classifies else loss.detach()
         assert total is not None and hits is not None
         return total, hits
 

@@ -1,20 +1,22 @@
 """Reptile: move the start towards where ordinary training on each task ends."""
 
 from collections.abc import Iterator, Sequence
-from dataclasses import fields, replace
-from typing import Annotated, Any, Literal
+from dataclasses import replace
+from typing import Annotated, Literal
 
 import torch
 from annotated_types import Ge, Gt
 from torch import Tensor, nn
 
-from lightning_ft.engine.adapting import AdaptingModule, Tasks, check_outputs, check_steps, right
+from lightning_ft.engine.adapting import AdaptingModule, Tasks
 from lightning_ft.engine.batch import Batch
-from lightning_ft.engine.episode_module import EpisodeTask
+from lightning_ft.engine.batch_part import part_of
+from lightning_ft.engine.episode_checks import check_outputs, check_steps
+from lightning_ft.engine.episode_tasks import EpisodeTask
 from lightning_ft.engine.episodes import Episode, MetaBatch, Rows
 from lightning_ft.engine.module import DtypePolicy, OptimizerFactory
 from lightning_ft.engine.optimizer import Schedule
-from lightning_ft.functional.episode_losses import LossName, mean_loss
+from lightning_ft.functional.episode_losses import LossName
 from lightning_ft.functional.inner_loop import Order, Weights, by_autograd, by_transform
 from lightning_ft.functional.inner_optimizers import InnerOptimizer, descend
 from lightning_ft.models.quantize import Mode
@@ -33,17 +35,21 @@ class Reptile(AdaptingModule):
     Args:
         base: the model to start from, for texts, with a new head of as many classes as an episode has. None: see ``net``.
         net: any torch module instead, for tensors and images.
-        task: what a base predicts: ``sequence_classification``, the class of a text; ``causal_lm``, the tokens of an answer, each
-            counting the same, from episodes of prompts and answers; ``regression``, a number of a text by its squared error, from
-            episodes of ``text`` and ``label`` that a function makes.
+        task: what a base learns, by its objective's name: ``sequence_classification``, the class of a text;
+            ``token_classification``, a tag of each word; ``regression``, a number of a text; ``causal_lm`` and ``seq2seq_lm``, the
+            tokens of an answer, each counting the same; ``reward``, which of two answers is better, by Bradley-Terry; ``dpo``, the
+            same as a policy, against the model as it was when the fit began. All but classes need tasks that a function makes, see
+            `EpisodeData`.
         way: classes of an episode; None: as the data have. Of a base that classifies only.
         steps: inner steps k in training; 5 to 10 in the paper.
         inner_lr: rate of the inner steps.
         inner_optimizer: ``sgd``, or ``adam`` without momentum, as in the paper for images.
         inner_batch: support rows of one inner step, taken in turn so that classes mix; None: all.
-        inner_loss: loss of a support row: ``auto`` (cross_entropy for classes, mse for numbers), ``cross_entropy``, ``mse``,
-            ``mae``, ``huber``.
+        inner_loss: loss of a support row (token, pair): ``auto`` (cross_entropy of classes, tags, tokens and judged pairs, mse of
+            numbers, sigmoid of dpo), ``cross_entropy``, ``mse``, ``mae``, ``huber``; of dpo ``sigmoid``,
+            ``ipo``, ``hinge``, ``simpo`` or another that judges each pair by itself, see `DPO`.
         outer_loss: what validation measures, likewise.
+        beta: of dpo, as in `MAML`.
         eval_steps: numbers of inner steps after which validation and test measure each episode; None: 0, 1, 5 and 10. That of
             training always is one.
         tasks: of validation and test: ``at_once``, ``one_by_one`` or ``auto``, as in `MAML`. In training one by one.
@@ -90,6 +96,7 @@ class Reptile(AdaptingModule):
         inner_batch: Annotated[int, Ge(1)] | None = None,
         inner_loss: LossName = "auto",
         outer_loss: LossName = "auto",
+        beta: Annotated[float, Gt(0)] | None = None,
         eval_steps: list[int] | None = None,
         tasks: Tasks = "auto",
         lr: Annotated[float, Gt(0)] = 0.1,
@@ -125,6 +132,7 @@ class Reptile(AdaptingModule):
         self.inner_batch = inner_batch
         self.inner_loss = inner_loss
         self.outer_loss = outer_loss
+        self.beta = beta
         self.eval_steps = eval_steps
         self.tasks = tasks
         self.check()
@@ -171,7 +179,7 @@ class Reptile(AdaptingModule):
             raise explained(error, owner) from error
 
     def _support_loss(self, weights: Weights, rows: Rows) -> Tensor:
-        return mean_loss(self.inner_loss, self.outputs(weights, rows.inputs), rows.targets)
+        return self.loss(self.inner_loss, self.outputs(weights, rows.inputs), rows.targets)
 
     def training_step(self, batch: MetaBatch, batch_idx: int) -> Tensor:
         """One meta-batch: the mean way back from the adapted weights to the start, as a gradient."""
@@ -179,43 +187,31 @@ class Reptile(AdaptingModule):
         return self._hand_over("reptile", batch, total, correct if self.classifies else None)
 
     def _way_back(self, episode: Episode) -> tuple[Tensor, Sequence[Tensor | None], Tensor]:
-        theta = self.start()
+        episode, theta = self.referred(episode), self.start()
         *_, phi = self.adapted(episode.support, steps=self.steps, order=1)
         with torch.no_grad():
             outputs = self.outputs(phi, episode.support.inputs)
-            loss = mean_loss(self.inner_loss, outputs, episode.support.targets)
-            hits = right(outputs, episode.support.targets).mean() if self.classifies else torch.zeros_like(loss)
+            loss = self.loss(self.inner_loss, outputs, episode.support.targets)
+            hits = self.right(outputs, episode.support.targets).mean() if self.classifies else torch.zeros_like(loss)
             ways = {id(weight): weight.detach() - phi[name] for name, weight in theta.items()}
         return loss, [ways.get(id(p)) for p in self.trained()], hits
 
 
 def in_turn(rows: Rows, step: int, size: int | None) -> Rows:
-    """The rows of a step: every n-th one, so that rows which stand sorted by class mix; all where they are fewer than ``size``.
+    """The rows (pairs) of a step: every n-th one, so that those sorted by class mix; all where they are fewer than ``size``.
 
     Args:
         rows: S rows.
         step: from 0.
         size: about how many.
     """
-    count = len(rows.inputs.ids if isinstance(rows.inputs, Batch) else rows.targets)
+    batch, per = rows.inputs, 2 if rows.each == "pair" else 1
+    count = len(batch.ids) // per if isinstance(batch, Batch) else len(rows.targets)
     if size is None or size >= count:
         return rows
     stride = -(-count // size)
     at = torch.arange(step % stride, count, stride, device=rows.targets.device)
-    if isinstance(rows.inputs, Batch):
-        batch = _chosen(rows.inputs, at)
-        return Rows(batch, batch.labels if len(rows.inputs.scored) else rows.targets[at])
-    return Rows(rows.inputs[at], rows.targets[at])
-
-
-def _chosen(batch: Batch, at: Tensor) -> Batch:
-    """Some rows of a padded batch, with their scored tokens."""
-    names = ("ids", "positions", "mask", "rows", "targets", "types")
-    given = {one.name: getattr(batch, one.name) for one in fields(batch) if one.name in names}
-    chosen: dict[str, Any] = {name: value[at] for name, value in given.items() if value is not None}
-    width, place = batch.ids.shape[1], torch.full((len(batch.ids),), -1, device=at.device)
-    place[at] = torch.arange(len(at), device=at.device)
-    owner = place[batch.segment_of_scored]
-    kept = owner >= 0
-    flat = owner[kept] * width + batch.scored[kept] % width
-    return replace(batch, **chosen, scored=flat, labels=batch.labels[kept], segment_of_scored=owner[kept])
+    if not isinstance(batch, Batch):
+        return Rows(batch[at], rows.targets[at])
+    part = part_of(batch, [per * row + k for row in at.tolist() for k in range(per)])
+    return replace(rows, inputs=part, targets=part.labels if rows.each == "token" else rows.targets[at])
