@@ -52,8 +52,10 @@ def test_dropout_by_mode_is_off(tmp_path, model):
 @pytest.mark.parametrize("kind", ["MAML", "Reptile"])
 def test_dropout_in_every_mode_is_refused(tmp_path, kind):
     said = f"{kind} takes several passes over one row, which must be of one function, and two of them differ by up to"
+    torch.manual_seed(0)  # with 24 units and a rate of 0.05 one pair of passes in twelve drops nothing
     with pytest.raises(Refusal, match=said):
         fit(tmp_path, module(kind, net=Dropping(always=True)), sines())
+    torch.manual_seed(0)
     with pytest.raises(Refusal, match=said):
         made = module(kind, net=Dropping(always=True))
         trainer(tmp_path, limit_val_batches=1).validate(made, sines(), verbose=False)

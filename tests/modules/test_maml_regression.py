@@ -143,7 +143,7 @@ def test_a_model_of_your_numbers(base, tmp_path, capsys, monkeypatch):
     assert made.task == "regression"
     given = ["adapt", "--ckpt_path", str(path), "--support", str(support), "--output", str(tmp_path / "out")]
     refused = call(capsys, *given, "--predict", str(support))
-    assert refused.code == 2 and "this checkpoint learned numbers" in refused.err
+    assert refused.code == 2 and "this checkpoint learned to estimate numbers" in refused.err
     done = call(capsys, *given)
     assert done.code == 0 and "a regression, adapted in" in done.out, done.err
     with pytest.raises(Refusal, match="has no column 'score'"):
