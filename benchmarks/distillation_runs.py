@@ -1,6 +1,6 @@
 """Students with and without what their teacher says: sentences, chats and digits.
 
-    python -m benchmarks.distillation_runs                  # all cells that are missing; on a GPU minutes, on one core half a day
+    python -m benchmarks.distillation_runs                  # all cells that are missing; on a GPU minutes, on one core hours
     python -m benchmarks.distillation_runs --only digits    # cells whose key contains this; several are separated by commas
     python -m benchmarks.distillation_runs --render         # the tables alone, from the kept results
 
@@ -30,7 +30,7 @@ from benchmarks.vader_cells import SEEDS, Kept, best_rate, chosen, quiet
 
 RESULTS = Path(__file__).resolve().parent / "results"
 WORK = Path("runs") / "distillation"
-SENTENCE_RATES, CHAT_RATES = (5e-5, 1e-4, 2e-4), (1e-4, 3e-4, 1e-3)
+SENTENCE_RATES, CHAT_RATES = (5e-5, 1e-4, 2e-4), (3e-4, 1e-3)
 DIGIT_METHODS = ("teacher", "alone", "teacher alone", "labels and teacher")
 SHOWN = {
     "alone": "student alone",
