@@ -9,7 +9,8 @@ import numpy as np
 import torch
 
 import lightning_ft
-from lightning_ft import EpisodeData
+from lightning_ft import EpisodeData, LoRA
+from tests.modules.episodes import fit
 from tests.modules.tasks import WORDS
 
 BASES = {"token_classification": "bert", "seq2seq_lm": "t5", "reward": "llama", "dpo": "llama"}
@@ -73,3 +74,14 @@ def learner(base: Path, task: str, kind: str = "MAML", **options: Any) -> Any:
     if kind == "MAML":
         given.setdefault("inner", "adapter" if language else "adapter_and_head")
     return getattr(lightning_ft, kind)(str(base), task=task, optimizer=torch.optim.SGD, **given)
+
+
+def on_ranks(base: str, task: str, folder: str, devices: int) -> Any:
+    """(metrics, trained weights) of two steps of four tasks on one rank or on each of two."""
+    torch.set_num_threads(1)
+    made = learner(Path(base), task)
+    ranks: dict[str, Any] = {"devices": devices, "strategy": "ddp"} if devices > 1 else {}
+    given = data(task, batch_size=4 // devices, val_batch_size=2, episodes=8)
+    _, runner = fit(Path(folder), made, given, LoRA(r=2), max_steps=2, limit_val_batches=None, **ranks)
+    measured = {name: float(value) for name, value in runner.callback_metrics.items()}
+    return measured, {name: p.detach().clone() for name, p in made.named_parameters() if p.requires_grad}

@@ -224,6 +224,30 @@ def test_a_policy_adapts_against_the_reference_of_its_training(metas, tmp_path):
         torch.testing.assert_close(ours[name], expected, rtol=1e-4, atol=1e-7, msg=name)
 
 
+def test_two_ranks_are_one_process(bases, tmp_path, two_ranks):
+    """Of a policy, whose reference passes stand beside the step."""
+    given = {"base": str(bases["dpo"]), "task": "dpo", "folder": str(tmp_path)}
+    measured, weights = objective_episodes.on_ranks(**given, devices=1)
+    for found, theirs in two_ranks.run("tests.modules.objective_episodes:on_ranks", **given, devices=2):
+        assert found == pytest.approx(measured, rel=1e-4)
+        for name, weight in weights.items():
+            torch.testing.assert_close(theirs[name], weight, rtol=1e-4, atol=1e-6, msg=name)
+
+
+def test_resuming_keeps_the_reference(bases, tmp_path):
+    """Two epochs at once, and with a stop between: the same weights, though the start of the second fit is another model."""
+    made = learner(bases["dpo"], "dpo")
+    saver = ModelCheckpoint(tmp_path / "one", save_top_k=-1, every_n_epochs=1)
+    runner = trainer(tmp_path, LoRA(r=2), saver, max_epochs=2, limit_val_batches=0, enable_checkpointing=True)
+    runner.fit(made, data("dpo"))
+    (first,) = (tmp_path / "one").glob("*step=2.ckpt")
+    again = learner(bases["dpo"], "dpo")
+    saver = ModelCheckpoint(tmp_path / "two", save_top_k=-1, every_n_epochs=1)
+    runner = trainer(tmp_path, LoRA(r=2), saver, max_epochs=2, limit_val_batches=0, enable_checkpointing=True)
+    runner.fit(again, data("dpo"), ckpt_path=first, weights_only=True)
+    assert not differing(dict(made.state_dict()), dict(again.state_dict()))
+
+
 def test_other_losses_of_pairs(bases, tmp_path):
     for name in ("ipo", "hinge", "simpo"):
         made = learner(bases["dpo"], "dpo", inner_loss=name, outer_loss=name, beta=0.5)
