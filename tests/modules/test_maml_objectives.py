@@ -238,12 +238,16 @@ def test_resuming_keeps_the_reference(bases, tmp_path):
     """Two epochs at once, and with a stop between: the same weights, though the start of the second fit is another model."""
     made = learner(bases["dpo"], "dpo")
     saver = ModelCheckpoint(tmp_path / "one", save_top_k=-1, every_n_epochs=1)
-    runner = trainer(tmp_path, LoRA(r=2), saver, max_epochs=2, limit_val_batches=0, enable_checkpointing=True)
+    runner = trainer(
+        tmp_path, LoRA(r=2), saver, max_epochs=2, max_steps=-1, limit_val_batches=0, enable_checkpointing=True
+    )
     runner.fit(made, data("dpo"))
     (first,) = (tmp_path / "one").glob("*step=2.ckpt")
     again = learner(bases["dpo"], "dpo")
     saver = ModelCheckpoint(tmp_path / "two", save_top_k=-1, every_n_epochs=1)
-    runner = trainer(tmp_path, LoRA(r=2), saver, max_epochs=2, limit_val_batches=0, enable_checkpointing=True)
+    runner = trainer(
+        tmp_path, LoRA(r=2), saver, max_epochs=2, max_steps=-1, limit_val_batches=0, enable_checkpointing=True
+    )
     runner.fit(again, data("dpo"), ckpt_path=first, weights_only=True)
     assert not differing(dict(made.state_dict()), dict(again.state_dict()))
 
