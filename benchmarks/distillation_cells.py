@@ -237,7 +237,7 @@ SENTENCE_METHODS: dict[str, tuple[Callable[[str], list[Any]], str]] = {
     "distilbert": (_taught(recipe="distilbert"), "train"),
     "teacher alone": (_taught(temperature=TEMPERATURE, task=0.0), "train"),
     "unlabelled too": (_taught(temperature=TEMPERATURE, task=0.0), "more"),
-    "unlabelled, states too": (_taught(temperature=TEMPERATURE, task=0.0, hidden=1.0, layers="uniform"), "more"),
+    "states too": (_taught(temperature=TEMPERATURE, task=0.0, hidden=1.0, layers="uniform"), "more"),
 }
 """Method -> its callbacks and the rows it is given. The last two never look at a label, so they may have all rows."""
 

@@ -39,7 +39,7 @@ SHOWN = {
     "teacher alone": "soft targets, no label",
     "labels and teacher": "labels and soft targets",
     "unlabelled too": "soft targets, no label, all rows",
-    "unlabelled, states too": "soft targets and hidden states of three blocks, no label, all rows",
+    "states too": "soft targets and hidden states of three blocks, no label, all rows",
 }
 """Method -> what a table calls it."""
 Cells = Mapping[str, Mapping[str, Any]]
