@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import replace
 from typing import Any, Literal
 
 import torch
@@ -13,12 +12,12 @@ from torch.func import functional_call
 
 from lightning_ft.engine.attachment import Attachment
 from lightning_ft.engine.batch import Batch
-from lightning_ft.engine.episode_checks import check_losses, check_outputs
-from lightning_ft.engine.episode_module import EpisodeModule
+from lightning_ft.engine.episode_checks import check_outputs
+from lightning_ft.engine.episode_objective import ObjectiveModule
+from lightning_ft.engine.episode_tasks import Features, features_of
 from lightning_ft.engine.episodes import Episode, MetaBatch, Rows
 from lightning_ft.engine.fewer_classes import cut_classes_
 from lightning_ft.engine.freezing import parameters_named
-from lightning_ft.functional.episode_losses import mean_loss, mean_preference, preferred, refers
 from lightning_ft.functional.errors import Refusal
 from lightning_ft.functional.inner_loop import Order, Weights, by_autograd, by_transform, inner_loop
 from lightning_ft.nn.double_backward import (
@@ -33,21 +32,16 @@ from lightning_ft.nn.registry import injected_layers
 
 Inner = Literal["all", "head", "adapter", "adapter_and_head"]
 Tasks = Literal["auto", "at_once", "one_by_one"]
-BETA = 0.1
-"""How strongly a policy is held to its reference unless it is said; that of `DPO`."""
 MEASURED = (0, 1, 5, 10)
 """Numbers of inner steps after which papers report: before adapting, after training's one or five, and beyond them."""
 
 
-class AdaptingModule(EpisodeModule):
-    """Subclasses store ``inner``, ``steps``, ``inner_lr``, ``inner_loss``, ``outer_loss``, ``beta``, ``eval_steps``, ``tasks``."""
+class AdaptingModule(ObjectiveModule):
+    """Subclasses store ``inner``, ``steps``, ``inner_lr``, ``eval_steps``, ``tasks``, and what `ObjectiveModule` says."""
 
     inner: Inner | list[str]
     steps: int
     inner_lr: float
-    inner_loss: str
-    outer_loss: str
-    beta: float | None
     eval_steps: list[int] | None
     tasks: Tasks
     order: Order = 1
@@ -58,64 +52,7 @@ class AdaptingModule(EpisodeModule):
     _at_once: bool | None = None
     _tied = True
     _looked_at = False
-
-    def check(self) -> None:
-        """Refuses also losses that the task cannot have, and arguments that belong to another one."""
-        super().check()
-        losses = {"inner_loss": self.inner_loss, "outer_loss": self.outer_loss}
-        check_losses(type(self).__name__, None if self.base is None else self.task, losses, self.beta)
-        if self._preferring:
-            self.no_likelihood = (
-                self.no_likelihood or "of the task dpo compares answers, which have no likelihood there"
-            )
-
-    def register(self, attachment: Attachment) -> None:
-        """Also keeps the reference that a policy's losses compare with: the model as it is when the fit begins."""
-        super().register(attachment)
-        if self._refers:
-            attachment.want_reference()
-
-    # -- losses ---------------------------------------------------------------------------------------------------------
-
-    @property
-    def _preferring(self) -> bool:
-        return str(self.task) == "dpo"
-
-    @property
-    def _refers(self) -> bool:
-        """Whether a loss compares with a reference."""
-        return self._preferring and any(map(refers, (self.inner_loss, self.outer_loss)))
-
-    def loss(self, name: str, outputs: Tensor, targets: Tensor) -> Tensor:
-        """The mean loss of rows, tokens or pairs.
-
-        Args:
-            name: ``inner_loss`` or ``outer_loss``.
-            outputs: what the model says of them.
-            targets: see `lightning_ft.engine.episodes.Rows`.
-        """
-        if self._preferring:
-            return mean_preference(name, outputs, targets, BETA if self.beta is None else self.beta)
-        return mean_loss(name, outputs, targets)
-
-    def right(self, outputs: Tensor, targets: Tensor) -> Tensor:
-        """(N,) 1 where the most likely class or token is the right one, or the better of two answers has the greater reward."""
-        if self._preferring:
-            return preferred(self.outer_loss, outputs, targets)
-        if self.asks_for == "pairs":  # two equal rewards are no answer
-            return (outputs[:, 0] > outputs[:, 1]).float()
-        return (outputs.argmax(-1) == targets).float()
-
-    def referred(self, episode: Episode) -> Episode:
-        """The episode with what the reference says of its pairs, where a loss compares with it."""
-        return Episode(self._known(episode.support), self._known(episode.query)) if self._refers else episode
-
-    def _known(self, rows: Rows) -> Rows:
-        if not self._refers or rows.targets.shape[1] > 2:
-            return rows
-        with self.reference("start"):  # without gradients
-            said = self(rows.inputs)
-        return replace(rows, targets=torch.cat([rows.targets.to(said.dtype), said], 1))
+    _splits = False
 
     # -- what adapts --------------------------------------------------------------------------------------------------
 
@@ -142,6 +79,30 @@ class AdaptingModule(EpisodeModule):
                 )
             )
         self._at_once, self._looked_at = None, False
+        self._splits = self._only_the_head()
+
+    def _only_the_head(self) -> bool:
+        """Whether nothing before a base's head adapts, so that what the head reads is computed once for all inner steps."""
+        if self.base is None or self.implicit is not None or (self.writes and self._tied):
+            return False
+        parameters, head = dict(self.named_parameters()), self._head()
+        if any(id(parameters[name]) not in head for name in self.inner_names):
+            return False
+        # Of a padded encoder the head's own way is taken, unless it is known to look at no other token.
+        by_row = self.loads in ("sequence_classification", "regression") and self.view.encoder
+        return not by_row or bool(self.admission is not None and self.admission.packing)
+
+    def read(self, rows: Rows, *, graph: bool) -> Tensor | Batch | Features:
+        """The inputs of rows; as the head reads them, where nothing else adapts.
+
+        Args:
+            rows: what they are.
+            graph: whether what is before the head learns from them.
+        """
+        if not self._splits or not isinstance(rows.inputs, Batch):
+            return rows.inputs
+        with nullcontext() if graph else torch.no_grad():
+            return features_of(self.task, self.view, rows.inputs)
 
     def _wanted(self) -> set[str]:
         """Names of all parameters that ``inner`` means."""
@@ -179,7 +140,7 @@ class AdaptingModule(EpisodeModule):
 
     # -- a task -------------------------------------------------------------------------------------------------------
 
-    def outputs(self, weights: Mapping[str, Tensor], inputs: Tensor | Batch) -> Tensor:
+    def outputs(self, weights: Mapping[str, Tensor], inputs: Tensor | Batch | Features) -> Tensor:
         """What the model gives for rows with some of its weights replaced."""
         found: Tensor = functional_call(self, dict(weights), (inputs,), tie_weights=self._tied)
         return found
@@ -208,10 +169,12 @@ class AdaptingModule(EpisodeModule):
         attention = twice_differentiable if order == 2 or transform else nullcontext
 
         start = theta or self.start()
+        # To order 1 an inner gradient is a number; to order 2 what lies before the head learns through it.
+        inputs = self.read(support, graph=order == 2)
 
         def loss_of(weights: Weights) -> Tensor:
             with attention(), guard():
-                outputs = self.outputs(weights, support.inputs)
+                outputs = self.outputs(weights, inputs)
             if not (transform or self._looked_at):
                 check_outputs(outputs, support.targets, owner)
             loss = self.loss(self.inner_loss, outputs, support.targets)
@@ -308,12 +271,12 @@ class AdaptingModule(EpisodeModule):
     def _numbers(self, episode: Episode, *, transform: bool) -> Tensor:
         theta = self.start_without_graph()
         of_step: dict[int, list[Tensor]] = {}
-        steps = self.measured_steps
+        steps, query = self.measured_steps, self.read(episode.query, graph=False)
         run = self.adapted(episode.support, steps=steps[-1], order=1, theta=theta, transform=transform)
         for step, weights in enumerate(run):
             if step in steps:
                 with torch.no_grad():
-                    of_step[step] = self.measure(self.outputs(weights, episode.query.inputs), episode.query.targets)
+                    of_step[step] = self.measure(self.outputs(weights, query), episode.query.targets)
         return torch.stack([*of_step[self.steps], *(value for step in steps for value in of_step[step])]).detach()
 
     def _said(self, episode: Episode) -> Tensor:

@@ -13,7 +13,7 @@ from lightning_ft.engine.arguments import arguments_of
 from lightning_ft.engine.attachment import Attachment
 from lightning_ft.engine.batch import Batch
 from lightning_ft.engine.episode_evaluation import EpisodeMeans
-from lightning_ft.engine.episode_tasks import KINDS, EpisodeTask, outputs_of
+from lightning_ft.engine.episode_tasks import KINDS, EpisodeTask, Features, outputs_of
 from lightning_ft.engine.episodes import Episode, MetaBatch
 from lightning_ft.engine.likelihood import Ask
 from lightning_ft.engine.module import DtypePolicy, FineTuningModule, OptimizerFactory
@@ -202,9 +202,9 @@ class EpisodeModule(FineTuningModule):
 
     # -- rows -----------------------------------------------------------------------------------------------------------
 
-    def forward(self, inputs: Tensor | Batch) -> Tensor:
+    def forward(self, inputs: Tensor | Batch | Features) -> Tensor:
         """Outputs of rows: what a net gives, or what a base says (`lightning_ft.engine.episode_tasks.outputs_of`)."""
-        if isinstance(inputs, Batch):
+        if isinstance(inputs, (Batch, Features)):
             if self.base is None:
                 raise Refusal(
                     f"{type(self).__name__}.net takes tensors, and these episodes are texts; give a base instead."

@@ -44,30 +44,57 @@ KINDS: dict[str, Kind] = {
 }
 
 
-def outputs_of(task: str, view: Any, batch: Batch) -> Tensor:
+@dataclass(frozen=True)
+class Features:
+    """What a base makes of rows before its head.
+
+    Attributes:
+        hidden: (S, D) of rows, (N, D) of scored tokens.
+        batch: the rows.
+    """
+
+    hidden: Tensor
+    batch: Batch
+
+
+def features_of(task: str, view: Any, batch: Batch) -> Features:
+    """What the head of a base reads of rows; see `outputs_of`."""
+    if task in _LANGUAGE:
+        return Features(_hidden(view, batch), batch)
+    given = {"bounds": batch.bounds, "mask": batch.mask, "types": batch.types}
+    if task == "token_classification":
+        hidden = view.hidden(
+            batch.ids, batch.positions, bounds=batch.bounds, mask=batch.mask, **view._typed(batch.types)
+        )
+        return Features(hidden.reshape(-1, hidden.shape[-1]).index_select(0, batch.scored), batch)
+    return Features(view.row_hidden(batch.ids, batch.positions, **given), batch)
+
+
+def outputs_of(task: str, view: Any, rows: Batch | Features) -> Tensor:
     """What a base says of rows, in fp32 at least, by ways that can be differentiated twice.
 
     Args:
         task: one of `KINDS`.
         view: of the base.
-        batch: padded rows; of pairs the better answer of each stands before the worse one.
+        rows: padded; of pairs the better answer of each stands before the worse one. Or what the head reads of them.
 
     Returns:
         Of classes (S, C) logits, of numbers (S, 1), of tags (N, C) logits of the tagged words, of answers (N, V) logits of the
         scored tokens; of pairs (P, 2) rewards of the better and the worse answer, or (dpo) their summed log-probabilities.
     """
-    if task == "token_classification":
-        found = view.token_logits(
-            batch.ids, batch.positions, batch.scored, bounds=batch.bounds, mask=batch.mask, types=batch.types
-        )
-        return _wide(found)
-    if task == "reward":
-        return row_logits(view, batch)[:, 0].reshape(-1, 2)
-    if task in ("causal_lm", "seq2seq_lm", "dpo"):
+    read, batch = (rows, rows.batch) if isinstance(rows, Features) else (None, rows)
+    if task in _LANGUAGE:
+        read = read or features_of(task, view, batch)
         # The plain way to logits, since what saves their memory elsewhere is differentiable once.
-        logits = _wide(view.logits(_hidden(view, batch)))
+        logits = _wide(view.logits(read.hidden))
         return logits if task != "dpo" else _logps(logits, batch).reshape(-1, 2)
-    return row_logits(view, batch)
+    if task == "token_classification":
+        return _wide(view.tokens_through_head((read or features_of(task, view, batch)).hidden))
+    logits = row_logits(view, batch) if read is None else _wide(view.rows_through_head(read.hidden))
+    return logits[:, 0].reshape(-1, 2) if task == "reward" else logits
+
+
+_LANGUAGE = ("causal_lm", "seq2seq_lm", "dpo")
 
 
 def _hidden(view: Any, batch: Batch) -> Tensor:
@@ -87,4 +114,4 @@ def _wide(found: Tensor) -> Tensor:
     return found.to(torch.promote_types(found.dtype, torch.float32))
 
 
-__all__ = ["KINDS", "Asks", "EpisodeTask", "Kind", "outputs_of"]
+__all__ = ["KINDS", "Asks", "EpisodeTask", "Features", "Kind", "features_of", "outputs_of"]

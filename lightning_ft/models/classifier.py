@@ -90,19 +90,42 @@ class Classifier(BackboneView):
         """
         if self.encoder and bounds is None:
             return self._own(ids, positions, mask, types)
+        return self.rows_through_head(
+            self.row_hidden(ids, positions, bounds=bounds, mask=mask, types=types, shared=shared)
+        )
+
+    def row_hidden(
+        self,
+        ids: Tensor,
+        positions: Tensor | None = None,
+        *,
+        bounds: tuple[int, ...] | None = None,
+        mask: Tensor | None = None,
+        types: Tensor | None = None,
+        shared: Shared | None = None,
+    ) -> Tensor:
+        """The hidden state that speaks for each row, (S, D): its first token's, of a decoder its last; see `row_logits`."""
         hidden = self.hidden(ids, positions, bounds=bounds, shared=shared, mask=mask, **self._typed(types))
         if bounds is not None:
             at = bounds[:-1] if self.encoder else tuple(end - 1 for end in bounds[1:])
-            rows = hidden[0].index_select(0, torch.tensor(at, device=hidden.device))
-        elif mask is not None:
-            rows = hidden[torch.arange(len(ids), device=ids.device), mask.sum(-1) - 1]
-        else:
-            rows = hidden[:, -1]
+            return hidden[0].index_select(0, torch.tensor(at, device=hidden.device))
+        if self.encoder:
+            return hidden[:, 0]
+        if mask is not None:
+            return hidden[torch.arange(len(ids), device=ids.device), mask.sum(-1) - 1]
+        return hidden[:, -1]
+
+    def rows_through_head(self, rows: Tensor) -> Tensor:
+        """Logits (S, C) of rows by what speaks for each, (S, D), where the model's own head looks at nothing else (see `admit`)."""
         x = rows[:, None]  # rows of one token: heads that pick the first or the last one find it
         pooler = getattr(self.backbone, "pooler", None) if self.encoder else None
         if isinstance(pooler, nn.Module):
             x = pooler(x)
         return self._through_head(x).reshape(len(rows), -1)
+
+    def tokens_through_head(self, hidden: Tensor) -> Tensor:
+        """Logits (N, C) of tokens by their hidden states (N, D)."""
+        return self._through_head(hidden)
 
     def token_logits(
         self,

@@ -282,12 +282,12 @@ class MAML(AdaptingModule):
         """(query loss after adapting, share of the query rows that are right: of numbers some number that nobody reads)."""
         weights_of = self._step_weights()
         run = self.adapted(episode.support, steps=self.steps, order=self.order, transform=transform)
-        total, hits = None, None
+        total, hits, query = None, None, self.read(episode.query, graph=True)
         for step, weights in enumerate(run):
             share = weights_of.get(step, 0.0)
             if not share:
                 continue
-            outputs = self.outputs(weights, episode.query.inputs)
+            outputs = self.outputs(weights, query)
             loss = self.loss(self.outer_loss, outputs, episode.query.targets)
             loss = loss if share == 1.0 else share * loss
             total = loss if total is None else total + loss

@@ -9,14 +9,14 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from torch.func import functional_call
 
 import lightning_ft
-from lightning_ft import EWC, MAML, SFT, LoRA, Refusal, Reptile, RewardModel
+from lightning_ft import EWC, MAML, SFT, Freeze, LoRA, Refusal, Reptile, RewardModel
 from lightning_ft.adapt import save
 from lightning_ft.engine.attachment import Attachment
 from lightning_ft.modules.reptile import in_turn
 from tests.cli.conftest import call
 from tests.contract.subjects import differing, trainer
 from tests.modules import objective_episodes
-from tests.modules.episodes import fit
+from tests.modules.episodes import fit, words, write_words
 from tests.modules.objective_episodes import BASES, data, learner
 from tests.modules.tasks import write_base
 
@@ -362,3 +362,35 @@ def test_long_rows(bases, task, truncation):
         seen = [e for batch in given.train_dataloader() for e in batch.episodes()]
     assert max(e.support.inputs.ids.shape[1] for e in seen) <= longest - 1
     assert all(len(side.targets) for e in seen for side in (e.support, e.query))
+
+
+@pytest.mark.parametrize("order", [1, 2])
+@pytest.mark.parametrize("task", ["sequence_classification", *TASKS])
+def test_where_only_the_head_adapts_the_rest_is_computed_once(bases, tmp_path, task, order, monkeypatch):
+    """ANIL: one pass of the body over support and one over query, whatever the number of steps; with the same gradients."""
+    table = write_words(tmp_path)
+    rows = words(table, tmp_path) if task == "sequence_classification" else data(task)
+    base = bases.get(task) or write_base("bert", tmp_path / "bert")
+    given = {"inner": "head", "order": order, "steps": 3, "inner_lr": 0.1, "lr": 0.05, "eval_steps": [0, 1]}
+    made = MAML(str(base), task=task, optimizer=torch.optim.SGD, **given)
+    fit(tmp_path, made, rows, LoRA(r=2), Freeze(["head"]), max_steps=1)
+    if task == "seq2seq_lm":  # T5's head is its embedding, which the body reads too
+        assert not made._splits
+        return
+    assert made._splits
+    episode = made.referred(next(iter(rows.train_dataloader())).episodes()[0])
+    passes = []
+    made.view.backbone.register_forward_hook(lambda *_: passes.append(1))
+    total, gradients, _ = made._with_gradients(episode)
+    assert len(passes) == 2
+    numbers = made._measure_one(episode)
+    assert len(passes) == 4
+    monkeypatch.setattr(made, "_splits", False)
+    again, expected, _ = made._with_gradients(episode)
+    assert len(passes) == 8 and float(total.detach()) == pytest.approx(float(again.detach()), rel=1e-5)
+    for found, other in zip(gradients, expected, strict=True):
+        assert (found is None) == (other is None)
+        if found is not None:
+            torch.testing.assert_close(found, other, rtol=1e-3, atol=1e-6)
+    assert any(g is not None and float(g.abs().max()) > 1e-4 for g in gradients)
+    torch.testing.assert_close(made._measure_one(episode), numbers, rtol=1e-4, atol=1e-5)
