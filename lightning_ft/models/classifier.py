@@ -31,7 +31,6 @@ class Classifier(BackboneView):
     Attributes:
         model: the whole model, as transformers loaded it.
         backbone: the part that turns tokens into hidden states.
-        head: the modules after it, in the order in which they are declared (a dropout and a layer, mostly).
         encoder: whether the row's first token speaks for it; of a decoder the last one does.
     """
 
@@ -50,12 +49,17 @@ class Classifier(BackboneView):
         self.task = task
         self.new_names = frozenset(new_names)
         self.backbone = find_backbone(model)
-        self.head: list[nn.Module] = [child for child in model.children() if child is not self.backbone]
         if task not in CLASSIFIES or not any(True for module in self.head for _ in module.parameters()):
             raise Refusal(
                 f"{type(model).__name__} has no head for the task {task}; load it with load_for_task({task!r}, ...)."
             )
         self.encoder = kind_of(model.config) == "encoder"
+
+    @property
+    def head(self) -> list[nn.Module]:
+        """The modules after the backbone, in the order in which they are declared (a dropout and a layer, mostly)."""
+        # Asked anew each time: an adapter may have taken the place of one since.
+        return [child for child in self.model.children() if child is not self.backbone]
 
     @property
     def labels(self) -> list[str]:

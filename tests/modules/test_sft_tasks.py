@@ -259,3 +259,20 @@ def test_two_ranks_learn_and_measure_what_one_does(bases, tmp_path, two_ranks, k
     for name, value in weights.items():
         assert torch.equal(trained[name], other[name])
         torch.testing.assert_close(trained[name], value, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("kind", "task"),
+    [("bert", "sequence_classification"), ("bert", "token_classification"), ("llama", "sequence_classification")],
+)
+def test_an_adapter_on_the_head_of_packed_rows_learns(tmp_path, kind, task):
+    """The head is asked for before LoRA takes its place: packed rows go through what stands there now."""
+    base = write_base(kind, tmp_path / kind)
+    seen = {}
+    for packing in (True, False):
+        module, data = job(base, tmp_path, task, packing=packing)
+        layer = "score" if kind == "llama" else "classifier"
+        trainer(tmp_path, LoRA(r=2, target=[layer]), max_steps=2).fit(module, data)
+        seen[packing] = dict(module.model.named_parameters())[f"{layer}.lora_B"].detach()
+    assert float(seen[True].abs().max()) > 0
+    torch.testing.assert_close(seen[True], seen[False], rtol=1e-3, atol=1e-5)
