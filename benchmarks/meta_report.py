@@ -186,14 +186,16 @@ def _interval(values: list[float], sign: str = "") -> str:
 
 
 def _machine(content: Content) -> list[str]:
+    cells = [one for one in content["cells"].values() if "device" in one]
+    beside = "A process with one thread for each cell, several beside one another."
+    if cells:  # they may be of several machines, and each says which
+        devices = {f"{one['device']} (torch {one['torch']})" if "torch" in one else one["device"] for one in cells}
+        return [f"{'; '.join(sorted(devices))}. {beside}"]
     machine = content.get("machine")
     if not machine:
         return ["Nothing has been measured yet."]
-    cells = [one for one in content["cells"].values() if "device" in one]
-    devices = sorted({f"{one['device']} (torch {one['torch']})" if "torch" in one else one["device"] for one in cells})
     versions = machine["versions"]
-    where = "; ".join(devices) or f"{machine['cpu']}, {machine['cores']} cores, torch {versions['torch']}"
     return [
-        f"{where}. lightning {versions['lightning']}, transformers {versions['transformers']}. A "
-        "process with one thread for each cell, several beside one another."
+        f"{machine['cpu']}, {machine['cores']} cores, torch {versions['torch']}. lightning {versions['lightning']}, transformers "
+        f"{versions['transformers']}. {beside}"
     ]
