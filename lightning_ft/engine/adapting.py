@@ -102,7 +102,7 @@ class AdaptingModule(ObjectiveModule):
         if not self._splits or not isinstance(rows.inputs, Batch):
             return rows.inputs
         with nullcontext() if graph else torch.no_grad():
-            return features_of(self.task, self.view, rows.inputs)
+            return features_of(self.task, self.view, self.laid(rows.inputs))
 
     def _wanted(self) -> set[str]:
         """Names of all parameters that ``inner`` means."""

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import Literal
 
-import torch
 from torch import Tensor
 
 from lightning_ft.engine.attachment import Attachment
@@ -13,6 +12,7 @@ from lightning_ft.engine.episode_module import EpisodeModule
 from lightning_ft.engine.freezing import LOWER
 from lightning_ft.functional.errors import Refusal
 from lightning_ft.models.load_task import head_names
+from lightning_ft.nn.task_head import pool_rows
 
 Pooling = Literal["mean", "first", "last"]
 
@@ -56,15 +56,10 @@ class EmbeddingModule(EpisodeModule):
             raise Refusal(
                 f"{type(self).__name__}.net takes tensors, and these episodes are texts; give a base instead."
             )
-        view = self.view
-        hidden = view.hidden(inputs.ids, inputs.positions, mask=inputs.mask, **view._typed(inputs.types)).float()
-        mask = torch.ones_like(inputs.ids) if inputs.mask is None else inputs.mask
-        if self.pooling == "first":
-            return hidden[:, 0]  # type: ignore[no-any-return]
-        if self.pooling == "last":
-            return hidden[torch.arange(len(hidden), device=hidden.device), mask.sum(-1) - 1]  # type: ignore[no-any-return]
-        share = mask.to(hidden.dtype)[..., None]  # (S, T, 1)
-        return (hidden * share).sum(1) / share.sum(1)  # type: ignore[no-any-return]
+        view, rows = self.view, self.laid(inputs)
+        given = {"bounds": rows.bounds, "mask": rows.mask}
+        hidden = view.hidden(rows.ids, rows.positions, **given, **view._typed(rows.types))
+        return pool_rows(hidden.float(), **given, how=self.pooling)
 
     def _measured(self) -> list[str]:
         return ["loss", "accuracy"]
