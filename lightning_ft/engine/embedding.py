@@ -57,9 +57,9 @@ class EmbeddingModule(EpisodeModule):
                 f"{type(self).__name__}.net takes tensors, and these episodes are texts; give a base instead."
             )
         view, rows = self.view, self.laid(inputs)
-        given = {"bounds": rows.bounds, "mask": rows.mask}
-        hidden = view.hidden(rows.ids, rows.positions, **given, **view._typed(rows.types))
-        return pool_rows(hidden.float(), **given, how=self.pooling)
+        typed = view._typed(rows.types)
+        hidden = view.hidden(rows.ids, rows.positions, bounds=rows.bounds, mask=rows.mask, **typed)
+        return pool_rows(hidden.float(), bounds=rows.bounds, mask=rows.mask, how=self.pooling)
 
     def _measured(self) -> list[str]:
         return ["loss", "accuracy"]
