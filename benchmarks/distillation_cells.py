@@ -47,11 +47,11 @@ class Sizes:
     decoder_layers: int = 10
     teacher_steps: int = 189
     steps: int = 630
-    worked: int = 800
-    rated: int = 200
-    held: tuple[int, int] = (60, 100)
+    worked: int = 320
+    rated: int = 80
+    held: tuple[int, int] = (40, 60)
     epochs: int = 2
-    batch: int = 16
+    batch: int = 8
     digit_epochs: tuple[int, int] = (20, 60)
 
 

@@ -11,6 +11,7 @@
 - ``digits``: a teacher 64-512-512-10, students 64-32-10 with 100 labels and 1,300 images without.
 
 The rate of a method is chosen on validation rows with the first seed; two more seeds run at that rate, and test rows are reported.
+Chats take the rate that is best for the student alone, whatever the method, so that the choice never favours a teacher.
 Sentences and chats run under autocast to bfloat16 where that is fast. Cells are kept as they are done, teachers in ``--work``; a
 stopped run goes on where it was.
 """
@@ -51,8 +52,9 @@ def key(kind: str, method: str, rate: float, seed: int) -> str:
 
 
 def rates(kind: str, method: str) -> dict[float, str]:
-    """Rate -> key of its cell with the first seed."""
-    return {rate: key(kind, method, rate, SEEDS[0]) for rate in (SENTENCE_RATES if kind == "sentences" else CHAT_RATES)}
+    """Rate -> key of the cell by which it is judged, with the first seed; of chats that of the student alone."""
+    judged, values = (method, SENTENCE_RATES) if kind == "sentences" else ("alone", CHAT_RATES)
+    return {rate: key(kind, judged, rate, SEEDS[0]) for rate in values}
 
 
 def run(kept: Kept, work: Path, sizes: Sizes) -> None:
@@ -70,10 +72,11 @@ def run(kept: Kept, work: Path, sizes: Sizes) -> None:
         ("chats", list(CHAT_METHODS), chats.student, "val/loss"),
     ):
         for method in methods:
+            judged = method if kind == "sentences" else "alone"
             for rate, name in rates(kind, method).items():
-                kept.ensure(name, lambda m=method, r=rate, s=student: s(m, r, SEEDS[0]), score)  # type: ignore[misc]
+                kept.ensure(name, lambda m=judged, r=rate, s=student: s(m, r, SEEDS[0]), score)  # type: ignore[misc]
             best = best_rate(kept.cells, rates(kind, method), score)
-            for seed in SEEDS[1:] if best is not None else ():
+            for seed in SEEDS if best is not None else ():
                 made = lambda m=method, r=best, n=seed, s=student: s(m, r, n)  # type: ignore[misc] # noqa: E731
                 kept.ensure(key(kind, method, best or 0.0, seed), made, score)
     if chosen("sentences|speed", kept.only) and (sentences.student_folder(0) / "config.json").exists():
