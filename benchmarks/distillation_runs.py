@@ -145,7 +145,9 @@ def _chats(cells: Cells) -> str:
     for who in ("teacher", "untrained"):
         scores = cells.get(f"chats|{who}|0", {}).get("scores")
         if scores:
-            numbers = f"{scores['test/perplexity']:.3f} | {scores['test/agreement']:.3f} | {scores['test/kl']:.3f}"
+            perplexity = scores["test/perplexity"]
+            numbers = f"{perplexity:,.0f}" if perplexity > 1000 else f"{perplexity:.3f}"
+            numbers += f" | {scores['test/agreement']:.3f} | {scores['test/kl']:.3f}"
             lines.append(f"| {who} |  | {numbers} |  | 1 |")
     alone = _over_seeds(cells, "chats", "alone", "test/loss", "val/loss")[1]
     for method in CHAT_METHODS:
