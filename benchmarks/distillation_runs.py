@@ -51,10 +51,15 @@ def key(kind: str, method: str, rate: float, seed: int) -> str:
     return f"{kind}|{method}|{rate:g}|{seed}"
 
 
+def judge(kind: str, method: str) -> str:
+    """The method by whose cells the rate of a method is chosen: its own, or of chats the student alone."""
+    return method if kind == "sentences" else "alone"
+
+
 def rates(kind: str, method: str) -> dict[float, str]:
-    """Rate -> key of the cell by which it is judged, with the first seed; of chats that of the student alone."""
-    judged, values = (method, SENTENCE_RATES) if kind == "sentences" else ("alone", CHAT_RATES)
-    return {rate: key(kind, judged, rate, SEEDS[0]) for rate in values}
+    """Rate -> key of the cell by which it is judged, with the first seed."""
+    values = SENTENCE_RATES if kind == "sentences" else CHAT_RATES
+    return {rate: key(kind, judge(kind, method), rate, SEEDS[0]) for rate in values}
 
 
 def run(kept: Kept, work: Path, sizes: Sizes) -> None:
@@ -72,9 +77,9 @@ def run(kept: Kept, work: Path, sizes: Sizes) -> None:
         ("chats", list(CHAT_METHODS), chats.student, "val/loss"),
     ):
         for method in methods:
-            judged = method if kind == "sentences" else "alone"
+            first = judge(kind, method)
             for rate, name in rates(kind, method).items():
-                kept.ensure(name, lambda m=judged, r=rate, s=student: s(m, r, SEEDS[0]), score)  # type: ignore[misc]
+                kept.ensure(name, lambda m=first, r=rate, s=student: s(m, r, SEEDS[0]), score)  # type: ignore[misc]
             best = best_rate(kept.cells, rates(kind, method), score)
             for seed in SEEDS if best is not None else ():
                 made = lambda m=method, r=best, n=seed, s=student: s(m, r, n)  # type: ignore[misc] # noqa: E731

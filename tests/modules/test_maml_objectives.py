@@ -107,9 +107,8 @@ def test_the_step_of_a_plain_loop_over_transformers_own_forward(bases, tmp_path,
     assert float(total.detach()) == pytest.approx(float(value.detach()), rel=1e-5)
     assert max(float(g.abs().max()) for g in expected) > 1e-4
     for name, gradient in zip(names, expected, strict=True):
-        # Of a matrix, since a small element is the difference of large ones.
-        nearly = 1e-3 * float(gradient.abs().max())
-        torch.testing.assert_close(found[id(theta[name])], gradient, rtol=1e-3, atol=max(nearly, 1e-6), msg=name)
+        # Of a matrix as a whole, since a small element may be the difference of large ones.
+        assert (found[id(theta[name])] - gradient).norm() <= 1e-4 * gradient.norm(), name
 
 
 @pytest.mark.parametrize("task", TASKS)
