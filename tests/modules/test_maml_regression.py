@@ -16,6 +16,7 @@ from tests.contract.subjects import trainer
 from tests.modules.episodes import fit, words, write_words
 from tests.modules.tasks import WORDS, write_base
 from tests.modules.text_episodes import answers
+from tests.tolerances import assert_gradient
 
 
 def moods(rng, count, *, shot=4, query=3):
@@ -90,7 +91,7 @@ def test_the_step_of_a_plain_loop(base, tmp_path, order):
     assert float(total.detach()) < 10
     assert float(total.detach()) == pytest.approx(float(plain_loss(made.model, phi, episode.query).detach()), rel=1e-5)
     for name, gradient in zip(names, expected, strict=True):
-        torch.testing.assert_close(found[id(theta[name])], gradient, rtol=1e-4, atol=1e-6, msg=name)
+        assert_gradient(found[id(theta[name])], gradient, name)
 
 
 def test_what_is_measured_and_said(base, tmp_path):

@@ -19,6 +19,7 @@ from lightning_ft.objectives import multitask
 from tests.contract.subjects import Steps, differing
 from tests.modules.multitask_jobs import by_hand, fit, job, on_ranks, pairs_job, weights
 from tests.modules.test_task_adapters import owners
+from tests.tolerances import assert_gradient
 
 
 class Begin(Steps):
@@ -53,7 +54,7 @@ def test_loss_and_gradients_are_those_row_by_row(kind: str, packing: bool, tmp_p
     assert steps.losses[0] == pytest.approx(float(loss.detach()), rel=1e-5)
     for name, parameter in module.named_parameters():
         if parameter.requires_grad:
-            torch.testing.assert_close(steps.gradients[0][name], parameter.grad, rtol=1e-3, atol=1e-6, msg=name)
+            assert_gradient(steps.gradients[0][name], parameter.grad, name, 1e-3)
 
 
 @pytest.mark.parametrize("packing", [True, False])
@@ -84,7 +85,7 @@ def test_policies_and_texts_are_learned_as_alone(packing: bool, tmp_path: Path) 
     set_adapters(module.model, dict.fromkeys(("shared", *names), 1.0))
     assert steps.losses[0] == pytest.approx(sum(losses.values()), rel=1e-5)
     for name, value in expected.items():
-        torch.testing.assert_close(steps.gradients[0][name], value, rtol=1e-3, atol=1e-6, msg=name)
+        assert_gradient(steps.gradients[0][name], value, name, 1e-3)
 
 
 @pytest.mark.parametrize("batches", ["mixed", "homogeneous"])

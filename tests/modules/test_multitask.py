@@ -29,6 +29,7 @@ from lightning_ft.nn.adapters import set_adapters
 from lightning_ft.nn.registry import injected_layers
 from tests.contract.subjects import Steps, differing, trainer
 from tests.modules.multitask_jobs import TASKS, by_hand, fit, job, on_ranks, weights
+from tests.tolerances import assert_gradient
 
 
 def batches(data: MultiTaskData) -> list:
@@ -54,7 +55,7 @@ def test_loss_and_gradients_are_those_by_hand(weigh: str, packing: bool, tmp_pat
     loss.backward()
     assert steps.losses[0] == pytest.approx(float(loss.detach()), rel=1e-5)
     for name, parameter in module.named_parameters():
-        torch.testing.assert_close(steps.gradients[0][name], parameter.grad, rtol=1e-4, atol=1e-6, msg=name)
+        assert_gradient(steps.gradients[0][name], parameter.grad, name)
 
 
 def test_a_mixed_batch_runs_the_trunk_once(tmp_path) -> None:
