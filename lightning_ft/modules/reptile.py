@@ -21,6 +21,7 @@ from lightning_ft.functional.inner_loop import Order, Weights, by_autograd, by_t
 from lightning_ft.functional.inner_optimizers import InnerOptimizer, descend
 from lightning_ft.models.quantize import Mode
 from lightning_ft.nn.double_backward import check_graph, explained, no_checkpointing, twice_differentiable
+from lightning_ft.nn.sparse_embeddings import sparse_embeddings
 
 
 class Reptile(AdaptingModule):
@@ -163,7 +164,8 @@ class Reptile(AdaptingModule):
                 with no_checkpointing(owner):
                     if not self._looked_at:
                         check_outputs(self.outputs(fast, rows.inputs), rows.targets, owner)
-                    loss = self._support_loss(fast, rows)
+                    with sparse_embeddings(self.model):
+                        loss = self._support_loss(fast, rows)
                 if not self._looked_at:
                     check_graph(loss, owner)
                     self._looked_at = True
