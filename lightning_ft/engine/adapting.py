@@ -20,6 +20,7 @@ from lightning_ft.engine.fewer_classes import cut_classes_
 from lightning_ft.engine.freezing import parameters_named
 from lightning_ft.functional.errors import Refusal
 from lightning_ft.functional.inner_loop import Order, Weights, by_autograd, by_transform, inner_loop
+from lightning_ft.functional.inner_optimizers import descend
 from lightning_ft.nn.double_backward import (
     check_graph,
     check_net,
@@ -29,6 +30,7 @@ from lightning_ft.nn.double_backward import (
     twice_differentiable,
 )
 from lightning_ft.nn.registry import injected_layers
+from lightning_ft.nn.sparse_embeddings import sparse_embeddings
 
 Inner = Literal["all", "head", "adapter", "adapter_and_head"]
 Tasks = Literal["auto", "at_once", "one_by_one"]
@@ -134,6 +136,11 @@ class AdaptingModule(ObjectiveModule):
         """The same, through which nothing is learned."""
         return {name: weight.detach() for name, weight in self.start().items()}
 
+    @property
+    def fixed_rate(self) -> float | None:
+        """That of every weight and step, if it is not learned."""
+        return self.inner_lr
+
     def step_rates(self, step: int) -> Mapping[str, Tensor | float]:
         """The rate of each of them at a step of the inner loop, from 0."""
         return dict.fromkeys(self.inner_names, self.inner_lr)
@@ -160,7 +167,8 @@ class AdaptingModule(ObjectiveModule):
             support: the rows to adapt on.
             steps: how many.
             order: of the graph that is kept through them.
-            theta: the start; None: `start`, with its graph.
+            theta: the start; None: `start`, with its graph. Where no weight of it has one, and none goes through the steps,
+                a step changes the weights of the one before in place.
             transform: for use inside `torch.vmap`.
         """
         guard: Callable[[], AbstractContextManager[Any]]
@@ -169,11 +177,13 @@ class AdaptingModule(ObjectiveModule):
         attention = twice_differentiable if order == 2 or transform else nullcontext
 
         start = theta or self.start()
+        rate = None if order == 2 or transform else self.fixed_rate
+        few = nullcontext if rate is None else sparse_embeddings
         # To order 1 an inner gradient is a number; to order 2 what lies before the head learns through it.
         inputs = self.read(support, graph=order == 2)
 
         def loss_of(weights: Weights) -> Tensor:
-            with attention(), guard():
+            with attention(), guard(), few(self.model):
                 outputs = self.outputs(weights, inputs)
             if not (transform or self._looked_at):
                 check_outputs(outputs, support.targets, owner)
@@ -188,7 +198,12 @@ class AdaptingModule(ObjectiveModule):
 
         gradient = by_transform if transform else by_autograd
         try:
-            yield from inner_loop(loss_of, start, self.step_rates, steps=steps, order=order, gradient=gradient)
+            if rate is None or any(weight.requires_grad for weight in start.values()):
+                yield from inner_loop(loss_of, start, self.step_rates, steps=steps, order=order, gradient=gradient)
+            else:
+                yield from descend(
+                    lambda _, phi: by_autograd(loss_of, phi, 1), start, lr=rate, steps=steps, optimizer="sgd"
+                )
         except RuntimeError as error:
             raise explained(error, owner) from error
 

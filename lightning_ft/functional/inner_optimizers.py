@@ -1,4 +1,4 @@
-"""Optimizers of an inner loop whose graph is not kept: plain steps, or Adam without momentum as Reptile takes them.
+"""An inner loop of which no graph is kept, by plain steps, or by Adam without momentum as Reptile takes them.
 
     sgd:   phi <- phi - lr g
     adam:  v <- .999 v + .001 g^2,    phi <- phi - lr g / (sqrt(v / (1 - .999^t)) + 1e-8),    t = 1, 2, ...

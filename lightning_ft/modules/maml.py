@@ -220,10 +220,15 @@ class MAML(AdaptingModule):
         """Whether there are rates of a weight, of this many numbers."""
         return _key(name) in self.inner_rates and cast(Tensor, self.inner_rates[_key(name)]).numel() == size
 
+    @property
+    def fixed_rate(self) -> float | None:
+        """See `AdaptingModule.fixed_rate`."""
+        return self.inner_lr if self.rates == "fixed" else None
+
     def step_rates(self, step: int) -> dict[str, Tensor | float]:
         """The rate of each weight at a step of the inner loop, from 0; after the last learned step that step's."""
-        if self.rates == "fixed":
-            return dict.fromkeys(self.inner_names, self.inner_lr)
+        if self.fixed_rate is not None:
+            return dict.fromkeys(self.inner_names, self.fixed_rate)
         own = {name: cast(Tensor, self.inner_rates[_key(name)]) for name in self.inner_names}
         if self.rates == "per_step":
             return {name: rate[min(step, self.steps - 1)] for name, rate in own.items()}

@@ -1,5 +1,6 @@
 """Reptile: the step of a loop over copies of the net with torch's own optimizers, however tasks are dealt."""
 
+from contextlib import nullcontext
 from pathlib import Path
 
 import lightning.pytorch as pl
@@ -10,6 +11,8 @@ from torch import nn
 
 from benchmarks.meta_text import clip_of
 from lightning_ft import MAML, GradualUnfreezing, LoRA, Reptile
+from lightning_ft.functional import inner_loop
+from lightning_ft.modules import reptile
 from lightning_ft.modules.reptile import in_turn
 from tests.modules.episodes import fit, mlp, module, on_ranks, sines, words, write_words
 from tests.modules.tasks import write_base
@@ -82,6 +85,33 @@ def test_over_lora_in_batches_of_texts(tmp_path):
     assert all(".lora_" in n or "classifier" in n or "pooler" in n for n in steps.gradients[0])
     assert all(float(g.abs().max()) > 0 for n, g in steps.gradients[1].items()), before
     assert {"val/loss", "val/accuracy", "val/step_0/accuracy_ci95"} <= set(runner.callback_metrics)
+
+
+@pytest.mark.parametrize("options", [{}, {"inner_optimizer": "adam", "inner_batch": 2}], ids=str)
+def test_rows_that_no_text_of_a_task_holds_cost_nothing(tmp_path, monkeypatch, options):
+    """The way back is that of dense gradients of all rows."""
+    base, path = write_base("bert", tmp_path / "bert"), write_words(tmp_path)
+    made = Reptile(str(base), steps=4, inner_lr=0.01, **options)
+    fit(tmp_path, made, words(path, tmp_path), max_steps=1)
+    made.double()  # a step of Adam is as long where a gradient is but what rounding leaves
+    episode = next(iter(words(path, tmp_path, tokenizer=str(base)).train_dataloader())).episodes()[0]
+    kinds = []
+
+    def watched(*given):
+        found = inner_loop.by_autograd(*given)
+        kinds.append({name for name, slope in found.items() if slope.is_sparse})
+        return found
+
+    monkeypatch.setattr(reptile, "by_autograd", watched)
+    loss, ways, _ = made._way_back(episode)
+    assert len(kinds) == 4 and all(any("word_embeddings" in name for name in found) for found in kinds)
+    monkeypatch.setattr(reptile, "sparse_embeddings", lambda module: nullcontext())
+    wanted, dense, _ = made._way_back(episode)
+    assert not kinds[-1] and float(loss) == pytest.approx(float(wanted), rel=1e-9)
+    for way, expected in zip(ways, dense, strict=True):
+        torch.testing.assert_close(way, expected, rtol=1e-7, atol=1e-9)
+    untouched = ways[[p is made.view.backbone.get_input_embeddings().weight for p in made.trained()].index(True)]
+    assert 0 < int(untouched.ne(0).any(-1).sum()) < len(untouched)
 
 
 @pytest.mark.parametrize("kind", [MAML, Reptile])
