@@ -73,17 +73,22 @@ class _Squares:
 
     def __init__(self, weight: Tensor) -> None:
         self._mean = torch.zeros_like(weight)
-        self._steps: Tensor | None = None
+        self._all = 0  # the step that all rows were at last
+        self._steps: Tensor | None = None  # and each, where some were met since
 
     def root(self, slope: Tensor, step: int) -> Tensor:
         """What a step's gradient is divided by."""
+        if self._steps is not None:
+            self._mean.mul_((_BETA ** (step - 1 - self._steps).to(slope.dtype))[:, None])
+            self._steps = None
+        self._all = step
         self._mean.mul_(_BETA).addcmul_(slope, slope, value=1 - _BETA)
         return self._mean.sqrt().mul_(1 / math.sqrt(1 - _BETA**step)).add_(_EPS)
 
     def root_of_rows(self, rows: Tensor, values: Tensor, step: int) -> Tensor:
         """The same of rows (n) with gradients (n, D)."""
         if self._steps is None:
-            self._steps = rows.new_zeros(len(self._mean))
+            self._steps = rows.new_full((len(self._mean),), self._all)
         since = _BETA ** (step - self._steps[rows]).to(values.dtype)
         mean = self._mean[rows].mul_(since[:, None]).addcmul_(values, values, value=1 - _BETA)
         self._mean[rows], self._steps[rows] = mean, step

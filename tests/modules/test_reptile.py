@@ -110,8 +110,8 @@ def test_rows_that_no_text_of_a_task_holds_cost_nothing(tmp_path, monkeypatch, o
     assert not kinds[-1] and float(loss) == pytest.approx(float(wanted), rel=1e-9)
     for way, expected in zip(ways, dense, strict=True):
         torch.testing.assert_close(way, expected, rtol=1e-7, atol=1e-9)
-    untouched = ways[[p is made.view.backbone.get_input_embeddings().weight for p in made.trained()].index(True)]
-    assert 0 < int(untouched.ne(0).any(-1).sum()) < len(untouched)
+    table = ways[[p is made.view.backbone.get_input_embeddings().weight for p in made.trained()].index(True)]
+    assert 0 < int(table.ne(0).any(-1).sum()) < len(table)
 
 
 @pytest.mark.parametrize("kind", [MAML, Reptile])
