@@ -77,3 +77,17 @@ def test_embeddings_are_sparse_within_alone():
         assert [part.sparse for part in net] == [True, True, False]
         raise ZeroDivisionError
     assert [part.sparse for part in net] == [False, True, False]
+
+
+def test_that_of_a_tied_head_stays_dense():
+    net = nn.Sequential(nn.Embedding(7, 3), nn.Linear(3, 7, bias=False))
+    net[1].weight = net[0].weight
+
+    def gradient():
+        return torch.autograd.grad(net(torch.tensor(ROWS[0])).square().mean(), net[0].weight)[0]
+
+    expected = gradient()
+    with sparse_embeddings(net):
+        found = gradient()
+    assert not found.is_sparse
+    torch.testing.assert_close(found, expected)
