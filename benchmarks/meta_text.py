@@ -66,11 +66,20 @@ def cell(row: dict[str, Any], data: dict[str, Any], base: str, *, shot: int, see
         seed: of everything.
     """
     pl.seed_everything(seed, verbose=False)
-    arguments = {name: value for name, value in row.items() if name not in ("module", "train", "lora")}
+    arguments = {name: value for name, value in row.items() if name not in ("module", "train", "lora", "train_shot")}
     if row["module"] in (MAML, Reptile):
         arguments["eval_steps"] = EVAL_STEPS
     module = row["module"](base, **arguments)
-    rows = EpisodeData(**data, way=WAY, shot=shot, query=5, small_classes="drop", bad_rows="drop", seed=seed)
+    rows = EpisodeData(
+        **data,
+        way=WAY,
+        shot=shot,
+        train_shot=row.get("train_shot"),
+        query=5,
+        small_classes="drop",
+        bad_rows="drop",
+        seed=seed,
+    )
     trainer = silent_trainer(
         None,
         [LoRA(r=8)] if row.get("lora") else [],

@@ -49,6 +49,8 @@ class EpisodeData(EpisodeSource):
         eval_tasks_args: those that differ in validation and test.
         way: classes of an episode; of tags the most that a task has.
         shot: support rows of each class.
+        train_shot: those of a training episode, where they are to be others; None: ``shot``. `Reptile` needs more than one row of a
+            class in training whatever a new task will have: Nichol et al. train with 15 and test with 1 and 5.
         query: query rows of each class.
         permute_labels: deal the labels 0 to way - 1 anew in each episode, so that a head cannot learn classes by heart.
         episodes: of a training epoch, over all ranks.
@@ -57,7 +59,8 @@ class EpisodeData(EpisodeSource):
         batch_size: episodes a micro-batch on one device. Steps stay the same where ``batch_size * accumulate_grad_batches *
             devices`` does.
         val_batch_size: episodes a batch in validation and test; None: ``batch_size``.
-        small_classes: what happens to classes with fewer than ``shot + query`` rows: ``error`` refuses, ``drop`` leaves them out.
+        small_classes: what happens to classes with fewer rows than an episode takes of each: ``error`` refuses, ``drop`` leaves
+            them out.
         text_column: where the text is; None: ``text``.
         label_column: where the class is; None: ``label``.
         max_length: most tokens of a text, special ones included; longer ones are cut as ``truncation`` says. None: any length.
@@ -90,6 +93,7 @@ class EpisodeData(EpisodeSource):
     decides = (
         "way",
         "shot",
+        "train_shot",
         "query",
         "permute_labels",
         "episodes",
@@ -112,6 +116,7 @@ class EpisodeData(EpisodeSource):
         eval_tasks_args: dict[str, Any] | None = None,
         way: Annotated[int, Ge(2)] = 5,
         shot: Annotated[int, Ge(1)] = 5,
+        train_shot: Annotated[int, Ge(1)] | None = None,
         query: Annotated[int, Ge(1)] = 15,
         permute_labels: bool = True,
         episodes: Annotated[int, Ge(1)] = 1000,
@@ -142,6 +147,7 @@ class EpisodeData(EpisodeSource):
         self.eval_tasks_args = eval_tasks_args
         self.way = way
         self.shot = shot
+        self.train_shot = train_shot
         self.query = query
         self.permute_labels = permute_labels
         self.episodes = episodes
@@ -170,6 +176,11 @@ class EpisodeData(EpisodeSource):
             raise Refusal("EpisodeData takes rows of a path, or a function in tasks: give one of them.")
         if self.tasks is None and (self.tasks_args or self.eval_tasks_args):
             raise Refusal("EpisodeData.tasks_args are arguments of the function in tasks, which is not given.")
+        if self.tasks is not None and self.train_shot is not None:
+            raise Refusal(
+                "EpisodeData.train_shot is of rows of a path; a function takes what it needs in training from tasks_args, and in "
+                "validation and test from eval_tasks_args."
+            )
         for split in ("val", "test"):
             classes = getattr(self, f"{split}_classes")
             if isinstance(classes, int) and (classes < 0 or isinstance(classes, bool)):

@@ -189,6 +189,7 @@ def check_pools(
     rows: int,
     drop: bool,
     owner: str,
+    shot: str = "shot",
     counted: str = "different rows",
 ) -> dict[str, np.ndarray]:
     """The classes that have enough rows for an episode.
@@ -200,6 +201,7 @@ def check_pools(
         rows: of each class, support and query together.
         drop: leave smaller classes out instead of refusing them.
         owner: for the sentence.
+        shot: the argument that support rows come from, likewise.
         counted: what the rows are, likewise.
 
     Raises:
@@ -208,8 +210,9 @@ def check_pools(
     small = sorted((len(found), name) for name, found in pools.items() if len(found) < rows)
     if small and not drop:
         raise Refusal(
-            f"{owner}: the class {small[0][1]!r} ({split}) has {small[0][0]} {counted}, and an episode takes shot + query = "
-            f"{rows} of each class, as do not {len(small)} classes in all; lower query or shot, or set small_classes to drop."
+            f"{owner}: the class {small[0][1]!r} ({split}) has {small[0][0]} {counted}, and an episode takes {shot} + "
+            f"query = {rows} of each class, as do not {len(small)} classes in all; lower query or {shot}, or set "
+            "small_classes to drop."
         )
     left = {name: found for name, found in pools.items() if len(found) >= rows}
     if len(left) < way:

@@ -31,6 +31,7 @@ class EpisodeSource(ClassTexts):
     eval_tasks_args: dict[str, Any] | None
     way: int
     shot: int
+    train_shot: int | None
     query: int
     permute_labels: bool
     small_classes: Literal["error", "drop"]
@@ -159,26 +160,33 @@ class EpisodeSource(ClassTexts):
             self.episode(rows, draw) for draw in self._draws(split, epoch, numbers)
         )
 
+    def _shot_of(self, split: Split) -> tuple[str, int]:
+        if split == "train" and self.train_shot is not None:
+            return "train_shot", self.train_shot
+        return "shot", self.shot
+
     def _checked(
         self, pools: Mapping[str, np.ndarray], split: Split, counted: str = "different rows"
     ) -> dict[str, np.ndarray]:
+        name, shot = self._shot_of(split)
         return check_pools(
             pools,
             split,
             way=self.way,
-            rows=self.shot + self.query,
+            rows=shot + self.query,
+            shot=name,
             drop=self.small_classes == "drop",
             owner="EpisodeData",
             counted=counted,
         )
 
     def _draws(self, split: Split, epoch: int, numbers: np.ndarray) -> list[Any]:
-        pools = list(self.pools[split].values())
+        pools, (_, shot) = list(self.pools[split].values()), self._shot_of(split)
         return [
             draw_episode(
                 pools,
                 way=self.way,
-                shot=self.shot,
+                shot=shot,
                 query=self.query,
                 permute=self.permute_labels,
                 key=(self._seed, _STREAMS[split], epoch, number),

@@ -89,6 +89,28 @@ def test_texts_of_an_episode(table, tmp_path):
         assert met <= classes
 
 
+def test_training_may_take_more_rows_of_a_class(table, tmp_path):
+    """Those of validation, and which classes are kept, stay as they are without it."""
+    plain = data(table, tmp_path, shot=1)
+    made = data(table, tmp_path, shot=1, train_shot=4)
+    for one in (plain, made):
+        one.setup("fit")
+    for batch in made.train_dataloader():
+        for episode in batch.episodes():
+            support, query = texts(episode, "support"), texts(episode, "query")
+            assert np.bincount(episode.support.targets).tolist() == [4] * 3 and len(set(support)) == 12
+            assert np.bincount(episode.query.targets).tolist() == [3] * 3 and not set(support) & set(query)
+    ours, theirs = (
+        [texts(episode, "support") for batch in one.val_dataloader() for episode in batch.episodes()]
+        for one in (made, plain)
+    )
+    assert ours == theirs and len(ours[0]) == 3
+    with pytest.raises(
+        Refusal, match="train. has 8 different rows, and .* train_shot \\+ query = 10 .* or train_shot,"
+    ):
+        data(table, tmp_path, shot=1, train_shot=7, small_classes="error").setup("fit")
+
+
 def numbers(made, epoch=0, **placement):
     """Support ids of each episode of an epoch, by rank."""
     loader = made.train_dataloader()
@@ -313,6 +335,8 @@ def test_functions_that_are_refused():
         list(EpisodeData(tasks=SINES, tasks_args={"no_such": 1}).train_dataloader())
     with pytest.raises(Refusal, match="give one of them"):
         EpisodeData()
+    with pytest.raises(Refusal, match="in training from tasks_args"):
+        EpisodeData(tasks=SINES, train_shot=15)
     with pytest.raises(Refusal, match="tasks_args are arguments"):
         EpisodeData("x.csv", tasks_args={"shot": 1})
 

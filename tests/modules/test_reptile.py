@@ -20,7 +20,7 @@ from tests.modules.test_maml import tasks
 
 
 def way_back(optimizer, batch=None, steps=5):
-    """(mean loss after the inner steps, mean of theta - phi by name)."""
+    """(mean loss of the rows that the next inner step would take, mean of theta - phi by name)."""
     theta = {name: p.detach().clone() for name, p in mlp().named_parameters()}
     total, sums = 0.0, {name: torch.zeros_like(p) for name, p in theta.items()}
     episodes = tasks(sines())
@@ -30,14 +30,16 @@ def way_back(optimizer, batch=None, steps=5):
             inner = torch.optim.SGD(net.parameters(), lr=0.02)
         else:
             inner = torch.optim.Adam(net.parameters(), lr=0.02, betas=(0.0, 0.999))
-        for step in range(steps):
+        for step in range(steps + 1):
             rows = range(4) if batch is None else range(step % (4 // batch), 4, 4 // batch)
             x, y = (t[list(rows)] for t in (episode.support.inputs, episode.support.targets))
-            inner.zero_grad()
-            nn.functional.mse_loss(net(x), y).backward()
-            inner.step()
+            loss = nn.functional.mse_loss(net(x), y)
+            if step < steps:
+                inner.zero_grad()
+                loss.backward()
+                inner.step()
+        total += float(loss.detach())
         with torch.no_grad():
-            total += float(nn.functional.mse_loss(net(episode.support.inputs), episode.support.targets))
             for name, p in net.named_parameters():
                 sums[name] += (theta[name] - p) / len(episodes)
     return total / len(episodes), sums
