@@ -217,8 +217,8 @@ def check_pools(
     left = {name: found for name, found in pools.items() if len(found) >= rows}
     if len(left) < way:
         raise Refusal(
-            f"{owner}: {split} has {len(left)} classes with at least {rows} rows, and an episode takes {way}; lower way, or give "
-            "it more classes."
+            f"{owner}: {split} has {len(left)} classes with at least {shot} + query = {rows} rows, and an episode takes {way}; "
+            f"lower way, query or {shot}, or give it more classes."
         )
     return left
 

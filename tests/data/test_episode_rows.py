@@ -114,7 +114,7 @@ def table(tmp_path, monkeypatch):
 
 
 EARLY = {
-    "way": ({"way": 60}, "train has 8 classes with at least 3 rows, and an episode takes 60"),
+    "way": ({"way": 60}, "train has 8 classes with at least shot . query = 3 rows, and an episode takes 60"),
     "validation": ({"way": 3, "val_classes": 2}, "val has 2 classes .* and an episode takes 3"),
     "all taken": ({"val_classes": 4, "test_classes": 4}, "take all 8 classes of path"),
     "rows": ({"query": 20}, "'class 0' .train. has 9 rows, and an episode takes shot . query = 21"),
