@@ -298,14 +298,21 @@ class FineTuningCLI(LightningCLI):
                 say(f"{path} already held a run, which is now {self.folder.moved_to}.")
         last = self.last_checkpoint()
         if last is not None:
-            ask = f"Ask it: lightning-ft generate --ckpt_path {last} --prompt TEXT"
-            if not getattr(self.model, "writes", True):
-                ask = f"Measure it: lightning-ft test --ckpt_path {last} --data.test_path FILE"
-                if hasattr(self.datamodule, "task_objectives"):  # several files, which the run's config names
-                    ask = f"Measure it: lightning-ft validate --ckpt_path {last}"
-            say(f"The run lies in {path}. {ask}")
+            say(f"The run lies in {path}. {self.what_next(last)}")
         if wants_baselines:
             train_baselines(self.argv, path, self.model, self.datamodule, self.trainer, slots)
+
+    def what_next(self, last: Path) -> str:
+        """The command that shows best what a run's last checkpoint can do."""
+        if getattr(self.model, "writes", True):
+            return f"Ask it: lightning-ft generate --ckpt_path {last} --prompt TEXT"
+        if hasattr(self.datamodule, "task_objectives"):  # several files, which the run's config names
+            return f"Measure it: lightning-ft validate --ckpt_path {last}"
+        kept = any(getattr(self.datamodule, name, None) for name in ("test_path", "test_classes", "tasks"))
+        measure = f"Measure it: lightning-ft test --ckpt_path {last}{'' if kept else ' --data.test_path FILE'}"
+        if not hasattr(self.model, "adapt_") or self.model.base is None:
+            return measure
+        return f"{measure}. Adapt it: lightning-ft adapt --ckpt_path {last} --support FILE --output FOLDER"
 
     def last_checkpoint(self) -> Path | None:
         """The newest checkpoint of this run, to tell the user after it was interrupted."""

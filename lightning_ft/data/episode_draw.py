@@ -211,7 +211,7 @@ def check_pools(
     if small and not drop:
         raise Refusal(
             f"{owner}: the class {small[0][1]!r} ({split}) has {small[0][0]} {counted}, and an episode takes {shot} + "
-            f"query = {rows} of each class, as do not {len(small)} classes in all; lower query or {shot}, or set "
+            f"query = {rows} of each class ({len(small)} classes have fewer); lower query or {shot}, or set "
             "small_classes to drop."
         )
     left = {name: found for name, found in pools.items() if len(found) >= rows}

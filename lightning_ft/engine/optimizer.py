@@ -13,7 +13,7 @@ from itertools import accumulate
 from typing import Any, Literal
 
 from torch import nn
-from torch.optim import AdamW, Optimizer
+from torch.optim import SGD, AdamW, Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
 from lightning_ft.engine.checkpoints import kept_keys
@@ -137,10 +137,21 @@ def build_scheduler(
     return LambdaLR(optimizer, factor)
 
 
-def state_bytes(module: nn.Module) -> int:
-    """Bytes that a checkpoint with AdamW's two moments will take: three fp32 copies of what is trained, now or later."""
+def moments_of(factory: Callable[[Iterable[Any]], Optimizer] | None) -> int | None:
+    """Numbers that an optimizer keeps for each weight, by its factory; None where only the optimizer knows.
+
+    Args:
+        factory: as given to a module; None is AdamW, and plain SGD keeps nothing.
+    """
+    if factory is None or factory is AdamW:
+        return 2
+    return 0 if factory is SGD else None
+
+
+def state_bytes(module: nn.Module, moments: int = 2) -> int:
+    """Bytes that a checkpoint will take: what is trained, now or later, in fp32, with so many numbers more for each weight."""
     kept = kept_keys(module)
-    return sum(3 * 4 * p.numel() for name, p in module.named_parameters() if name in kept)
+    return sum((1 + moments) * 4 * p.numel() for name, p in module.named_parameters() if name in kept)
 
 
 __all__ = [
@@ -149,6 +160,7 @@ __all__ = [
     "build_optimizer",
     "build_scheduler",
     "learning_rate_factor",
+    "moments_of",
     "parameter_groups",
     "state_bytes",
 ]

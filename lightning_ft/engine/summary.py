@@ -10,9 +10,11 @@ from rich.text import Text
 from torch import Tensor, nn
 
 from lightning_ft.engine.attachment import Attachment
-from lightning_ft.engine.optimizer import state_bytes
+from lightning_ft.engine.optimizer import moments_of, state_bytes
 from lightning_ft.models.quantize import describe
 from lightning_ft.nn.packed import is_packed, packed_layers
+
+MEGA = 1e6
 
 
 def trained_counts(module: nn.Module) -> tuple[int, int]:
@@ -53,10 +55,7 @@ def announce(module: Any, trainer: pl.Trainer) -> None:
     late = sum(p.numel() for name, p in module.named_parameters() if name in Attachment.of(module).late)
     if late:
         console.print(f"[bold]later[/bold]       {late:,} more parameters are thawed during the run")
-    console.print(
-        f"[bold]memory[/bold]      frozen {frozen_bytes(module) / 1e6:,.0f} MB, "
-        f"trained with AdamW {4 * 4 * trained / 1e6:,.0f} MB, a checkpoint {state_bytes(module) / 1e6:,.0f} MB"
-    )
+    console.print(f"[bold]memory[/bold]      {memory(module, trained)}")
     source = "as given" if module.lr is not None else "suggested by what is trained (lr: null)"
     console.print(f"[bold]rate[/bold]        {module.resolved_lr():g}, {source}")
     datamodule = getattr(trainer, "datamodule", None)
@@ -67,6 +66,17 @@ def announce(module: Any, trainer: pl.Trainer) -> None:
     if callable(preview):
         for row in preview(1):
             console.print(Text.assemble(("a row       ", "bold"), *marked(row.pieces)))
+
+
+def memory(module: Any, trained: int) -> str:
+    """What weights, their gradients and the optimizer take, and a checkpoint of them."""
+    factory = module._optimizer_factory()
+    name = "AdamW" if factory is None else getattr(factory, "__name__", "its optimizer")
+    known = moments_of(factory)
+    moments, more = (0, " and more of the optimizer's") if known is None else (known, "")
+    sizes = (4 * (2 + moments) * trained, state_bytes(module, moments))
+    taken, written = (f"{size / MEGA:,.0f} MB{more}" for size in sizes)
+    return f"frozen {frozen_bytes(module) / MEGA:,.0f} MB, trained with {name} {taken}, a checkpoint {written}"
 
 
 def marked(pieces: Any) -> list[Any]:

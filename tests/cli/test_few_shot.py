@@ -44,6 +44,11 @@ def test_a_table_of_150_classes(run, tmp_path):
     ]
     outcome = run("fit", *model, *config, "--trainer.max_steps=2", *QUIET, "--name=few")
     assert outcome.code == 0, outcome.err
+    last = "runs/few/checkpoints/last.ckpt"
+    assert (
+        f"lightning-ft test --ckpt_path {last}. Adapt it: lightning-ft adapt --ckpt_path {last} --supp"
+        in outcome.out + outcome.err
+    )
     tested = run("test", "--ckpt_path=runs/few/checkpoints/last.ckpt", *QUIET)
     assert tested.code == 0, tested.err
     assert "test/step_0/accuracy_ci95" in tested.out
