@@ -262,20 +262,20 @@ def _given(text: str) -> str:
 
 
 @contextmanager
-def reported(last_checkpoint: Callable[[], Path | None] = lambda: None) -> Iterator[None]:
+def reported(last_checkpoint: Callable[[], Path | None] | None = None) -> Iterator[None]:
     """Ends the process the way the command line promises.
 
     A refusal (ours, or Lightning's ``MisconfigurationException``), or a full disk: its sentence, exit code 2. Ctrl-C:
-    where the last checkpoint lies,
-    exit code 130. Anything else keeps its traceback; all do with ``LIGHTNING_FT_DEBUG=1``.
+    where the last checkpoint lies (of a fit), exit code 130. Anything else keeps its traceback; all do with
+    ``LIGHTNING_FT_DEBUG=1``.
     """
     try:
         yield
     except KeyboardInterrupt:
-        _interrupted(last_checkpoint())
+        _interrupted(last_checkpoint)
     except SystemExit as stop:
         if isinstance(stop.__context__, KeyboardInterrupt):  # Lightning turns Ctrl-C into exit code 1
-            _interrupted(last_checkpoint())
+            _interrupted(last_checkpoint)
         raise
     except BrokenPipeError:
         sys.exit(141)  # `lightning-ft inspect | head`: nobody reads on
@@ -285,7 +285,7 @@ def reported(last_checkpoint: Callable[[], Path | None] = lambda: None) -> Itera
             raise
         if os.environ.get(DEBUG, "0") not in ("", "0"):
             traceback.print_exc()
-        say(refused + _survives(raised, last_checkpoint()))
+        say(refused + _survives(raised, last_checkpoint and last_checkpoint()))
         sys.exit(2)
 
 
@@ -305,9 +305,17 @@ def rank() -> int:
     return max(int(os.environ.get(variable) or 0) for variable in ("LOCAL_RANK", "NODE_RANK"))
 
 
-def _interrupted(checkpoint: Path | None) -> typing.NoReturn:
-    where = f"go on with --ckpt_path {checkpoint}" if checkpoint else "no checkpoint was saved yet"
-    say(f"Stopped by Ctrl-C; {where}.")
+def _interrupted(last_checkpoint: Callable[[], Path | None] | None) -> typing.NoReturn:
+    where = ""
+    if last_checkpoint is not None:
+        checkpoint = last_checkpoint()
+        sooner = "--trainer.callbacks+=ModelCheckpoint --trainer.callbacks.every_n_train_steps=100"
+        where = (
+            f"; go on with --ckpt_path {checkpoint}"
+            if checkpoint
+            else f"; no checkpoint was saved yet, since one is written after an epoch: {sooner} writes them sooner"
+        )
+    say(f"Stopped by Ctrl-C{where}.")
     sys.exit(130)
 
 

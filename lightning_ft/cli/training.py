@@ -393,5 +393,5 @@ def run(command: str, argv: list[str]) -> None:
     """Runs one of Trainer's methods from its command line."""
     quiet()
     cli = FineTuningCLI(command, argv)
-    with reported(cli.last_checkpoint):
+    with reported(cli.last_checkpoint if command == "fit" else None):
         cli.start()

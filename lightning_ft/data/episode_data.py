@@ -50,7 +50,7 @@ class EpisodeData(EpisodeSource):
         way: classes of an episode; of tags the most that a task has.
         shot: support rows of each class.
         train_shot: those of a training episode, where they are to be others; None: ``shot``. `Reptile` needs more than one row of a
-            class in training whatever a new task will have: Nichol et al. train with 15 and test with 1 and 5.
+            class in training whatever a new task will have: Nichol et al. train with 10 or 15 and test with 1 and 5.
         query: query rows of each class.
         permute_labels: deal the labels 0 to way - 1 anew in each episode, so that a head cannot learn classes by heart.
         episodes: of a training epoch, over all ranks.

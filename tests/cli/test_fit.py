@@ -126,9 +126,11 @@ def test_ctrl_c_says_where_the_checkpoint_lies(run: Run) -> None:
     callback = ("--trainer.callbacks+=ModelCheckpoint", "--trainer.callbacks.every_n_train_steps=1")
     try:
         outcome = run("fit", "--model.base=ctrl-c", "--data.path=d", *QUIET, *callback)
+        without = run("fit", "--model.base=ctrl-c", "--data.path=d", *QUIET)
     finally:
         signal.signal(signal.SIGINT, before)  # Lightning leaves it ignored
-    assert outcome.code == 130
+    assert outcome.code == without.code == 130
+    assert f"no checkpoint was saved yet, since one is written after an epoch: {' '.join(callback[:1])}" in without.err
     assert "Stopped by Ctrl-C; go on with --ckpt_path runs/run/checkpoints/epoch=0-step=3.ckpt." in outcome.err
 
 
