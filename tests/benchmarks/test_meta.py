@@ -96,7 +96,7 @@ def test_texts(tmp_path, monkeypatch, capsys):
     monkeypatch.setenv("LIGHTNING_FT_CACHE", str(tmp_path / "cache"))
     base, folder = write_base("bert", tmp_path / "bert"), tmp_path / "words"
     folder.mkdir()
-    write_words(folder, classes=8, rows=9)
+    write_words(folder, classes=8, rows=30)  # Reptile trains on twenty different ones of each
     monkeypatch.setattr(meta_text, "WAY", 2)
     words = ["--data", str(folder), "--base", str(base), "--seeds", "2", "--shots", "1", "--test_classes", "3"]
     words += ["--episodes", "2", "--test_episodes", "2", "--output", str(tmp_path / "meta_text.json")]
