@@ -7,11 +7,13 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 import yaml
 
+from lightning_ft.cli import training
 from lightning_ft.cli.run_folder import RunFolder, check_disk, checkpoint_bytes
 from lightning_ft.functional.errors import Refusal
 from tests.cli.conftest import Outcome
@@ -132,6 +134,21 @@ def test_ctrl_c_says_where_the_checkpoint_lies(run: Run) -> None:
     assert outcome.code == without.code == 130
     assert f"no checkpoint was saved yet, since one is written after an epoch: {' '.join(callback[:1])}" in without.err
     assert "Stopped by Ctrl-C; go on with --ckpt_path runs/run/checkpoints/epoch=0-step=3.ckpt." in outcome.err
+
+
+@pytest.mark.parametrize(
+    ("writes", "data", "said"),
+    [
+        (True, {}, "Ask it: lightning-ft generate --ckpt_path last.ckpt --prompt TEXT"),
+        (False, {}, "Measure it: lightning-ft validate --ckpt_path last.ckpt"),  # a stream of tasks takes no test_path
+        (False, {"test_path": None}, "Measure it: lightning-ft test --ckpt_path last.ckpt --data.test_path FILE"),
+        (False, {"test_path": "t.csv"}, "Measure it: lightning-ft test --ckpt_path last.ckpt"),
+        (False, {"test_path": None, "test_classes": 3}, "Measure it: lightning-ft test --ckpt_path last.ckpt"),
+    ],
+)
+def test_what_a_fit_says_at_its_end(writes: bool, data: dict[str, object], said: str) -> None:
+    cli = SimpleNamespace(model=SimpleNamespace(writes=writes), datamodule=SimpleNamespace(**data))
+    assert training.FineTuningCLI.what_next(cli, Path("last.ckpt")) == said  # type: ignore[arg-type]
 
 
 def test_fast_dev_run_writes_nothing(run: Run, tmp_path: Path) -> None:
