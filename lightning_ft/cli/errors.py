@@ -313,7 +313,7 @@ def _interrupted(last_checkpoint: Callable[[], Path | None] | None) -> typing.No
         where = (
             f"; go on with --ckpt_path {checkpoint}"
             if checkpoint
-            else f"; no checkpoint was saved yet, since one is written after an epoch: {sooner} writes them sooner"
+            else f"; no checkpoint was saved yet: by default one is written after an epoch, and with {sooner} sooner"
         )
     say(f"Stopped by Ctrl-C{where}.")
     sys.exit(130)

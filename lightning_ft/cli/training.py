@@ -306,9 +306,8 @@ class FineTuningCLI(LightningCLI):
         """The command that shows best what a run's last checkpoint can do."""
         if getattr(self.model, "writes", True):
             return f"Ask it: lightning-ft generate --ckpt_path {last} --prompt TEXT"
-        if not hasattr(
-            self.datamodule, "test_path"
-        ):  # a stream or a mixture: several files, which the run's config names
+        if not hasattr(self.datamodule, "test_path"):
+            # A stream or a mixture: several files, which the run's config names.
             return f"Measure it: lightning-ft validate --ckpt_path {last}"
         kept = any(getattr(self.datamodule, name, None) for name in ("test_path", "test_classes", "tasks"))
         measure = f"Measure it: lightning-ft test --ckpt_path {last}{'' if kept else ' --data.test_path FILE'}"

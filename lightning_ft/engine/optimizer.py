@@ -148,7 +148,7 @@ def moments_of(factory: Callable[[Iterable[Any]], Optimizer] | None) -> int | No
     return 0 if factory is SGD else None
 
 
-def state_bytes(module: nn.Module, moments: int = 2) -> int:
+def state_bytes(module: nn.Module, moments: int) -> int:
     """Bytes that a checkpoint will take: what is trained, now or later, in fp32, with so many numbers more for each weight."""
     kept = kept_keys(module)
     return sum((1 + moments) * 4 * p.numel() for name, p in module.named_parameters() if name in kept)

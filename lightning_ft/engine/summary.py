@@ -14,8 +14,6 @@ from lightning_ft.engine.optimizer import moments_of, state_bytes
 from lightning_ft.models.quantize import describe
 from lightning_ft.nn.packed import is_packed, packed_layers
 
-MEGA = 1e6
-
 
 def trained_counts(module: nn.Module) -> tuple[int, int]:
     """(numbers that are trained, all numbers) of a module; a shared tensor counts once."""
@@ -68,15 +66,19 @@ def announce(module: Any, trainer: pl.Trainer) -> None:
             console.print(Text.assemble(("a row       ", "bold"), *marked(row.pieces)))
 
 
+def memory_bytes(module: Any, trained: int) -> tuple[int, int]:
+    """Of the trained weights with their gradients and what the optimizer keeps, as far as that is known; and of a checkpoint."""
+    moments = moments_of(module._optimizer_factory()) or 0
+    return 4 * (2 + moments) * trained, state_bytes(module, moments)
+
+
 def memory(module: Any, trained: int) -> str:
-    """What weights, their gradients and the optimizer take, and a checkpoint of them."""
+    """What training takes and a checkpoint of it, in words."""
     factory = module._optimizer_factory()
     name = "AdamW" if factory is None else getattr(factory, "__name__", "its optimizer")
-    known = moments_of(factory)
-    moments, more = (0, " and more of the optimizer's") if known is None else (known, "")
-    sizes = (4 * (2 + moments) * trained, state_bytes(module, moments))
-    taken, written = (f"{size / MEGA:,.0f} MB{more}" for size in sizes)
-    return f"frozen {frozen_bytes(module) / MEGA:,.0f} MB, trained with {name} {taken}, a checkpoint {written}"
+    more = " and more of the optimizer's" if moments_of(factory) is None else ""
+    taken, written = (f"{size / 1e6:,.0f} MB{more}" for size in memory_bytes(module, trained))
+    return f"frozen {frozen_bytes(module) / 1e6:,.0f} MB, trained with {name} {taken}, a checkpoint {written}"
 
 
 def marked(pieces: Any) -> list[Any]:

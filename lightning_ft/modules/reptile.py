@@ -193,7 +193,8 @@ class Reptile(AdaptingModule):
         episode, theta = self.referred(episode), self.start()
         *_, phi = self.adapted(episode.support, steps=self.steps, order=1)
         with torch.no_grad():
-            rows = in_turn(episode.support, self.steps, self.inner_batch)  # all would cost a fourth of a task more
+            # Of the rows that the next step would take: all of them, where they are 75, take a fifth of a task more.
+            rows = in_turn(episode.support, self.steps, self.inner_batch)
             outputs = self.outputs(phi, rows.inputs)
             loss = self.loss(self.inner_loss, outputs, rows.targets)
             hits = self.right(outputs, rows.targets).mean() if self.classifies else torch.zeros_like(loss)
